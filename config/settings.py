@@ -1,0 +1,176 @@
+"""All of Tidemark's settings: one frozen, validated object read from `TIDEMARK_…` environment variables.
+
+The field descriptions are the documentation; `docs/settings.md` is generated from them.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from config.errors import SettingsError
+
+Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
+_BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "amqp", "amqps", "pyamqp", "memory")
+_POSTGRES_SCHEMES = ("postgresql", "postgres")
+
+
+def _default_data_dir() -> Path:
+    """A directory the servers' user can enter: root's home is closed to the user Postgres runs as."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/tidemark")
+    return platformdirs.user_state_path("tidemark")
+
+
+class Settings(BaseSettings):
+    """Read once at start; immutable afterwards."""
+
+    model_config = SettingsConfigDict(env_prefix="TIDEMARK_", frozen=True, extra="ignore")
+
+    database_url: str | None = Field(
+        None,
+        description="Postgres, as `postgresql://user:password@host:port/database`. Without it an embedded "
+        "PostgreSQL 18 runs in the data directory.",
+    )
+    broker_url: str | None = Field(
+        None,
+        description="Celery's broker, as `redis://…` or `amqp://…`. Without it an embedded Redis runs in the "
+        "data directory.",
+    )
+    redis_url: str | None = Field(
+        None,
+        description="Redis for results, queued-tokens, shard leases and metrics. Defaults to the broker where that is "
+        "a Redis; with RabbitMQ and without it none of these is kept.",
+    )
+    data_dir: Path = Field(
+        default_factory=_default_data_dir,
+        description="Where the embedded servers and beat keep their files.",
+    )
+
+    shards: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Number of shard queues `materialize.<n>`. Every process must be given the same number.",
+    )
+    events_per_partition: int = Field(
+        20_000,
+        ge=1,
+        le=1_000_000,
+        description="At most so many events of one partition are materialized in one transaction.",
+    )
+    events_per_task: int = Field(
+        20_000,
+        ge=1,
+        le=10_000_000,
+        description="Thin partitions share a task up to so many events in all; a partition with more travels alone.",
+    )
+    partitions_per_task: int = Field(
+        200, ge=1, le=10_000, description="At most so many partitions share a task, and so a transaction."
+    )
+    task_seconds: Seconds = Field(
+        20, description="A task that still has backlog after this time hands over to a fresh one."
+    )
+
+    fan_out_interval: Seconds = Field(
+        0.5,
+        description="Beat looks for new commits this often; bounds the latency of commits nobody announced.",
+    )
+    sweep_interval: Seconds = Field(
+        30, description="Every partition is probed this often, to find what a lost message left behind."
+    )
+    trim_interval: Seconds = Field(10, description="Consumed events are deleted this often.")
+    retention_interval: Seconds = Field(60, description="Topics' retention limits are applied this often.")
+    audit_interval: Seconds = Field(600, description="The invariants are checked on a stretch of the log this often.")
+    maintenance_seconds: Seconds = Field(
+        5, description="A trim, retention or audit task stops after this time and goes on at its next turn."
+    )
+    delete_batch: int = Field(
+        5_000,
+        ge=1,
+        le=1_000_000,
+        description="Trim and retention delete at most so many rows in one transaction.",
+    )
+    queued_seconds: Seconds = Field(
+        60,
+        description="A partition counts as queued at most this long; afterwards it may be queued a second time.",
+    )
+
+    pool_open: int = Field(25, ge=1, le=1000, description="At most so many database connections per process.")
+    pool_idle: int = Field(
+        10,
+        ge=0,
+        le=1000,
+        description="So many of them are kept when idle (never more than the process has threads for).",
+    )
+    pool_lifetime: Seconds = Field(3600, description="A connection is replaced after this time.")
+    pool_wait: Seconds = Field(30, description="Waiting for a free connection ends with an error after this time.")
+
+    lock_timeout: Seconds = Field(5, description="Postgres gives up waiting for a partition's lock after this time.")
+    statement_timeout: Seconds = Field(60, description="Postgres cancels a statement after this time.")
+    transaction_timeout: Seconds = Field(120, description="Postgres (17 and later) ends a transaction after this time.")
+    retries: int = Field(
+        4, ge=0, le=20, description="A task repeats a transaction so often after a transient database error."
+    )
+    retry_seconds: Seconds = Field(
+        0.1, description="First pause before a repetition; it doubles each time, with jitter, up to 5 s."
+    )
+
+    visibility_timeout: Annotated[int, Field(ge=10)] = Field(
+        300,
+        description="Redis hands a task to another worker when it was not finished after so many seconds.",
+    )
+    log_format: Literal["console", "json"] = Field(
+        "console", description="One event a line, for people or for machines."
+    )
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgres(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in _POSTGRES_SCHEMES:
+            raise ValueError("must start with postgresql://")
+        return value
+
+    @field_validator("broker_url")
+    @classmethod
+    def _broker(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in _BROKER_SCHEMES:
+            raise ValueError("must start with redis://, rediss://, redis+socket:// or amqp://")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.lock_timeout > self.statement_timeout:
+            raise ValueError(
+                f"TIDEMARK_LOCK_TIMEOUT ({self.lock_timeout:g} s) is above TIDEMARK_STATEMENT_TIMEOUT "
+                f"({self.statement_timeout:g} s), which would cancel the wait first"
+            )
+        if 2 * self.hard_time_limit > self.visibility_timeout:
+            raise ValueError(
+                f"TIDEMARK_VISIBILITY_TIMEOUT ({self.visibility_timeout} s) is less than twice a task's time limit "
+                f"({self.hard_time_limit:g} s = task seconds + statement timeout + 10): Redis would hand a running "
+                f"task to a second worker"
+            )
+        return self
+
+    @property
+    def hard_time_limit(self) -> float:
+        """Seconds after which Celery kills a task: its own budget, one last statement and a margin."""
+        return max(self.task_seconds, self.maintenance_seconds) + self.statement_timeout + 10
+
+
+def load_settings() -> Settings:
+    """Read the environment; SettingsError names every variable that is wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = f"TIDEMARK_{item['loc'][0]}".upper() if item["loc"] else "settings"
+            given = f" (given: {item['input']!r})" if item["loc"] else ""
+            lines.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
+        raise SettingsError("; ".join(lines)) from None

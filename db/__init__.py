@@ -1,0 +1,1 @@
+"""Postgres: schema, migrations, and one module per operation. Every function takes the connection it works on."""

@@ -1,0 +1,82 @@
+"""The hot path: commits uploaded objects. One round trip each; all the work is `tidemark.commit_object` in Postgres."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from config.errors import InvalidCommitError
+from db.arrays import Int4Array, Int8Array
+from db.execute import run
+from db.translate import domain_errors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One record batch inside an uploaded object.
+
+    `max_timestamp` is Kafka's: milliseconds since the epoch, of the newest record.
+    """
+
+    partition_id: int
+    n_records: int
+    byte_offset: int
+    byte_length: int
+    max_timestamp: int
+
+
+def commit_object(
+    conn: psycopg.Connection[Any],
+    object_key: str,
+    partition_ids: Sequence[int],
+    n_records: Sequence[int],
+    byte_offsets: Sequence[int],
+    byte_lengths: Sequence[int],
+    max_timestamps: Sequence[int],
+) -> int:
+    """Commit one object, one element per batch in every sequence; returns the object's id.
+
+    The order of the sequences is the order of offsets within a partition. Repeating a commit with the same arguments
+    returns the first id. On an autocommit connection the commit is durable when this returns; otherwise it is part
+    of the caller's transaction.
+
+    Raises InvalidCommitError, CommitConflictError, UnknownPartitionError and ForeignClusterError; each leaves the
+    database as it was.
+    """
+    try:
+        parameters = (
+            object_key,
+            Int4Array(partition_ids),
+            Int4Array(n_records),
+            Int8Array(byte_offsets),
+            Int4Array(byte_lengths),
+            Int8Array(max_timestamps),
+        )
+    except (OverflowError, TypeError) as error:
+        raise InvalidCommitError(
+            f"object {object_key!r}: {error}. Pass integers that fit: 32 bits for partition ids, numbers of records "
+            f"and byte lengths, 64 bits for byte offsets and timestamps."
+        ) from None
+    if "\0" in (object_key or ""):
+        raise InvalidCommitError(
+            f"object {object_key!r}: the key is no text Postgres can store. Pass a str without NUL."
+        )
+    with domain_errors():
+        row = run(conn, "commit_object", parameters).fetchone()
+    assert row is not None  # noqa: S101 - a function call returns a row
+    return int(row[0])
+
+
+def commit_batches(conn: psycopg.Connection[Any], object_key: str, batches: Iterable[Batch]) -> int:
+    """Commit one object given batch by batch; otherwise as `commit_object`."""
+    rows = list(batches)
+    return commit_object(
+        conn,
+        object_key,
+        [b.partition_id for b in rows],
+        [b.n_records for b in rows],
+        [b.byte_offset for b in rows],
+        [b.byte_length for b in rows],
+        [b.max_timestamp for b in rows],
+    )

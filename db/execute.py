@@ -1,0 +1,20 @@
+"""Runs statements from the SQL files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from psycopg import RawCursor
+
+from db import arrays
+from db.statements import statement
+
+
+def run(
+    conn: psycopg.Connection[Any], name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None
+) -> RawCursor[Any]:
+    """Execute `db/sql/<name>.sql`; `prepare=False` plans it for these very parameters each time."""
+    cursor = RawCursor(conn)
+    arrays.register(cursor.adapters)
+    cursor.execute(statement(name), parameters, prepare=prepare)
+    return cursor

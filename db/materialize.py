@@ -1,0 +1,128 @@
+"""The cold path: gives committed events their permanent offsets.
+
+Invariants: the batches of a partition are contiguous in every snapshot; every committed event becomes one batch;
+commits keep their real-time order.
+
+How. A partition's cursor is a position `(seen_xid, seen_id)` in the order of its events, and the transactions that were
+still running below it (`in_flight`). Pending is what lies beyond the position, and whatever those transactions turn
+out to have committed. Ids alone would lose events, because a lower one can become visible later.
+
+Lock order: topic_partitions by ascending id, in a statement of its own before anything is read.
+
+After a crash at any step nothing is left behind: cursor, end offset and batches move in one transaction.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any, Self
+
+import psycopg
+
+from config.errors import UnknownPartitionError
+from db.arrays import Int4Array
+from db.execute import run
+from db.statements import statement
+from db.translate import domain_errors
+
+# Heap tuple (24 bytes header, 44 of columns, padded to 72, 4 of line pointer) and its entry in the primary key (8 bytes
+# header, 12 of columns, padded to 24, 4 of line pointer) of one row of record_batches.
+ROW_BYTES = 76 + 28
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaterializationMetrics:
+    """What one or several materializing transactions did.
+
+    The first six are the seed's. `transaction_size_bytes` is what the transaction added to the table and its index;
+    `error_rate` is the share of attempts that failed and were repeated.
+    """
+
+    processing_time_ms: float = 0.0
+    events_processed: int = 0
+    partitions_processed: int = 0
+    lock_wait_time_ms: float = 0.0
+    transaction_size_bytes: int = 0
+    error_rate: float = 0.0
+    records: int = 0
+    log_bytes: int = 0
+    transactions: int = 0
+    errors: int = 0
+    # Partitions that had events left when the transaction ended.
+    backlog_partition_ids: tuple[int, ...] = ()
+    strategy: str = "window"
+
+    def __add__(self, other: Self) -> Self:
+        """Both together; the backlog is the later one's."""
+        attempts = self.transactions + self.errors + other.transactions + other.errors
+        errors = self.errors + other.errors
+        return type(self)(
+            processing_time_ms=self.processing_time_ms + other.processing_time_ms,
+            events_processed=self.events_processed + other.events_processed,
+            partitions_processed=max(self.partitions_processed, other.partitions_processed),
+            lock_wait_time_ms=self.lock_wait_time_ms + other.lock_wait_time_ms,
+            transaction_size_bytes=self.transaction_size_bytes + other.transaction_size_bytes,
+            error_rate=errors / attempts if attempts else 0.0,
+            records=self.records + other.records,
+            log_bytes=self.log_bytes + other.log_bytes,
+            transactions=self.transactions + other.transactions,
+            errors=errors,
+            backlog_partition_ids=other.backlog_partition_ids,
+            strategy=other.strategy,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: times rounded to microseconds, the backlog as a number of partitions."""
+        values = asdict(self)
+        values["backlog_partitions"] = len(values.pop("backlog_partition_ids"))
+        for name in ("processing_time_ms", "lock_wait_time_ms", "error_rate"):
+            values[name] = round(values[name], 3)
+        return values
+
+
+def materialize(
+    conn: psycopg.Connection[Any],
+    partition_ids: Iterable[int],
+    *,
+    events_per_partition: int = 20_000,
+) -> MaterializationMetrics:
+    """Materialize pending events of these partitions, in one transaction.
+
+    At most `events_per_partition` of each (and all those of transactions that were late); partitions with more are in
+    `backlog_partition_ids`. The connection must be idle or in a read committed transaction that has read nothing yet.
+
+    Raises UnknownPartitionError for an id that does not exist, ForeignClusterError in a restored database; both
+    change nothing. Waits for locks as long as the connection's `lock_timeout`.
+    """
+    ids = sorted(set(partition_ids))
+    if not ids or events_per_partition < 1:
+        raise ValueError(
+            f"materialize {len(ids)} partitions with {events_per_partition} events each: pass at least one of both"
+        )
+    start = perf_counter()
+    with domain_errors(), conn.transaction():
+        conn.execute(statement("transaction_settings"))
+        asked = perf_counter()
+        locked = run(conn, "lock_partitions", (Int4Array(ids),)).fetchall()
+        waited = perf_counter() - asked
+        if len(locked) != len(ids):
+            missing = sorted(set(ids) - {row[0] for row in locked})
+            raise UnknownPartitionError(
+                f"partition id {missing[0]} does not exist ({len(missing)} of {len(ids)} asked for). "
+                f"Read the ids of a topic's partitions with tidemark.partition_ids(topic)."
+            )
+        moved: Sequence[tuple[int, int, int, int, bool]] = run(
+            conn, "place_window", (Int4Array(ids), events_per_partition)
+        ).fetchall()
+    events = sum(row[1] for row in moved)
+    return MaterializationMetrics(
+        processing_time_ms=(perf_counter() - start) * 1000,
+        events_processed=events,
+        partitions_processed=len(moved),
+        lock_wait_time_ms=waited * 1000,
+        transaction_size_bytes=events * ROW_BYTES,
+        records=int(sum(row[2] for row in moved)),
+        log_bytes=int(sum(row[3] for row in moved)),
+        transactions=1,
+        backlog_partition_ids=tuple(row[0] for row in moved if row[4]),
+    )

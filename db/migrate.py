@@ -1,0 +1,94 @@
+"""Brings a database's schema up to the one this program needs.
+
+Tables change by Alembic migrations; functions, views and grants are replaced from their files every time, so a file
+always is what runs. All of it is one transaction behind one advisory lock: two processes that migrate at once do so
+one after the other, and a failure leaves the old schema in place.
+"""
+
+from pathlib import Path
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from config.errors import SchemaVersionError
+from db.schema import SCHEMA
+from db.statements import routine_files
+from db.translate import domain_errors
+
+# Any number, as long as it is always the same: the advisory lock migrations queue behind.
+_LOCK_KEY = 0x7469646D61726B
+# A migration that waits for a lock makes everything behind it wait too; better to fail and be tried again.
+_LOCK_TIMEOUT = "10s"
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _version(connection: Connection) -> str | None:
+    context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
+    return context.get_current_revision()
+
+
+def wanted_version() -> str:
+    """The schema version this program was written for."""
+    head = ScriptDirectory.from_config(_config()).get_current_head()
+    if head is None:
+        raise SchemaVersionError("no migrations are installed; reinstall tidemark")
+    return head
+
+
+def upgrade(database_url: str) -> tuple[str | None, str]:
+    """Migrate the database; returns the versions before and after.
+
+    Safe to repeat and to run from several processes. Raises SchemaVersionError when the schema is newer than this
+    program.
+    """
+
+    def connect() -> psycopg.Connection:
+        return psycopg.connect(database_url)
+
+    engine = create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool)
+    with domain_errors(), engine.begin() as connection:
+        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+        connection.execute(text(f"set local lock_timeout = '{_LOCK_TIMEOUT}'"))
+        connection.execute(text(f"create schema if not exists {SCHEMA}"))
+        before = _version(connection)
+        config = _config()
+        if before is not None and before not in {
+            s.revision for s in ScriptDirectory.from_config(config).walk_revisions()
+        }:
+            raise SchemaVersionError(
+                f"the database has schema version {before}, which this program does not know; "
+                f"install the tidemark release that wrote it, or a newer one"
+            )
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        for file in routine_files():
+            connection.exec_driver_sql(file.read_text("utf-8").replace("%", "%%"))
+        after = _version(connection)
+    if after is None:
+        raise SchemaVersionError("the migration left no version behind; look into the server's log")
+    return before, after
+
+
+def require_current(conn: psycopg.Connection) -> None:
+    """Raise SchemaVersionError unless the database has the schema this program needs."""
+    row = conn.execute("select to_regclass('tidemark.alembic_version') is not null").fetchone()
+    found = None
+    if row is not None and row[0]:
+        version = conn.execute("select version_num from tidemark.alembic_version").fetchone()
+        found = version[0] if version else None
+    if found != wanted_version():
+        raise SchemaVersionError(
+            f"database {conn.info.dbname!r} has schema version {found or 'none'}, this program needs "
+            f"{wanted_version()}; run: celery -A tasks migrate"
+        )

@@ -1,0 +1,1 @@
+"""Alembic's environment and versions; `db.migrate` is the way in."""

@@ -1,0 +1,18 @@
+"""Create the tables."""
+
+from pathlib import Path
+
+from alembic import op
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    for statement in Path(__file__).with_suffix(".sql").read_text("utf-8").split(";\n"):
+        if statement.strip():
+            op.execute(statement)
+    op.execute("insert into tidemark.cluster (system_identifier) select system_identifier from pg_control_system()")
+    op.execute("insert into tidemark.fan_out_state default values")

@@ -1,0 +1,8 @@
+-- First statement of every materializing transaction. Read committed is what makes the place step safe: its snapshot must be
+-- taken after the lock was waited for. The planner is left no way to a plan that costs more as the log grows: statistics
+-- of a queue are always out of date, and a plan cached for an empty table would scan a full one.
+set transaction isolation level read committed;
+set local enable_seqscan = off;
+set local enable_bitmapscan = off;
+set local enable_mergejoin = off;
+set local jit = off;

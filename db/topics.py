@@ -1,0 +1,96 @@
+"""Topics and their partitions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from sqlalchemy import Connection, func, select
+
+from db.schema import topic_partitions, topics
+from db.translate import domain_errors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topic:
+    """A topic and the sums over its partitions; retention limits are None where there is no limit."""
+
+    id: UUID
+    name: str
+    partitions: int
+    retention_ms: int | None
+    retention_bytes: int | None
+    created_at: datetime
+    records: int
+    byte_size: int
+
+
+def create_topic(conn: psycopg.Connection[Any], name: str, partitions: int) -> UUID:
+    """Create a topic; raises InvalidTopicError and TopicExistsError."""
+    with domain_errors():
+        row = conn.execute("select tidemark.create_topic(%s::text, %s::int)", (name, partitions)).fetchone()
+    assert row is not None  # noqa: S101 - a function call returns a row
+    return UUID(str(row[0]))
+
+
+def partition_ids(conn: psycopg.Connection[Any], topic: str) -> list[int]:
+    """Ids of a topic's partitions, partition 0 first; raises UnknownTopicError."""
+    with domain_errors():
+        row = conn.execute("select tidemark.partition_ids(%s::text)", (topic,)).fetchone()
+    assert row is not None  # noqa: S101 - a function call returns a row
+    return list(row[0])
+
+
+class PartitionIds:
+    """Partition ids by topic name, read once: they never change as long as the topic lives."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Sequence[int]] = {}
+
+    def get(self, conn: psycopg.Connection[Any], topic: str) -> Sequence[int]:
+        """As `partition_ids`, from memory the second time."""
+        if topic not in self._known:
+            self._known[topic] = tuple(partition_ids(conn, topic))
+        return self._known[topic]
+
+
+def names_of(conn: psycopg.Connection[Any], ids: Sequence[int]) -> dict[int, tuple[str, int]]:
+    """Topic name and partition number by partition id; ids that do not exist are left out."""
+    rows = conn.execute(
+        "select p.id, t.name, p.partition from tidemark.topic_partitions p "
+        "join tidemark.topics t on t.id = p.topic_id where p.id = any(%s)",
+        (list(ids),),
+    ).fetchall()
+    return {row[0]: (row[1], row[2]) for row in rows}
+
+
+def list_topics(connection: Connection, *, name: str | None = None) -> list[Topic]:
+    """All topics by name, or the one with this name."""
+    partition = topic_partitions.c
+    query = (
+        select(
+            topics,
+            func.sum(partition.end_offset - partition.start_offset).label("records"),
+            func.sum(partition.byte_size).label("byte_size"),
+        )
+        .join(topic_partitions, partition.topic_id == topics.c.id)
+        .group_by(topics.c.id)
+        .order_by(topics.c.name)
+    )
+    if name is not None:
+        query = query.where(topics.c.name == name)
+    return [
+        Topic(
+            id=row.id,
+            name=row.name,
+            partitions=row.partitions,
+            retention_ms=row.retention_ms,
+            retention_bytes=row.retention_bytes,
+            created_at=row.created_at,
+            records=int(row.records),
+            byte_size=int(row.byte_size),
+        )
+        for row in connection.execute(query)
+    ]

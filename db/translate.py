@@ -1,0 +1,83 @@
+"""Turns what Postgres reports into Tidemark's own errors: the one place that knows which is which."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from psycopg import errors
+from psycopg_pool import PoolTimeout
+from sqlalchemy.exc import DBAPIError
+
+from config.errors import (
+    InvalidCommitError,
+    InvalidTopicError,
+    TidemarkError,
+    TopicExistsError,
+    TransientDatabaseError,
+)
+
+# What may succeed when it is simply done again: nothing was committed, or committing twice is harmless.
+TRANSIENT = (
+    errors.DeadlockDetected,
+    errors.SerializationFailure,
+    errors.LockNotAvailable,
+    errors.QueryCanceled,  # statement_timeout
+    errors.TransactionTimeout,
+    errors.IdleInTransactionSessionTimeout,
+    errors.AdminShutdown,
+    errors.CrashShutdown,
+    errors.CannotConnectNow,
+    errors.DatabaseDropped,
+    errors.TooManyConnections,
+    PoolTimeout,
+)
+
+_BY_CODE = {kind.code: kind for kind in TidemarkError.__subclasses__() if kind.code is not None}
+
+# Constraints whose violation is the caller's mistake; any other one violated is a defect of ours and stays what it is.
+_BY_CONSTRAINT: dict[str, type[TidemarkError]] = {
+    "record_batch_events_n_records_positive": InvalidCommitError,
+    "record_batch_events_range_not_negative": InvalidCommitError,
+    "objects_key_length": InvalidCommitError,
+    "topics_name_legal": InvalidTopicError,
+    "topics_partitions_in_range": InvalidTopicError,
+    "topics_retention_ms_positive": InvalidTopicError,
+    "topics_retention_bytes_positive": InvalidTopicError,
+    "topics_name_key": TopicExistsError,
+}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether doing the same again may succeed.
+
+    A plain OperationalError without an SQLSTATE is a lost or refused connection.
+    """
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig
+    if isinstance(error, (TransientDatabaseError, *TRANSIENT)):
+        return True
+    return isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+
+
+def to_domain(error: psycopg.Error) -> TidemarkError | None:
+    """The Tidemark error that a driver error stands for; None when it stands for nothing but itself."""
+    kind = _BY_CODE.get(error.sqlstate or "") or _BY_CONSTRAINT.get(error.diag.constraint_name or "")
+    if kind is None:
+        return None
+    message = error.diag.message_primary or str(error)
+    hint = error.diag.message_hint
+    return kind(f"{message}. {hint}" if hint else message)
+
+
+@contextmanager
+def domain_errors() -> Iterator[None]:
+    """Raise Tidemark's errors in place of the driver's; what stands for nothing of ours passes unchanged."""
+    try:
+        yield
+    except (psycopg.Error, DBAPIError) as error:
+        # SQLAlchemy wraps the driver's error.
+        original = error.orig if isinstance(error, DBAPIError) else error
+        domain = to_domain(original) if isinstance(original, psycopg.Error) else None
+        if domain is None:
+            raise
+        raise domain from error
