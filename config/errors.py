@@ -82,3 +82,7 @@ class SchemaVersionError(TidemarkError):
 
 class TransientDatabaseError(TidemarkError):
     """A deadlock, a time-out or a lost connection outlasted the retries; the next attempt may succeed."""
+
+
+class InvalidJobError(TidemarkError):
+    """The arguments of a task are not what it takes."""

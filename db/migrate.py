@@ -80,6 +80,15 @@ def upgrade(database_url: str) -> tuple[str | None, str]:
     return before, after
 
 
+def bring_up(database_url: str) -> None:
+    """Migrate a database that is ours alone, if it needs it; cheap when it does not."""
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        try:
+            require_current(conn)
+        except SchemaVersionError:
+            upgrade(database_url)
+
+
 def require_current(conn: psycopg.Connection) -> None:
     """Raise SchemaVersionError unless the database has the schema this program needs."""
     row = conn.execute("select to_regclass('tidemark.alembic_version') is not null").fetchone()

@@ -20,6 +20,7 @@ from db.translate import domain_errors
 
 # TransactionTimeout exists since this version.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
+_RECONNECT_SECONDS = 5.0
 
 
 def session_settings(settings: Settings, server_version: int) -> dict[str, str]:
@@ -74,6 +75,8 @@ class Database:
             max_size=settings.pool_open,
             max_lifetime=settings.pool_lifetime,
             timeout=settings.pool_wait,
+            # The pool doubles its pauses between attempts; giving up early, the next caller tries at once.
+            reconnect_timeout=_RECONNECT_SECONDS,
             configure=self._configure,
             # One round trip, so that a connection the server closed meanwhile is replaced and not handed out.
             check=ConnectionPool.check_connection,

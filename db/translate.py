@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from config.errors import (
     InvalidCommitError,
     InvalidTopicError,
+    SchemaVersionError,
     TidemarkError,
     TopicExistsError,
     TransientDatabaseError,
@@ -31,6 +32,9 @@ TRANSIENT = (
     errors.TooManyConnections,
     PoolTimeout,
 )
+
+# What a database that was not migrated answers.
+_NO_SCHEMA = (errors.UndefinedTable, errors.UndefinedFunction, errors.UndefinedColumn, errors.InvalidSchemaName)
 
 _BY_CODE = {kind.code: kind for kind in TidemarkError.__subclasses__() if kind.code is not None}
 
@@ -61,6 +65,11 @@ def is_transient(error: BaseException) -> bool:
 
 def to_domain(error: psycopg.Error) -> TidemarkError | None:
     """The Tidemark error that a driver error stands for; None when it stands for nothing but itself."""
+    if isinstance(error, _NO_SCHEMA) and "tidemark." in str(error):
+        return SchemaVersionError(
+            f"{error.diag.message_primary}: the database's schema is missing or older than this program; "
+            f"run: celery -A tasks migrate"
+        )
     kind = _BY_CODE.get(error.sqlstate or "") or _BY_CONSTRAINT.get(error.diag.constraint_name or "")
     if kind is None:
         return None
@@ -74,10 +83,13 @@ def domain_errors() -> Iterator[None]:
     """Raise Tidemark's errors in place of the driver's; what stands for nothing of ours passes unchanged."""
     try:
         yield
-    except (psycopg.Error, DBAPIError) as error:
-        # SQLAlchemy wraps the driver's error.
-        original = error.orig if isinstance(error, DBAPIError) else error
-        domain = to_domain(original) if isinstance(original, psycopg.Error) else None
+    except DBAPIError as error:
+        # SQLAlchemy wraps the driver's error; callers know the driver's.
+        if not isinstance(error.orig, psycopg.Error):
+            raise
+        raise to_domain(error.orig) or error.orig from error
+    except psycopg.Error as error:
+        domain = to_domain(error)
         if domain is None:
             raise
         raise domain from error

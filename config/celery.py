@@ -1,0 +1,108 @@
+"""Celery's configuration, computed from the settings.
+
+Messages are hints (invariant 8): everything here makes losing or doubling them rare and cheap; nothing relies on it.
+"""
+
+from typing import Any
+
+from kombu import Exchange, Queue
+
+from config.queues import CONTROL, MAINTENANCE, all_queues
+from config.settings import Settings
+
+# A fan-out that waited this long is pointless, but a clock that is off by less than this must not stop them all.
+_STALE_SECONDS = 30.0
+
+
+def is_redis(url: str) -> bool:
+    """Whether a broker URL speaks of a Redis."""
+    return url.startswith(("redis://", "rediss://", "redis+socket://"))
+
+
+def celery_config(settings: Settings, broker_url: str, redis_url: str | None) -> dict[str, Any]:
+    """All of Celery's settings that differ from its defaults."""
+    tasks = Exchange("tidemark", type="direct", durable=True)
+    config: dict[str, Any] = {
+        "broker_url": broker_url,
+        "result_backend": redis_url,
+        "task_queues": [
+            Queue(name, tasks, routing_key=name, queue_arguments=_queue_arguments(name))
+            for name in all_queues(settings.shards)
+        ],
+        "task_default_queue": CONTROL,
+        "task_default_exchange": tasks.name,
+        "task_default_routing_key": CONTROL,
+        # A misspelt queue is an error, not a queue nobody reads.
+        "task_create_missing_queues": False,
+        # A task that dies with its worker is delivered again, and every task bears being run again.
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        # One task at a time: what waits in a worker cannot be taken over by another.
+        "worker_prefetch_multiplier": 1,
+        "task_time_limit": settings.hard_time_limit,
+        # Nobody reads most results; who waits for one asks for it when publishing.
+        "task_ignore_result": True,
+        "result_expires": 3600,
+        "result_extended": True,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "timezone": "UTC",
+        "broker_connection_retry_on_startup": True,
+        # Celery's default gives up after 100 tries and ends the worker.
+        "broker_connection_max_retries": None,
+        # With 5.7's defaults a lost connection cancels late-acknowledging tasks half done; they are safe to finish.
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_soft_shutdown_timeout": min(10.0, settings.task_seconds),
+        # No persistence: all entries are intervals, and running one early is harmless.
+        "beat_scheduler": "celery.beat:Scheduler",
+        "beat_max_loop_interval": min(5.0, settings.fan_out_interval),
+        "beat_schedule": _schedule(settings),
+        # For `beat -S redbeat.RedBeatScheduler`: one of several beats runs. Its lock outlives it by seconds only.
+        "redbeat_redis_url": redis_url,
+        "redbeat_lock_timeout": 30,
+        "redbeat_key_prefix": "tidemark:beat:",
+    }
+    if is_redis(broker_url):
+        config["broker_transport_options"] = {
+            "visibility_timeout": settings.visibility_timeout,
+            # Look for tasks of dead workers often: the defaults stretch the visibility timeout ninefold.
+            "unacked_restore_interval": 5,
+            "unacked_restore_throttle": 1,
+            # No priorities: a quarter of the keys in every BRPOP.
+            "priority_steps": [0],
+            # Without them a publish on a dead connection hangs for ever.
+            "socket_connect_timeout": 5,
+            "socket_timeout": 30,
+            "socket_keepalive": True,
+        }
+    if redis_url is not None:
+        config |= {
+            "redis_socket_connect_timeout": 5,
+            "redis_socket_timeout": 30,
+            "redis_socket_keepalive": True,
+            "redis_backend_health_check_interval": 30,
+        }
+    return config
+
+
+def _queue_arguments(name: str) -> dict[str, Any] | None:
+    # RabbitMQ: one consumer at a time, the next one takes over. Redis ignores it.
+    return None if name in {CONTROL, MAINTENANCE} else {"x-single-active-consumer": True}
+
+
+def _schedule(settings: Settings) -> dict[str, Any]:
+    intervals = {
+        "tasks.fan_out": settings.fan_out_interval,
+        "tasks.sweep": settings.sweep_interval,
+        "tasks.trim": settings.trim_interval,
+        "tasks.retain": settings.retention_interval,
+        "tasks.audit": settings.audit_interval,
+    }
+    return {
+        name.removeprefix("tasks."): {
+            "task": name,
+            "schedule": interval,
+            "options": {"expires": max(interval, _STALE_SECONDS)},
+        }
+        for name, interval in intervals.items()
+    }

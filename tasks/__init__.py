@@ -1,0 +1,28 @@
+"""Tidemark's Celery app and tasks: `celery -A tasks worker`, `celery -A tasks beat`, `celery -A tasks flower`.
+
+From Python: `tasks.materialize_topic("orders")` asks for a materialization now, as
+`tasks.materialize_topic.delay("orders")` does through a worker.
+"""
+
+from celery import signals
+
+from tasks import discovery, maintenance, materialization
+from tasks.application import TidemarkApp
+from tasks.commands.builtin import replace_builtin_commands
+from tasks.recovery import treat_torn_down_channels_as_lost_connections
+
+treat_torn_down_channels_as_lost_connections()
+
+app = TidemarkApp("tidemark", set_as_current=True)
+materialize, materialize_partition, materialize_topic = materialization.register(app)
+fan_out, sweep = discovery.register(app)
+maintenance.register(app)
+replace_builtin_commands()
+
+__all__ = ["app", "fan_out", "materialize", "materialize_partition", "materialize_topic", "sweep"]
+
+
+@signals.worker_process_shutdown.connect
+@signals.worker_shutdown.connect
+def _close_connections(**_: object) -> None:
+    app.database.close()

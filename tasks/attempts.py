@@ -1,0 +1,52 @@
+"""Repeats a transaction after a transient database error: exponential backoff with jitter, a fresh connection each
+time.
+
+First of three lines: then Celery retries the task, and at last the next tick or sweep finds the work again.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from celery.utils.log import get_task_logger
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from config.errors import TransientDatabaseError
+from config.settings import Settings
+from db.translate import is_transient
+
+log = get_task_logger(__name__)
+_Result = TypeVar("_Result")
+_LONGEST_PAUSE = 5.0
+
+
+def with_retries(
+    settings: Settings, work: Callable[[], _Result], *, on_error: Callable[[BaseException], None] | None = None
+) -> _Result:
+    """Return `work()`, repeated as the settings allow; TransientDatabaseError when that was not enough.
+
+    `on_error` hears of each failed attempt.
+    """
+
+    def note(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if error is not None:
+            log.warning("attempt %s failed: %s: %s", state.attempt_number, type(error).__name__, str(error).strip())
+            if on_error is not None:
+                on_error(error)
+
+    attempts = Retrying(
+        retry=retry_if_exception(is_transient),
+        stop=stop_after_attempt(settings.retries + 1),
+        wait=wait_random_exponential(multiplier=settings.retry_seconds, max=_LONGEST_PAUSE),
+        after=note,
+        reraise=True,
+    )
+    try:
+        return attempts(work)
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        raise TransientDatabaseError(
+            f"Postgres failed {settings.retries + 1} times in a row, at last with {type(error).__name__}: "
+            f"{str(error).strip()}. The task is tried again later; see whether the server is up and what it logs."
+        ) from error

@@ -1,0 +1,56 @@
+"""The tasks that find work: fan-out after new commits, the sweep after lost messages."""
+
+from typing import Any
+
+from celery.utils.log import get_task_logger
+
+from db.discover import Pending, find_committed, save_seen
+from db.discover import sweep as sweep_partitions
+from tasks.application import TidemarkApp
+from tasks.attempts import with_retries
+from tasks.dispatch import dispatch
+
+log = get_task_logger(__name__)
+
+
+def fan_out_once(app: TidemarkApp) -> dict[str, int]:
+    """Dispatch the partitions of all commits since the last fan-out.
+
+    The snapshot is saved after publishing: a crash in between dispatches twice, never not at all.
+    """
+    with app.database.connection() as conn:
+        found = find_committed(conn)
+        if found.commits == 0:
+            return {"commits": 0, "partitions": 0, "tasks": 0}
+        partitions: tuple[Pending, ...] = found.partitions
+        if not found.complete:
+            # After a long pause; reading every partition is cheaper than so many commits.
+            log.info("more than %s new commits: sweeping all partitions", found.commits)
+            partitions = tuple(sweep_partitions(conn))
+        tasks = dispatch(app, conn, partitions)
+        save_seen(conn, found.snapshot)
+    return {"commits": found.commits, "partitions": len(partitions), "tasks": tasks}
+
+
+def sweep_once(app: TidemarkApp) -> dict[str, int]:
+    """Dispatch every partition that has pending events."""
+    with app.database.connection() as conn:
+        partitions = tuple(sweep_partitions(conn))
+        tasks = dispatch(app, conn, partitions)
+    return {"partitions": len(partitions), "tasks": tasks}
+
+
+def register(app: TidemarkApp) -> tuple[Any, Any]:
+    """Make the tasks known to the app; returns `fan_out` and `sweep`. Without Celery's retry: the next tick is one."""
+
+    @app.task(name="tasks.fan_out")
+    def fan_out() -> dict[str, Any]:
+        """Find partitions with new commits and queue their materialization."""
+        return with_retries(app.settings, lambda: fan_out_once(app))
+
+    @app.task(name="tasks.sweep")
+    def sweep() -> dict[str, Any]:
+        """Probe every partition and queue those with pending events."""
+        return with_retries(app.settings, lambda: sweep_once(app))
+
+    return fan_out, sweep

@@ -1,0 +1,73 @@
+"""Groups partitions into tasks and publishes them.
+
+Grouping matters most for throughput: 200 thin partitions in one transaction run more than ten times faster than each
+in its own. A deep partition travels alone, so that it holds nobody up.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+
+from config.settings import Settings
+from db.discover import Pending
+from tasks.routing import MATERIALIZE, shard_of
+
+if TYPE_CHECKING:
+    from tasks.application import TidemarkApp
+
+
+def group(pending: Iterable[Pending], settings: Settings) -> list[list[int]]:
+    """Partition ids of each task to publish: one shard each, thin ones together within the settings' limits."""
+    by_shard: dict[int, list[Pending]] = defaultdict(list)
+    for partition in sorted(pending, key=lambda p: p.partition_id):
+        by_shard[shard_of(partition.partition_id, settings.shards)].append(partition)
+    return [ids for shard in sorted(by_shard) for ids in _pack(by_shard[shard], settings)]
+
+
+def _pack(partitions: Sequence[Pending], settings: Settings) -> Iterable[list[int]]:
+    together: list[int] = []
+    events = 0
+    for partition in partitions:
+        if partition.events >= settings.events_per_task:
+            yield [partition.partition_id]
+            continue
+        full = len(together) == settings.partitions_per_task or events + partition.events > settings.events_per_task
+        if together and full:
+            yield together
+            together, events = [], 0
+        together.append(partition.partition_id)
+        events += partition.events
+    if together:
+        yield together
+
+
+def dispatch(app: "TidemarkApp", conn: psycopg.Connection[Any], pending: Sequence[Pending]) -> int:
+    """Publish materialize tasks for partitions that are not queued yet; returns the number of tasks.
+
+    When publishing fails the tokens of what was not published are dropped, so that the next tick tries again.
+    """
+    free = set(app.queued.acquire([p.partition_id for p in pending]))
+    if not free:
+        return 0
+    groups = group((p for p in pending if p.partition_id in free), app.settings)
+    try:
+        app.names.learn(conn, free)
+        with app.producer_or_acquire() as producer, producer.batch():
+            for ids in groups:
+                publish(app, ids, producer=producer)
+    except BaseException:
+        app.queued.release(free)
+        raise
+    return len(groups)
+
+
+def publish(app: "TidemarkApp", partition_ids: Sequence[int], **options: Any) -> Any:
+    """Publish one materialize task, named for Flower by topics and partitions; returns its AsyncResult."""
+    return app.tasks[MATERIALIZE].apply_async(
+        kwargs={"partition_ids": list(partition_ids)},
+        argsrepr=f"({app.names.describe(partition_ids)})",
+        kwargsrepr="{}",
+        **options,
+    )

@@ -1,0 +1,53 @@
+"""Names for partitions, for people: `orders/0-15 payments/3` in place of ids."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import psycopg
+
+from db.topics import names_of
+
+# Enough for every partition of a large installation; beyond that, starting over costs one query.
+_REMEMBERED = 200_000
+
+
+class PartitionNames:
+    """Topic and partition number by partition id; read once, since they never change."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[str, int]] = {}
+
+    def learn(self, conn: psycopg.Connection[Any], ids: Iterable[int]) -> None:
+        """Read the names of ids that are not known yet."""
+        missing = [i for i in ids if i not in self._known]
+        if not missing:
+            return
+        if len(self._known) + len(missing) > _REMEMBERED:
+            self._known.clear()
+        self._known.update(names_of(conn, missing))
+
+    def topics(self, ids: Iterable[int]) -> list[str]:
+        """Topics these partitions belong to, as far as known."""
+        return sorted({self._known[i][0] for i in ids if i in self._known})
+
+    def describe(self, ids: Sequence[int], *, width: int = 200) -> str:
+        """Short text for partitions; those without a known name appear by id."""
+        by_topic: dict[str, list[int]] = defaultdict(list)
+        for i in ids:
+            topic, partition = self._known.get(i, ("id", i))
+            by_topic[topic].append(partition)
+        text = " ".join(f"{topic}/{_ranges(sorted(numbers))}" for topic, numbers in sorted(by_topic.items()))
+        return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    runs = [[numbers[0], numbers[0]]]
+    for before, number in pairwise(numbers):
+        if number == before + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
