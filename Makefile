@@ -1,0 +1,64 @@
+# `make` or `make help` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The environment is made anew when one of these changes.
+INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-16s %s\n", $$1, $$2 }'
+
+.PHONY: setup
+setup: $(INSTALLED) ## Make the environment in .venv, from a hash-locked file
+
+$(INSTALLED): config/requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement config/requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
+	@touch $@
+
+.PHONY: demo
+demo: setup ## Run the whole pipeline for 20 s and check its invariants (ARGS="--keep" stays up)
+	$(BIN)/celery -A tasks demo $(ARGS)
+
+.PHONY: check
+check: setup ## Format, lint, types, layers
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+.PHONY: test
+test: check ## All checks and all tests that need nothing but this repository
+	$(PYTEST) $(ARGS)
+
+.PHONY: test-unit
+test-unit: setup ## The tests that need no server
+	$(PYTEST) tests/unit $(ARGS)
+
+.PHONY: format
+format: setup ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The extra index options of this machine, if any, must not get into the files.
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-emit-find-links --no-header pyproject.toml
+
+.PHONY: lock
+lock: setup ## Lock the newest versions that pyproject.toml admits
+	$(COMPILE) --upgrade --output-file config/requirements.lock
+	$(COMPILE) --upgrade --all-extras --group dev --output-file config/requirements-dev.lock
+
+.PHONY: clean
+clean: ## Remove everything that was built
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis *.egg-info

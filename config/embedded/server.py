@@ -1,0 +1,176 @@
+"""What both servers have in common: a directory, the right to run there, and one process.
+
+- `owner.lock` is held by the process that owns the server. Whoever gets it knows that the last owner is gone, and
+  that any server still running in the directory is a leftover of an owner that was killed.
+- Leftovers are found by program name and working directory, not by a pid file: a pid outlives its process, and a
+  killed postmaster's children have lost theirs. They are ended by SIGKILL: what they acknowledged is in their log
+  files, and the next start recovers it.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import psutil
+
+from config.embedded.account import Account, claim_for
+from config.embedded.files import open_log, tail
+from config.embedded.locks import FileLock
+from config.errors import EmbeddedServerError
+
+_POLL = 0.02
+_KILL_SECONDS = 10.0
+
+
+class EmbeddedServer(ABC):
+    """Subclasses say what to run and when it is ready."""
+
+    program: ClassVar[str]
+    stop_signal: ClassVar[signal.Signals]
+    start_seconds: ClassVar[float]
+    stop_seconds: ClassVar[float]
+
+    def __init__(self, directory: Path) -> None:
+        self._account = Account.for_servers()
+        self._directory = claim_for(self._account, directory)
+        self._data = self._directory / "data"
+        self._log = self._directory / "server.log"
+        self._owner = FileLock(self._directory / "owner.lock")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make the data directory ready for a start, whatever the last run left."""
+
+    @abstractmethod
+    def _command(self) -> list[str | Path]: ...
+
+    @abstractmethod
+    def _is_ready(self, pid: int) -> bool: ...
+
+    @abstractmethod
+    def _clean_up(self) -> None:
+        """Remove what lies outside the directory."""
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise EmbeddedServerError(f"{self.program} in {self._directory} was never started")
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Stop in order. Does nothing when it is stopped, or when another process owns the directory by now."""
+        if not self._owner.try_acquire():
+            return
+        try:
+            self._end()
+        finally:
+            self._clean_up()
+            self._owner.release()
+
+    def kill(self) -> None:
+        """Crash: SIGKILL to the server and all its children. `restart` or a new `start` recovers."""
+        if self._owner.held:  # otherwise what runs there is another owner's
+            self._kill_all()
+            self._owner.release()
+
+    def restart(self) -> None:
+        """Stop what still runs and start again, at the same URL (a Postgres after `stop`: at a new one)."""
+        self._own()
+        self._end()
+        self._launch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _own(self) -> None:
+        if not self._owner.try_acquire():
+            raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
+
+    def _start(self) -> None:
+        self._own()
+        try:
+            self._first_launch()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _first_launch(self) -> None:
+        self._launch()
+
+    def _launch(self) -> None:
+        self._kill_all()
+        self._prepare()
+        log = open_log(self._log)
+        try:
+            self._process = self._account.spawn(self._command(), directory=self._data, log=log)
+        finally:
+            os.close(log)
+        try:
+            self._await_ready(self._process)
+        except BaseException:  # Ctrl-C as well: nobody else knows of the process yet
+            self._end()
+            raise
+
+    def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + self.start_seconds
+        while not self._is_ready(process.pid):
+            if process.poll() is not None:
+                raise EmbeddedServerError(
+                    f"{self.program} in {self._directory} did not start (exit code {process.returncode}):\n"
+                    f"{tail(self._log)}"
+                )
+            if time.monotonic() > deadline:
+                raise EmbeddedServerError(
+                    f"{self.program} in {self._directory} was not ready after {self.start_seconds:g} s:\n"
+                    f"{tail(self._log)}"
+                )
+            time.sleep(_POLL)
+
+    def _end(self) -> None:
+        if self._process is not None and self.running:
+            self._process.send_signal(self.stop_signal)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(self.stop_seconds)
+        if self._process is not None:
+            self._kill_all()
+
+    def _kill_all(self) -> None:
+        """End every process of this server, and those it forks meanwhile."""
+        deadline = time.monotonic() + _KILL_SECONDS
+        while left := self._processes():
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if self._process is not None:
+                self._process.poll()
+            if time.monotonic() > deadline:
+                raise EmbeddedServerError(f"Processes of {self._data} do not die: {[p.pid for p in left]}")
+            time.sleep(_POLL)
+        if self._process is not None:
+            self._process.kill()  # for a system that does not tell us its working directory; else a no-op
+            self._process.wait(_KILL_SECONDS)
+
+    def _processes(self) -> list[psutil.Process]:
+        """Every process of this server but zombies, which have no working directory any more."""
+        data = str(self._data.resolve())
+        return [
+            process
+            for process in psutil.process_iter(["name", "cwd"])
+            if process.info["name"] == self.program and process.info["cwd"] == data
+        ]
