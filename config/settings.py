@@ -9,13 +9,15 @@ from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from config.errors import SettingsError
 
-Seconds = Annotated[float, Field(gt=0, le=30 * 86_400)]
-_BROKER_SCHEMES = ("redis", "rediss", "redis+socket", "amqp", "amqps", "pyamqp", "memory")
+# At least a millisecond: less would reach Postgres as 0, which means no limit.
+Seconds = Annotated[float, Field(ge=0.001, le=30 * 86_400, allow_inf_nan=False)]
+_REDIS_SCHEMES = ("redis", "rediss", "redis+socket")
+_BROKER_SCHEMES = (*_REDIS_SCHEMES, "amqp", "amqps", "pyamqp")
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 
 
@@ -33,16 +35,19 @@ class Settings(BaseSettings):
 
     database_url: str | None = Field(
         None,
+        repr=False,
         description="Postgres, as `postgresql://user:password@host:port/database`. Without it an embedded "
         "PostgreSQL 18 runs in the data directory.",
     )
     broker_url: str | None = Field(
         None,
+        repr=False,
         description="Celery's broker, as `redis://…` or `amqp://…`. Without it an embedded Redis runs in the "
         "data directory.",
     )
     redis_url: str | None = Field(
         None,
+        repr=False,
         description="Redis for results, queued-tokens, shard leases and metrics. Defaults to the broker where that is "
         "a Redis; with RabbitMQ and without it none of these is kept.",
     )
@@ -128,18 +133,13 @@ class Settings(BaseSettings):
         "console", description="One event a line, for people or for machines."
     )
 
-    @field_validator("database_url")
+    @field_validator("database_url", "broker_url", "redis_url")
     @classmethod
-    def _postgres(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in _POSTGRES_SCHEMES:
-            raise ValueError("must start with postgresql://")
-        return value
-
-    @field_validator("broker_url")
-    @classmethod
-    def _broker(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in _BROKER_SCHEMES:
-            raise ValueError("must start with redis://, rediss://, redis+socket:// or amqp://")
+    def _speaks_a_known_protocol(cls, value: str | None, info: ValidationInfo) -> str | None:
+        known = {"database_url": _POSTGRES_SCHEMES, "broker_url": _BROKER_SCHEMES, "redis_url": _REDIS_SCHEMES}
+        schemes = known[info.field_name or ""]
+        if value is not None and urlsplit(value).scheme not in schemes:
+            raise ValueError(f"must start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
         return value
 
     @model_validator(mode="after")
@@ -171,6 +171,7 @@ def load_settings() -> Settings:
         lines = []
         for item in error.errors():
             name = f"TIDEMARK_{item['loc'][0]}".upper() if item["loc"] else "settings"
-            given = f" (given: {item['input']!r})" if item["loc"] else ""
+            # A URL holds a password, and a message may end up in a log.
+            given = f" (given: {item['input']!r})" if item["loc"] and not name.endswith("_URL") else ""
             lines.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
         raise SettingsError("; ".join(lines)) from None

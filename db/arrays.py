@@ -23,7 +23,7 @@ class Int4Array:
     element_oid: ClassVar[int] = 23
 
     def __init__(self, values: Iterable[int]) -> None:
-        self._values = array("i", values)
+        self._values = array("i", _plain(values))
 
     def __len__(self) -> int:
         return len(self._values)
@@ -42,7 +42,7 @@ class Int8Array:
     element_oid: ClassVar[int] = 20
 
     def __init__(self, values: Iterable[int]) -> None:
-        self._values = array("q", values)
+        self._values = array("q", _plain(values))
 
     def __len__(self) -> int:
         return len(self._values)
@@ -57,6 +57,11 @@ class Int8Array:
         words[1::3] = halves[high::2]
         words[2::3] = halves[low::2]
         return _header(self.element_oid, count) + _big_endian(words)
+
+
+def _plain(values: Iterable[int]) -> Iterable[int]:
+    # array() would take bytes and other buffers for memory to copy, not for numbers.
+    return values if isinstance(values, list | tuple) else list(values)
 
 
 def _header(element_oid: int, count: int) -> bytes:
