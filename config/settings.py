@@ -129,6 +129,13 @@ class Settings(BaseSettings):
         300,
         description="Redis hands a task to another worker when it was not finished after so many seconds.",
     )
+    flower_auth: str | None = Field(
+        None,
+        repr=False,
+        pattern=r"^[^:]+:.{8,}$",
+        description="Flower's login, as `user:password` with 8 characters or more. Without it a password is made and "
+        "kept in the data directory.",
+    )
     log_format: Literal["console", "json"] = Field(
         "console", description="One event a line, for people or for machines."
     )
@@ -172,6 +179,6 @@ def load_settings() -> Settings:
         for item in error.errors():
             name = f"TIDEMARK_{item['loc'][0]}".upper() if item["loc"] else "settings"
             # A URL holds a password, and a message may end up in a log.
-            given = f" (given: {item['input']!r})" if item["loc"] and not name.endswith("_URL") else ""
+            given = f" (given: {item['input']!r})" if item["loc"] and not name.endswith(("_URL", "_AUTH")) else ""
             lines.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
         raise SettingsError("; ".join(lines)) from None

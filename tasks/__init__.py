@@ -6,9 +6,9 @@ From Python: `tasks.materialize_topic("orders")` asks for a materialization now,
 
 from celery import signals
 
-from tasks import discovery, maintenance, materialization
+from tasks import discovery, logs, maintenance, materialization
 from tasks.application import TidemarkApp
-from tasks.commands.builtin import replace_builtin_commands
+from tasks.commands.builtin import adapt_commands
 from tasks.recovery import treat_torn_down_channels_as_lost_connections
 
 treat_torn_down_channels_as_lost_connections()
@@ -17,7 +17,8 @@ app = TidemarkApp("tidemark", set_as_current=True)
 materialize, materialize_partition, materialize_topic = materialization.register(app)
 fan_out, sweep = discovery.register(app)
 maintenance.register(app)
-replace_builtin_commands()
+logs.connect(app)
+adapt_commands(app)
 
 __all__ = ["app", "fan_out", "materialize", "materialize_partition", "materialize_topic", "sweep"]
 

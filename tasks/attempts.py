@@ -4,17 +4,17 @@ time.
 First of three lines: then Celery retries the task, and at last the next tick or sweep finds the work again.
 """
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from celery.utils.log import get_task_logger
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from config.errors import TransientDatabaseError
 from config.settings import Settings
 from db.translate import is_transient
 
-log = get_task_logger(__name__)
+log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _LONGEST_PAUSE = 5.0
 
@@ -30,7 +30,10 @@ def with_retries(
     def note(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if error is not None:
-            log.warning("attempt %s failed: %s: %s", state.attempt_number, type(error).__name__, str(error).strip())
+            log.warning(
+                "attempt failed",
+                extra={"attempt": state.attempt_number, "error": f"{type(error).__name__}: {str(error).strip()}"},
+            )
             if on_error is not None:
                 on_error(error)
 

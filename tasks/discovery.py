@@ -1,8 +1,7 @@
 """The tasks that find work: fan-out after new commits, the sweep after lost messages."""
 
+import logging
 from typing import Any
-
-from celery.utils.log import get_task_logger
 
 from db.discover import Pending, find_committed, save_seen
 from db.discover import sweep as sweep_partitions
@@ -10,7 +9,7 @@ from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
 from tasks.dispatch import dispatch
 
-log = get_task_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 def fan_out_once(app: TidemarkApp) -> dict[str, int]:
@@ -25,10 +24,11 @@ def fan_out_once(app: TidemarkApp) -> dict[str, int]:
         partitions: tuple[Pending, ...] = found.partitions
         if not found.complete:
             # After a long pause; reading every partition is cheaper than so many commits.
-            log.info("more than %s new commits: sweeping all partitions", found.commits)
+            log.info("too many new commits, sweeping all partitions", extra={"commits": found.commits})
             partitions = tuple(sweep_partitions(conn))
         tasks = dispatch(app, conn, partitions)
         save_seen(conn, found.snapshot)
+    log.info("fanned out", extra={"commits": found.commits, "partitions": len(partitions), "tasks_published": tasks})
     return {"commits": found.commits, "partitions": len(partitions), "tasks": tasks}
 
 
@@ -37,6 +37,8 @@ def sweep_once(app: TidemarkApp) -> dict[str, int]:
     with app.database.connection() as conn:
         partitions = tuple(sweep_partitions(conn))
         tasks = dispatch(app, conn, partitions)
+    if partitions:
+        log.info("swept", extra={"partitions": len(partitions), "tasks_published": tasks})
     return {"partitions": len(partitions), "tasks": tasks}
 
 

@@ -1,10 +1,9 @@
 """The tasks that materialize: `materialize` by partition ids, and the ad-hoc jobs that find the ids by name."""
 
+import logging
 from time import monotonic
 from types import NoneType
 from typing import Any
-
-from celery.utils.log import get_task_logger
 
 from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartitionError
 from db.discover import Pending
@@ -14,9 +13,9 @@ from db.topics import partition_ids as ids_of_topic
 from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
 from tasks.dispatch import group, publish
-from tasks.routing import MATERIALIZE, partition_ids_of
+from tasks.routing import MATERIALIZE, partition_ids_of, shard_of
 
-log = get_task_logger(__name__)
+log = logging.getLogger(__name__)
 
 # Celery's retry after the task's own ones: seconds apart, and a message waiting for its time is held by the worker, so
 # well below the visibility timeout. What fails for longer is found by the sweep.
@@ -41,6 +40,7 @@ def drain(app: TidemarkApp, partition_ids: list[int]) -> MaterializationMetrics:
 
     def once() -> MaterializationMetrics:
         with app.database.connection() as conn:
+            app.names.learn(conn, left)
             return materialize_partitions(conn, left, events_per_partition=app.settings.events_per_partition)
 
     while left and (total.transactions == 0 or monotonic() < until):
@@ -61,6 +61,7 @@ def register(app: TidemarkApp) -> tuple[Any, Any, Any]:
         total = drain(app, ids)
         # To the end of the queue: other partitions of the shard get their turn. Not what is queued again by now.
         left = app.queued.acquire(total.backlog_partition_ids)
+        describe(app, ids, total)
         if left:
             publish(app, left)
         return total.as_dict()
@@ -76,6 +77,25 @@ def register(app: TidemarkApp) -> tuple[Any, Any, Any]:
         return enqueue(app, topic, None)
 
     return materialize, materialize_partition, materialize_topic
+
+
+def describe(app: TidemarkApp, ids: list[int], total: MaterializationMetrics) -> None:
+    """Log what a task did, for those who have to find out why something lags."""
+    if total.events_processed == 0:
+        return
+    log.info(
+        "materialized",
+        extra={
+            "shard": shard_of(ids[0], app.settings.shards),
+            "partitions": app.names.describe(ids),
+            "events": total.events_processed,
+            "records": total.records,
+            "ms": round(total.processing_time_ms, 1),
+            "lock_wait_ms": round(total.lock_wait_time_ms, 1),
+            "backlog_partitions": len(total.backlog_partition_ids),
+            "errors": total.errors,
+        },
+    )
 
 
 def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any) -> list[str]:

@@ -4,12 +4,12 @@ A hint like everything in Redis: a lost token means a task too many, and one tha
 a task is published, dropped when the task starts, and before it reads: a commit it does not see is queued anew.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 
-from celery.utils.log import get_task_logger
 from redis import Redis, RedisError
 
-log = get_task_logger(__name__)
+log = logging.getLogger(__name__)
 
 
 def _key(partition_id: int) -> str:
@@ -33,7 +33,7 @@ class QueuedTokens:
                     pipeline.set(_key(partition_id), 1, nx=True, px=self._milliseconds)
                 answers = pipeline.execute()
         except RedisError as error:
-            log.warning("queued-tokens are away (%s); queueing %s partitions without", error, len(partition_ids))
+            log.warning("queued-tokens are away, queueing without", extra={"error": str(error)})
             return list(partition_ids)
         return [partition_id for partition_id, was_free in zip(partition_ids, answers, strict=True) if was_free]
 
@@ -45,4 +45,4 @@ class QueuedTokens:
         try:
             self._redis.delete(*keys)
         except RedisError as error:
-            log.warning("queued-tokens are away (%s); %s of them expire later", error, len(keys))
+            log.warning("queued-tokens are away, they expire later", extra={"error": str(error)})

@@ -1,4 +1,4 @@
-"""Puts our commands in the place of Celery's own of the same name.
+"""Puts our commands in the place of Celery's own of the same name, and our defaults before Flower's.
 
 Celery adds its built-in commands after the plug-ins, so a plug-in called `migrate` or `status` is lost: Celery's own
 copy messages from broker to broker and list workers (`celery -A tasks inspect ping` does that, too). When `-A tasks` is
@@ -7,8 +7,12 @@ loaded, Celery has chosen its command object but not parsed for it yet; that obj
 
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
+
+from tasks import flower
+from tasks.application import TidemarkApp
 
 # Celery's command object, and ours.
 _REPLACED = {
@@ -16,7 +20,7 @@ _REPLACED = {
 }
 
 
-def replace_builtin_commands() -> None:
+def adapt_commands(app: TidemarkApp) -> None:
     """Do so when the celery program is what loads us; elsewhere there is nothing to replace."""
     if "celery.bin.celery" not in sys.modules:
         return
@@ -25,3 +29,16 @@ def replace_builtin_commands() -> None:
         ours: click.Command = getattr(import_module(our_module), our_name)
         theirs.__class__ = ours.__class__
         theirs.__dict__.update(ours.__dict__)
+    _start_flower_with_our_defaults(app)
+
+
+def _start_flower_with_our_defaults(app: TidemarkApp) -> None:
+    command: click.Command = import_module("flower.command").flower
+    start = command.callback
+    assert start is not None  # noqa: S101 - a command has one
+
+    def callback(*args: Any, **kwargs: Any) -> Any:
+        click.echo(flower.apply(app.settings), err=True)
+        return start(*args, **kwargs)
+
+    command.callback = callback

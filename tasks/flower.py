@@ -1,0 +1,56 @@
+"""Defaults for `celery -A tasks flower`: a page that is closed, local, remembers, and reads well.
+
+Flower's own defaults listen on every address and ask nobody for a password. Every option of Flower's, given on the
+command line or as `FLOWER_…`, goes before these.
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+from config.settings import Settings
+
+_USER = "tidemark"
+
+
+def flower_environment(settings: Settings) -> dict[str, str]:
+    """`FLOWER_…` variables to set where the user has not."""
+    directory = settings.data_dir
+    directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+    return {
+        "FLOWER_ADDRESS": "127.0.0.1",
+        "FLOWER_BASIC_AUTH": settings.flower_auth or f"{_USER}:{_secret(directory / 'flower-password')}",
+        # Or every restart ends all sessions.
+        "FLOWER_COOKIE_SECRET": _secret(directory / "flower-cookie"),
+        "FLOWER_PERSISTENT": "true",
+        "FLOWER_DB": str(directory / "flower.db"),
+        # Milliseconds; Flower's default never saves.
+        "FLOWER_STATE_SAVE_INTERVAL": "30000",
+        # Seconds; or the list shows every worker there ever was.
+        "FLOWER_PURGE_OFFLINE_WORKERS": "300",
+        "FLOWER_MAX_TASKS": "10000",
+        "FLOWER_TASKS_COLUMNS": "name,args,state,result,received,runtime,worker",
+    }
+
+
+def apply(settings: Settings) -> str:
+    """Set the defaults in this process's environment; returns how to log in, for people."""
+    for name, value in flower_environment(settings).items():
+        os.environ.setdefault(name, value)
+    if settings.flower_auth is None and os.environ["FLOWER_BASIC_AUTH"].startswith(f"{_USER}:"):
+        return (
+            f"Flower: user {_USER}, password in {settings.data_dir / 'flower-password'} (or set TIDEMARK_FLOWER_AUTH)"
+        )
+    return "Flower: log in as FLOWER_BASIC_AUTH or TIDEMARK_FLOWER_AUTH says"
+
+
+def _secret(file: Path) -> str:
+    """The secret in the file, made at first use; nobody else may read it."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return file.read_text("ascii").strip()
+    secret = secrets.token_urlsafe(18)
+    with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+        stream.write(f"{secret}\n")
+    return secret
