@@ -12,13 +12,13 @@ from tasks.dispatch import dispatch
 log = logging.getLogger(__name__)
 
 
-def fan_out_once(app: TidemarkApp) -> dict[str, int]:
-    """Dispatch the partitions of all commits since the last fan-out.
+def fan_out_once(app: TidemarkApp, *, commits_at_most: int = 50_000) -> dict[str, int]:
+    """Dispatch the partitions of all commits since the last fan-out; with more of them than that, sweep instead.
 
     The snapshot is saved after publishing: a crash in between dispatches twice, never not at all.
     """
     with app.database.connection() as conn:
-        found = find_committed(conn)
+        found = find_committed(conn, limit=commits_at_most)
         if found.commits == 0:
             return {"commits": 0, "partitions": 0, "tasks": 0}
         partitions: tuple[Pending, ...] = found.partitions
@@ -45,12 +45,12 @@ def sweep_once(app: TidemarkApp) -> dict[str, int]:
 def register(app: TidemarkApp) -> tuple[Any, Any]:
     """Make the tasks known to the app; returns `fan_out` and `sweep`. Without Celery's retry: the next tick is one."""
 
-    @app.task(name="tasks.fan_out")
+    @app.task(name="tasks.fan_out", shared=False)
     def fan_out() -> dict[str, Any]:
         """Find partitions with new commits and queue their materialization."""
         return with_retries(app.settings, lambda: fan_out_once(app))
 
-    @app.task(name="tasks.sweep")
+    @app.task(name="tasks.sweep", shared=False)
     def sweep() -> dict[str, Any]:
         """Probe every partition and queue those with pending events."""
         return with_retries(app.settings, lambda: sweep_once(app))

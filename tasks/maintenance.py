@@ -12,7 +12,7 @@ from tasks.attempts import with_retries
 def register(app: TidemarkApp) -> None:
     """Make the tasks known to the app. They have no Celery retry: the next tick is one."""
 
-    @app.task(name="tasks.trim")
+    @app.task(name="tasks.trim", shared=False)
     def trim() -> dict[str, Any]:
         """Delete consumed events, for as long as a maintenance task may take."""
         return with_retries(app.settings, lambda: trim_once(app))

@@ -52,7 +52,7 @@ def drain(app: TidemarkApp, partition_ids: list[int]) -> MaterializationMetrics:
 def register(app: TidemarkApp) -> tuple[Any, Any, Any]:
     """Make the tasks known to the app; returns `materialize`, `materialize_partition` and `materialize_topic`."""
 
-    @app.task(name=MATERIALIZE, **RETRY_OPTIONS)
+    @app.task(name=MATERIALIZE, shared=False, **RETRY_OPTIONS)
     def materialize(partition_ids: list[int]) -> dict[str, Any]:
         """Materialize the backlog of partitions of one shard; returns its MaterializationMetrics."""
         ids = partition_ids_of((partition_ids,), None)
@@ -66,12 +66,12 @@ def register(app: TidemarkApp) -> tuple[Any, Any, Any]:
             publish(app, left)
         return total.as_dict()
 
-    @app.task(name="tasks.materialize_partition", **RETRY_OPTIONS)
+    @app.task(name="tasks.materialize_partition", shared=False, **RETRY_OPTIONS)
     def materialize_partition(topic: str, partition: int) -> list[str]:
         """Materialize one partition now; returns the ids of the tasks that do so."""
         return enqueue(app, topic, partition)
 
-    @app.task(name="tasks.materialize_topic", **RETRY_OPTIONS)
+    @app.task(name="tasks.materialize_topic", shared=False, **RETRY_OPTIONS)
     def materialize_topic(topic: str) -> list[str]:
         """Materialize all partitions of a topic now; returns the ids of the tasks that do so."""
         return enqueue(app, topic, None)

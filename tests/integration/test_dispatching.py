@@ -1,0 +1,170 @@
+"""Fan-out and sweep against a real broker: what is published, where to, and what a loss leaves behind."""
+
+import json
+from base64 import b64decode
+from collections.abc import Iterator
+from typing import Any
+
+import kombu.exceptions
+import psycopg
+import pytest
+from psycopg import Connection
+from redis import Redis
+
+from config.settings import Settings
+from db.commit import commit_object
+from db.discover import Pending
+from db.topics import create_topic, partition_ids
+from tasks import discovery, maintenance, materialization
+from tasks.application import TidemarkApp
+from tasks.discovery import fan_out_once, sweep_once
+from tasks.dispatch import dispatch
+from tests.support import wait_until
+
+SHARDS = 4
+
+
+def make_app(database_url: str, broker_url: str, **changes: Any) -> TidemarkApp:
+    app = TidemarkApp("tidemark-test", set_as_current=False)
+    app.settings = Settings(database_url=database_url, broker_url=broker_url, shards=SHARDS, **changes)
+    for module in (materialization, discovery, maintenance):
+        module.register(app)
+    return app
+
+
+@pytest.fixture
+def app(database_url: str, redis_url: str) -> Iterator[TidemarkApp]:
+    made = make_app(database_url, redis_url)
+    yield made
+    made.database.close()
+    made.close()
+
+
+@pytest.fixture
+def ids(conn: Connection[Any]) -> list[int]:
+    create_topic(conn, "orders", 8)
+    return partition_ids(conn, "orders")
+
+
+def commit(conn: Connection[Any], key: str, ids: list[int]) -> None:
+    n = len(ids)
+    commit_object(conn, key, ids, [1] * n, list(range(0, 10 * n, 10)), [10] * n, [0] * n)
+
+
+def queued(redis_url: str) -> dict[str, list[dict[str, Any]]]:
+    """Messages by queue: the keyword arguments and headers of each."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    with Redis.from_url(redis_url, decode_responses=True) as redis:
+        for shard in range(SHARDS):
+            for raw in redis.lrange(f"materialize.{shard}", 0, -1):
+                message = json.loads(raw)
+                body = json.loads(b64decode(message["body"]))
+                found.setdefault(f"materialize.{shard}", []).append({**message["headers"], "kwargs": body[1]})
+    return found
+
+
+def queued_ids(redis_url: str) -> list[int]:
+    return sorted(i for ms in queued(redis_url).values() for m in ms for i in m["kwargs"]["partition_ids"])
+
+
+def test_each_touched_partition_is_queued_on_its_shard_under_its_name(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str
+) -> None:
+    commit(conn, "a", [ids[0], ids[4], ids[1], ids[0]])
+
+    assert fan_out_once(app) == {"commits": 1, "partitions": 3, "tasks": 2}
+
+    messages = queued(redis_url)
+    assert {queue: [m["kwargs"]["partition_ids"] for m in ms] for queue, ms in messages.items()} == {
+        f"materialize.{ids[0] % SHARDS}": [[ids[0], ids[4]]],
+        f"materialize.{ids[1] % SHARDS}": [[ids[1]]],
+    }
+    assert sorted(m["argsrepr"] for ms in messages.values() for m in ms) == ["(orders/0,4)", "(orders/1)"]
+
+
+def test_commits_are_dispatched_once(app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str) -> None:
+    commit(conn, "a", ids[:1])
+    fan_out_once(app)
+
+    assert fan_out_once(app) == {"commits": 0, "partitions": 0, "tasks": 0}
+    assert queued_ids(redis_url) == ids[:1]
+
+
+def test_a_queued_partition_is_not_queued_again_until_its_task_starts(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str
+) -> None:
+    commit(conn, "a", ids[:1])
+    fan_out_once(app)
+    commit(conn, "b", ids[:2])
+    fan_out_once(app)
+    assert queued_ids(redis_url) == ids[:2]
+
+    app.queued.release(ids[:1])
+    commit(conn, "c", ids[:2])
+    fan_out_once(app)
+
+    assert queued_ids(redis_url) == [ids[0], ids[0], ids[1]]
+
+
+def test_a_token_that_outlived_its_task_expires(
+    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int]
+) -> None:
+    app = make_app(database_url, redis_url, queued_seconds=0.05)
+    commit(conn, "a", ids[:1])
+    fan_out_once(app)
+
+    def queued_again() -> bool:
+        sweep_once(app)
+        return queued_ids(redis_url) == [ids[0], ids[0]]
+
+    wait_until(queued_again)
+    app.database.close()
+
+
+def test_the_sweep_finds_what_a_flushed_redis_lost(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str
+) -> None:
+    commit(conn, "a", ids)
+    fan_out_once(app)
+    with Redis.from_url(redis_url) as redis:
+        redis.flushall()
+    assert fan_out_once(app)["tasks"] == 0
+
+    assert sweep_once(app) == {"partitions": 8, "tasks": SHARDS}
+    assert queued_ids(redis_url) == ids
+
+
+def test_a_broker_that_is_down_leaves_the_commits_to_be_found_again(
+    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int]
+) -> None:
+    commit(conn, "a", ids[:1])
+    down = make_app(database_url, "redis://127.0.0.1:1/0")
+    down.conf.task_publish_retry = False
+    with pytest.raises(kombu.exceptions.OperationalError):
+        fan_out_once(down)
+    down.database.close()
+
+    up = make_app(database_url, redis_url)
+    assert fan_out_once(up)["partitions"] == 1
+    up.database.close()
+
+
+def test_tokens_of_what_could_not_be_published_are_dropped(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int]
+) -> None:
+    conn.close()
+    with pytest.raises(psycopg.OperationalError):
+        # Fails at learning the partition's name, after its token is set.
+        dispatch(app, conn, [Pending(partition_id=ids[0], events=1)])
+    assert app.queued.acquire(ids[:1]) == ids[:1]
+
+
+def test_after_too_many_commits_the_sweep_takes_over(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str
+) -> None:
+    for number in range(3):
+        commit(conn, f"object-{number}", [ids[number]])
+
+    assert fan_out_once(app, commits_at_most=2)["partitions"] == 3
+    assert queued_ids(redis_url) == ids[:3]
+    assert fan_out_once(app)["commits"] == 0
