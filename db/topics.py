@@ -9,8 +9,11 @@ from uuid import UUID
 import psycopg
 from sqlalchemy import Connection, func, select
 
+from config.errors import InvalidTopicError, UnknownTopicError
 from db.schema import topic_partitions, topics
 from db.translate import domain_errors
+
+_MAX_LIMIT = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,13 @@ class PartitionIds:
         return self._known[topic]
 
 
+def highest_partition_id(conn: psycopg.Connection[Any]) -> int:
+    """The id given last; 0 when there are no partitions."""
+    row = conn.execute("select coalesce(max(p.id), 0) from tidemark.topic_partitions p").fetchone()
+    assert row is not None  # noqa: S101 - an aggregate returns a row
+    return int(row[0])
+
+
 def names_of(conn: psycopg.Connection[Any], ids: Sequence[int]) -> dict[int, tuple[str, int]]:
     """Topic name and partition number by partition id; ids that do not exist are left out."""
     rows = conn.execute(
@@ -94,3 +104,27 @@ def list_topics(connection: Connection, *, name: str | None = None) -> list[Topi
         )
         for row in connection.execute(query)
     ]
+
+
+def set_retention(
+    conn: psycopg.Connection[Any], topic: str, *, retention_ms: int | None, retention_bytes: int | None
+) -> None:
+    """Set a topic's limits, both; None is no limit. What is beyond them goes at the next retention.
+
+    Raises UnknownTopicError, and InvalidTopicError for a limit that is not positive or beyond 64 bits.
+    """
+    for name, limit in (("retention_ms", retention_ms), ("retention_bytes", retention_bytes)):
+        if limit is not None and not 1 <= limit <= _MAX_LIMIT:
+            raise InvalidTopicError(
+                f"topic {topic!r}: {name} {limit} is out of range. Use 1 to {_MAX_LIMIT}, or None for no limit."
+            )
+    with domain_errors():
+        found = conn.execute(
+            "update tidemark.topics set retention_ms = %s::bigint, retention_bytes = %s::bigint where name = %s::text",
+            (retention_ms, retention_bytes, topic),
+        ).rowcount
+    if not found:
+        raise UnknownTopicError(
+            f"topic {topic!r} does not exist. Create it with tidemark.create_topic(name, partitions), or list what "
+            f"there is in tidemark.topics."
+        )

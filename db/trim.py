@@ -15,7 +15,9 @@ from db.translate import domain_errors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrimResult:
-    """`deleted` events in `partitions` partitions; `next_partition_id` is where to go on, None at the end."""
+    """`deleted` events in `partitions` partitions; `next_partition_id` is what to pass as
+    `after_partition_id` to go on, None at the end.
+    """
 
     deleted: int
     partitions: int
@@ -48,8 +50,8 @@ def trim(
                 count = run(conn, "delete_consumed", (partition_id, delete_batch)).rowcount
             deleted += count
             if stop():
-                # The partition that is not finished comes again.
-                return TrimResult(deleted=deleted, partitions=partitions, next_partition_id=partition_id)
+                # The partition that may not be finished comes again.
+                return TrimResult(deleted=deleted, partitions=partitions, next_partition_id=partition_id - 1)
             if count < delete_batch:
                 break
         after_partition_id = partition_id

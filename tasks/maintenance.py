@@ -1,12 +1,24 @@
-"""The tasks that keep the tables small and the log within its limits."""
+"""The tasks that keep the tables small, the log within its limits, and an eye on the invariants."""
 
+import logging
 import random
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
+import psycopg
+
+from db.audit import audit as audit_log
+from db.retention import retain as retain_log
+from db.topics import highest_partition_id
 from db.trim import trim as trim_events
 from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
+
+log = logging.getLogger(__name__)
+
+# More would not help anybody who reads the result in Flower; `celery -A tasks audit` prints all.
+_VIOLATIONS_SHOWN = 3
 
 
 def register(app: TidemarkApp) -> None:
@@ -17,23 +29,74 @@ def register(app: TidemarkApp) -> None:
         """Delete consumed events, for as long as a maintenance task may take."""
         return with_retries(app.settings, lambda: trim_once(app))
 
+    @app.task(name="tasks.retain", shared=False)
+    def retain() -> dict[str, Any]:
+        """Delete batches beyond the topics' retention limits, for as long as a maintenance task may take."""
+        return with_retries(app.settings, lambda: retain_once(app))
+
+    @app.task(name="tasks.audit", shared=False)
+    def audit() -> dict[str, Any]:
+        """Check the invariants on what was not audited yet, for as long as a maintenance task may take."""
+        return with_retries(app.settings, lambda: audit_once(app))
+
+
+def _deadline(app: TidemarkApp) -> Callable[[], bool]:
+    until = monotonic() + app.settings.maintenance_seconds
+    return lambda: monotonic() >= until
+
+
+def _starts(conn: psycopg.Connection[Any]) -> tuple[int, int]:
+    """Where to begin a round: anywhere, then at the first. What is not done in time is another part each time."""
+    return random.randint(0, highest_partition_id(conn)), 0  # noqa: S311 - fairness, not secrecy
+
 
 def trim_once(app: TidemarkApp) -> dict[str, int]:
-    """Trim all partitions, from a random one on: whatever does not get done in time is another one each time."""
-    until = monotonic() + app.settings.maintenance_seconds
+    """Trim all partitions, as far as the time goes."""
+    stop = _deadline(app)
     deleted = partitions = 0
     with app.database.connection() as conn:
-        row = conn.execute("select coalesce(max(id), 0) from tidemark.topic_partitions").fetchone()
-        middle = random.randint(0, row[0] if row else 0)  # noqa: S311 - fairness, not secrecy
-        for after in (middle, 0):
-            result = trim_events(
-                conn,
-                delete_batch=app.settings.delete_batch,
-                after_partition_id=after,
-                stop=lambda: monotonic() >= until,
-            )
+        for after in _starts(conn):
+            result = trim_events(conn, delete_batch=app.settings.delete_batch, after_partition_id=after, stop=stop)
             deleted += result.deleted
             partitions += result.partitions
             if result.next_partition_id is not None:
                 break
     return {"deleted": deleted, "partitions": partitions}
+
+
+def retain_once(app: TidemarkApp) -> dict[str, int]:
+    """Apply the topics' retention limits, as far as the time goes."""
+    stop = _deadline(app)
+    deleted = log_bytes = objects_freed = 0
+    with app.database.connection() as conn:
+        for after in _starts(conn):
+            result = retain_log(conn, delete_batch=app.settings.delete_batch, after_partition_id=after, stop=stop)
+            deleted += result.deleted
+            log_bytes += result.log_bytes
+            objects_freed += result.objects_freed
+            if result.next_partition_id is not None:
+                break
+    return {"deleted": deleted, "log_bytes": log_bytes, "objects_freed": objects_freed}
+
+
+def audit_once(app: TidemarkApp) -> dict[str, Any]:
+    """Audit what the last audits did not read; whole logs again are `celery -A tasks audit --from-scratch`."""
+    with app.database.connection() as conn:
+        result = audit_log(conn, stop=_deadline(app))
+    for violation in result.violations:
+        log.error(
+            "invariant broken",
+            extra={
+                "invariant": violation.invariant,
+                "partition_id": violation.partition_id,
+                "offset": violation.offset,
+                "detail": violation.detail,
+            },
+        )
+    return {
+        "partitions": result.partitions,
+        "batches": result.batches,
+        "violations": len(result.violations),
+        "first": [violation.detail for violation in result.violations[:_VIOLATIONS_SHOWN]],
+        "complete": result.complete,
+    }

@@ -1,6 +1,7 @@
 -- Gives the cursors a meaning in this cluster after a restore into it. One transaction; nobody commits or materializes
 -- meanwhile.
-lock table tidemark.objects, tidemark.record_batch_events, tidemark.topic_partitions in access exclusive mode;
+-- Partitions first, as everything else does.
+lock table tidemark.topic_partitions, tidemark.objects, tidemark.record_batch_events in access exclusive mode;
 
 -- Consumed events would look pending once the cursors are reset.
 delete from tidemark.record_batch_events e

@@ -1,0 +1,84 @@
+"""The maintenance tasks: what one turn does, and what it leaves for the next."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from psycopg import Connection
+
+from config.settings import Settings
+from db.commit import commit_object
+from db.materialize import materialize
+from db.topics import create_topic, partition_ids, set_retention
+from tasks.application import TidemarkApp
+from tasks.maintenance import audit_once, retain_once, trim_once
+
+
+@pytest.fixture
+def app(database_url: str) -> Iterator[TidemarkApp]:
+    made = TidemarkApp("tidemark-test", set_as_current=False)
+    made.settings = Settings(database_url=database_url, broker_url="redis://127.0.0.1:1/0", delete_batch=2)
+    yield made
+    made.database.close()
+    made.close()
+
+
+@pytest.fixture
+def ids(conn: Connection[Any]) -> list[int]:
+    """A topic of four partitions with five old batches in each, all materialized."""
+    create_topic(conn, "orders", 4)
+    ids = partition_ids(conn, "orders")
+    for number in range(5):
+        commit_object(conn, f"object-{number}", ids, [10] * 4, [0] * 4, [100] * 4, [1_000 + number] * 4)
+    materialize(conn, ids)
+    return ids
+
+
+def count(conn: Connection[Any], table: str) -> int:
+    row = conn.execute(f"select count(*) from tidemark.{table}".encode()).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_one_turn_trims_every_partition_wherever_it_starts(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int]
+) -> None:
+    commit_object(conn, "pending", ids[:1], [1], [0], [1], [0])
+
+    assert trim_once(app)["deleted"] == 20
+    assert count(conn, "record_batch_events") == 1
+
+
+def test_a_turn_that_is_over_leaves_the_rest_to_the_next(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int]
+) -> None:
+    app.settings = app.settings.model_copy(update={"maintenance_seconds": 0.0})
+    turns = [trim_once(app)["deleted"] for _ in range(40)]
+
+    assert turns[0] == 2
+    assert sum(turns) == 20
+    assert count(conn, "record_batch_events") == 0
+
+
+def test_one_turn_applies_the_limits_of_every_topic(app: TidemarkApp, conn: Connection[Any], ids: list[int]) -> None:
+    assert retain_once(app) == {"deleted": 0, "log_bytes": 0, "objects_freed": 0}
+    set_retention(conn, "orders", retention_ms=60_000, retention_bytes=None)
+
+    assert retain_once(app) == {"deleted": 20, "log_bytes": 2_000, "objects_freed": 5}
+    assert count(conn, "record_batches") == 0
+
+
+def test_an_audit_reports_what_is_broken_and_logs_it(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    sound = audit_once(app)
+    assert (sound["partitions"], sound["batches"], sound["violations"], sound["complete"]) == (4, 20, 0, True)
+
+    conn.execute("update tidemark.topic_partitions set end_offset = end_offset + 1 where id = %s", (ids[2],))
+    with caplog.at_level(logging.ERROR):
+        broken = audit_once(app)
+
+    assert broken["violations"] >= 1
+    assert broken["first"]
+    assert "invariant broken" in caplog.text
