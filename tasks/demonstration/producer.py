@@ -1,0 +1,251 @@
+"""One producer, a process of its own: `python -m tasks.demonstration.producer ORDER`.
+
+Uploads objects and commits them, several at once, and is difficult in every way a producer may be: slow to commit,
+changing its mind, repeating itself, at the same moment too, and repeating itself wrongly. All goes into its ledger.
+
+Its ledger file appears when it is ready. It begins when told to on its standard input, and ends at once when that
+closes: nobody is left to tell.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from enum import Enum, auto
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Self
+
+from config.errors import CommitConflictError
+from config.settings import load_settings
+from db.commit import Batch, commit_batches
+from db.pool import Database
+from db.translate import is_transient
+from tasks.demonstration.ledger import Attempt, LedgerWriter, Outcome
+from tasks.demonstration.storage import upload
+
+# Commits of one producer under way at once: the slow ones must not slow the others down.
+THREADS = 4
+_BATCHES = (24, 48)
+_RECORDS = (1, 50)
+_BYTES = (64, 512)
+_LONGEST_HOLD = 1.0
+_RETRY_PAUSE = 0.2
+# After an outage a producer goes on asking so long for what became of its commit.
+_RETRIES = 50
+
+
+class Kind(Enum):
+    """What a producer does with an object."""
+
+    PLAIN = auto()
+    SLOW = auto()
+    ROLLED_BACK = auto()
+    ROLLED_BACK_FIRST = auto()
+    REPEATED_LATER = auto()
+    REPEATED_AT_ONCE = auto()
+    REPEATED_WRONGLY = auto()
+
+
+# Shuffled, this comes again and again: even a short run meets every kind.
+_KINDS = (
+    *(Kind.PLAIN,) * 11,
+    *(Kind.SLOW,) * 2,
+    *(Kind.ROLLED_BACK,) * 2,
+    Kind.ROLLED_BACK_FIRST,
+    Kind.REPEATED_LATER,
+    *(Kind.REPEATED_AT_ONCE,) * 2,
+    Kind.REPEATED_WRONGLY,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """What the demo tells a producer on its command line."""
+
+    number: int
+    key_prefix: str
+    rate: float
+    partition_ids: Sequence[int]
+    objects: str
+    ledger: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shift:
+    """From when to when, by the monotonic clock."""
+
+    start: float
+    stop: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+
+class Producer:
+    """Several threads that share a schedule."""
+
+    def __init__(self, order: Order, database: Database, ledger: LedgerWriter) -> None:
+        self._order = order
+        self._database = database
+        self._ledger = ledger
+        self._random = random.Random(f"{order.key_prefix}{order.number}")  # noqa: S311 - load, not secrets
+        self._lock = Lock()
+        self._number = 0
+        self._kinds = self._endless_kinds()
+
+    def run(self, shift: Shift) -> None:
+        with ThreadPoolExecutor(THREADS) as threads:
+            for done in [threads.submit(self._work, shift) for _ in range(THREADS)]:
+                done.result()
+
+    def _work(self, shift: Shift) -> None:
+        while True:
+            with self._lock:
+                number, kind = self._number, next(self._kinds)
+                self._number += 1
+                key, batches = self._draw(number)
+                hold, pause = (self._random.uniform(0, _LONGEST_HOLD) for _ in range(2))
+            due = shift.start + number / self._order.rate
+            if due >= shift.stop or time.monotonic() >= shift.stop:
+                return
+            time.sleep(max(0.0, due - time.monotonic()))
+            upload(Path(self._order.objects), key, [batch.byte_length for batch in batches])
+            self._carry_out(kind, key, batches, hold, pause)
+
+    def _carry_out(self, kind: Kind, key: str, batches: Sequence[Batch], hold: float, pause: float) -> None:
+        match kind:
+            case Kind.PLAIN:
+                self._commit(key, batches)
+            case Kind.SLOW:
+                self._commit(key, batches, hold=hold)
+            case Kind.ROLLED_BACK:
+                self._roll_back(key, batches, hold=hold / 2)
+            case Kind.ROLLED_BACK_FIRST:
+                self._roll_back(key, batches, hold=hold / 2)
+                self._commit(key, batches)
+            case Kind.REPEATED_LATER:
+                self._commit(key, batches)
+                time.sleep(pause)
+                self._commit(key, batches)
+            case Kind.REPEATED_AT_ONCE:
+                # Whichever comes second has to wait for the other's transaction.
+                with ThreadPoolExecutor(2) as both:
+                    for done in [both.submit(self._commit, key, batches, hold=hold / 2) for _ in range(2)]:
+                        done.result()
+            case Kind.REPEATED_WRONGLY:
+                self._commit(key, batches)
+                time.sleep(pause)
+                self._commit(key, [replace(batches[0], n_records=batches[0].n_records + 1), *batches[1:]])
+
+    def _commit(self, key: str, batches: Sequence[Batch], *, hold: float = 0.0) -> None:
+        """Commit, and after a lost connection again: that is what the replay is for."""
+        for _ in range(_RETRIES):
+            began = time.monotonic()
+            object_id = None
+            try:
+                if hold:
+                    with self._database.connection() as conn, conn.transaction():
+                        object_id = commit_batches(conn, key, batches)
+                        time.sleep(hold)
+                else:
+                    with self._database.connection() as conn:
+                        object_id = commit_batches(conn, key, batches)
+                outcome = Outcome.COMMITTED
+            except CommitConflictError:
+                outcome = Outcome.REFUSED
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                outcome, object_id = Outcome.UNKNOWN, None
+            self._note(key, batches, began, outcome, object_id)
+            if outcome is not Outcome.UNKNOWN:
+                return
+            time.sleep(_RETRY_PAUSE)
+
+    def _roll_back(self, key: str, batches: Sequence[Batch], *, hold: float) -> None:
+        began = time.monotonic()
+        try:
+            with self._database.connection() as conn, conn.transaction(force_rollback=True):
+                commit_batches(conn, key, batches)
+                time.sleep(hold)
+        except Exception as error:
+            if not is_transient(error):
+                raise
+        self._note(key, batches, began, Outcome.ROLLED_BACK, None)
+
+    def _note(self, key: str, batches: Sequence[Batch], began: float, outcome: Outcome, object_id: int | None) -> None:
+        self._ledger.write(
+            Attempt(
+                key=key,
+                batches=tuple(batches),
+                began=began,
+                returned=time.monotonic(),
+                outcome=outcome,
+                object_id=object_id,
+            )
+        )
+
+    def _draw(self, number: int) -> tuple[str, list[Batch]]:
+        draw = self._random.randint
+        lengths = [draw(*_BYTES) for _ in range(draw(*_BATCHES))]
+        now = time.time_ns() // 1_000_000
+        batches = [
+            Batch(
+                partition_id=self._random.choice(self._order.partition_ids),
+                n_records=draw(*_RECORDS),
+                byte_offset=end - length,
+                byte_length=length,
+                max_timestamp=now,
+            )
+            for length, end in zip(lengths, accumulate(lengths), strict=True)
+        ]
+        return f"{self._order.key_prefix}producer-{self._order.number}/commit-{number:06d}", batches
+
+    def _endless_kinds(self) -> Iterator[Kind]:
+        while True:
+            yield from self._random.sample(_KINDS, len(_KINDS))
+
+
+def _end_with_standard_input() -> None:
+    while sys.stdin.readline():
+        pass
+    os._exit(1)
+
+
+def main(arguments: Sequence[str]) -> None:
+    order = Order.from_json(arguments[0])
+    settings = load_settings()
+    if settings.database_url is None:
+        raise SystemExit("TIDEMARK_DATABASE_URL is not set")
+    database = Database(settings.database_url, settings, threads=THREADS)
+    try:
+        database.pool.wait()
+        with LedgerWriter(Path(order.ledger)) as ledger:
+            line = sys.stdin.readline()
+            if not line:
+                raise SystemExit(1)
+            Thread(target=_end_with_standard_input, daemon=True).start()
+            Producer(order, database, ledger).run(Shift.from_json(line))
+    finally:
+        database.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,233 @@
+"""The sequence of a run: servers, schema, topics, programs, load, drain, check, and the end of it all.
+
+Whatever is started is entered into one stack before anything else can happen; the stack is unwound, with signals on
+hold, however the run ends.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+import psycopg
+
+from config.settings import Settings
+from db.discover import sweep
+from db.migrate import upgrade
+from db.pool import Database
+from db.topics import create_topic, partition_ids
+from tasks.demonstration.check import check
+from tasks.demonstration.evidence import collect
+from tasks.demonstration.figures import Meter
+from tasks.demonstration.fleet import Fleet, Flower, free_port, ledger_of, start_fleet
+from tasks.demonstration.interrupts import Interrupted, Interrupts
+from tasks.demonstration.ledger import LedgerTail, LedgerWriter
+from tasks.demonstration.observers import Reader, Watcher
+from tasks.demonstration.plan import PARTITIONS, DemoError, Places, Plan
+from tasks.demonstration.producer import Shift
+from tasks.demonstration.programs import Program, Programs
+from tasks.demonstration.servers import Servers
+from tasks.demonstration.view import Screen
+from tasks.demonstration.warmup import commit_everywhere
+
+# Some seconds of CPU for each program: long on a machine that has other things to do.
+_READY_SECONDS = 180.0
+_DRAIN_SECONDS = 60.0
+# Beyond the run itself: the last transactions, replays and pauses of a producer.
+_FINISH_SECONDS = 30.0
+_POLL = 0.1
+_VIEW_SECONDS = 0.5
+_HEAD_START = 0.2
+_CONNECTIONS = 4
+
+
+def run(plan: Plan, settings: Settings, screen: Screen) -> int:
+    """Run the demo; returns its exit code. Raises DemoError where it could not run to its end."""
+    with Interrupts() as interrupts:
+        stack = ExitStack()
+        try:
+            try:
+                return _Run(plan, settings, screen, interrupts, stack).run()
+            finally:
+                interrupts.hold()
+        except Interrupted as signal:
+            screen.say(f"{signal}: stopping everything")
+            return signal.exit_code
+        finally:
+            stack.close()
+
+
+class _Run:
+    """What the steps of one run share."""
+
+    def __init__(
+        self, plan: Plan, settings: Settings, screen: Screen, interrupts: Interrupts, stack: ExitStack
+    ) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._screen = screen
+        self._interrupts = interrupts
+        self._stack = stack
+        self._began = time.monotonic()
+        with interrupts.held():
+            self._places = stack.enter_context(Places.temporary())
+
+    def run(self) -> int:
+        self._step("starting the servers" if self._plan.database_url is None else "using the servers given")
+        self._servers = Servers(self._plan, self._places.directory, self._interrupts, self._stack)
+        upgrade(self._servers.database_url)
+        self._database = Database(self._servers.database_url, self._settings, threads=_CONNECTIONS)
+        self._stack.callback(self._database.close)
+        topics = self._create_topics()
+        ids = [i for topic in topics.values() for i in topic]
+
+        self._step(f"starting {self._plan.shards + 3} programs and {self._plan.producers} producers")
+        self._programs = Programs(self._places.logs, self._interrupts)
+        self._stack.callback(self._programs.stop)
+        flower = Flower(port=free_port())
+        environment = self._servers.environment(self._plan, self._places)
+        fleet = start_fleet(self._plan, self._places, self._programs, environment, ids, flower)
+        with Watcher(self._database, ids) as self._watcher, Reader(self._database, self._watcher) as self._reader:
+            self._meter = Meter(LedgerTail(self._places.ledgers), self._watcher, topics)
+            self._await_ready(fleet, flower, ids)
+            self._step(f"Flower: {flower.url}  login {flower.user} / {flower.password}")
+            self._produce(fleet, flower, ids)
+            self._watcher.finish()
+            self._reader.finish()
+            self._meter.read_ledgers()
+        passed = self._check(ids)
+        if self._plan.keep:
+            self._keep(flower)
+        self._step("stopping everything")
+        return 0 if passed else 1
+
+    def _step(self, text: str) -> None:
+        self._screen.say(f"{time.monotonic() - self._began:5.1f} s  {text}")
+
+    def _create_topics(self) -> Mapping[str, Sequence[int]]:
+        with self._database.connection() as conn:
+            for topic in self._plan.topics:
+                create_topic(conn, topic, PARTITIONS)
+            return {topic: partition_ids(conn, topic) for topic in self._plan.topics}
+
+    def _require_well(self) -> None:
+        # A server first: the programs die of its death, and their messages are longer.
+        self._servers.require_running()
+        self._programs.require_well()
+        self._watcher.require_well()
+        self._reader.require_well()
+
+    def _await(
+        self, seconds: float, condition: Callable[[], bool], late: Callable[[], str], pause: float = _POLL
+    ) -> None:
+        """Wait until `condition`; DemoError with `late()` when that takes too long, or when something died."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            self._require_well()
+            if time.monotonic() > deadline:
+                raise DemoError(f"after {seconds:g} s {late()}")
+            time.sleep(pause)
+
+    def _await_ready(self, fleet: Fleet, flower: Flower, ids: Sequence[int]) -> None:
+        """Ready is when a commit to every partition has got its offsets: by beat, the control worker and all shards."""
+        with self._database.connection() as conn, LedgerWriter(self._places.ledgers / "warm-up.jsonl") as ledger:
+            commit_everywhere(conn, self._places.objects, ledger, f"{self._plan.key_prefix}warm-up", ids)
+
+        def silent() -> str:
+            ends = self._watcher.end_offsets
+            shards = sorted({i % self._plan.shards for i in ids if not ends[i]})
+            names = [fleet.shards[shard].name for shard in shards]
+            if len(names) == self._plan.shards:
+                names += [fleet.beat.name, fleet.control.name]
+            return f"a first commit is not materialized; look at: {', '.join(names)}\n{_logs(self._programs, names)}"
+
+        self._await(_READY_SECONDS, lambda: all(self._watcher.end_offsets.values()), silent)
+        self._await(
+            _READY_SECONDS,
+            flower.answers,
+            lambda: f"Flower does not answer\n{_logs(self._programs, [fleet.flower.name])}",
+        )
+        self._await(
+            _READY_SECONDS,
+            lambda: all(ledger_of(self._places, number).exists() for number in range(self._plan.producers)),
+            lambda: "a producer is not ready",
+        )
+
+    def _produce(self, fleet: Fleet, flower: Flower, ids: Sequence[int]) -> None:
+        shift = Shift(start=time.monotonic() + _HEAD_START, stop=time.monotonic() + _HEAD_START + self._plan.seconds)
+        self._meter.begin()
+        for producer in fleet.producers:
+            producer.tell(shift.to_json())
+        with self._screen.follow(flower, self._plan.seconds) as view, self._database.connection() as conn:
+
+            def show(phase: str | None = None) -> int:
+                backlog = _backlog(conn, ids)
+                elapsed = max(0.0, time.monotonic() - shift.start)
+                if phase is None:
+                    phase = "producing" if elapsed < self._plan.seconds else "finishing the last commits"
+                view.show(phase, elapsed, self._meter.read(backlog))
+                return backlog
+
+            def finished() -> bool:
+                show()
+                return not _still_running(fleet.producers)
+
+            self._await(
+                self._plan.seconds + _FINISH_SECONDS,
+                finished,
+                lambda: f"not all producers have ended: {', '.join(_still_running(fleet.producers))}",
+                _VIEW_SECONDS,
+            )
+            self._await(
+                _DRAIN_SECONDS,
+                lambda: show("draining") == 0,
+                lambda: (
+                    f"{_backlog(conn, ids):,} events are not materialized\n"
+                    f"{_logs(self._programs, [p.name for p in (*fleet.shards, fleet.control, fleet.beat)])}"
+                ),
+            )
+            view.show("drained", time.monotonic() - shift.start, self._meter.totals(self._plan.seconds))
+
+    def _check(self, ids: Sequence[int]) -> bool:
+        with self._database.connection() as conn:
+            evidence = collect(
+                conn,
+                ids,
+                self._plan.key_prefix,
+                self._places.objects,
+                self._meter.attempts,
+                self._watcher,
+                self._reader,
+            )
+        findings = check(evidence)
+        self._step("the invariants, against what producers, objects and observers say:")
+        self._screen.report(findings)
+        return all(finding.violation is None for finding in findings)
+
+    def _keep(self, flower: Flower) -> None:
+        self._screen.say(
+            f"Flower        {flower.url}  login {flower.user} / {flower.password}\n"
+            f"Postgres      {self._servers.database_url}\n"
+            f"Redis         {self._servers.broker_url}\n"
+            f"everything stays up until Ctrl-C"
+        )
+        try:
+            while True:
+                self._servers.require_running()
+                self._programs.require_well()
+                time.sleep(_POLL)
+        except Interrupted:
+            # What it was to be ended by.
+            return
+
+
+def _backlog(conn: psycopg.Connection[object], ids: Sequence[int]) -> int:
+    ours = set(ids)
+    return sum(pending.events for pending in sweep(conn) if pending.partition_id in ours)
+
+
+def _still_running(programs: Sequence[Program]) -> list[str]:
+    return [program.name for program in programs if program.exit_code is None]
+
+
+def _logs(programs: Programs, names: Sequence[str]) -> str:
+    return "\n".join(f"--- {name}\n{programs.log_of(name)}" for name in names)

@@ -1,0 +1,59 @@
+"""The servers of the demo: those the environment names, or embedded ones in the run's directory."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from config.embedded.files import tail
+from config.embedded.postgres import PostgresServer
+from config.embedded.redis import RedisServer
+from config.embedded.server import EmbeddedServer
+from tasks.demonstration.interrupts import Interrupts
+from tasks.demonstration.plan import DemoError, Places, Plan
+from tasks.demonstration.producer import THREADS
+
+# Workers, observers and a psql; and what a cluster keeps for superusers.
+_OTHER_CONNECTIONS = 60
+
+
+class Servers:
+    """Addresses of both servers, and the watch over those that are ours."""
+
+    def __init__(self, plan: Plan, directory: Path, interrupts: Interrupts, stack: ExitStack) -> None:
+        self._embedded: dict[Path, EmbeddedServer] = {}
+
+        def start(name: str, starter: Callable[..., EmbeddedServer], **options: Any) -> Any:
+            with interrupts.held():
+                server = stack.enter_context(starter(directory / name, **options))
+            self._embedded[directory / name] = server
+            return server
+
+        if plan.database_url is None:
+            # A producer's thread may need a second connection, to repeat itself at once.
+            connections = _OTHER_CONNECTIONS + plan.shards + 2 * THREADS * plan.producers
+            settings = {"max_connections": str(connections)}
+            self.database_url: str = start("postgres", PostgresServer.start, settings=settings).url()
+        else:
+            self.database_url = plan.database_url
+        self.broker_url: str = plan.broker_url or start("redis", RedisServer.start).url
+
+    def require_running(self) -> None:
+        """Raise DemoError if an embedded server died."""
+        for directory, server in self._embedded.items():
+            if not server.running:
+                raise DemoError(f"{server.program} died; the end of its log:\n{tail(directory / 'server.log')}")
+
+    def environment(self, plan: Plan, places: Places) -> dict[str, str]:
+        """For the programs: ours, so that settings reach them, but for what would send them elsewhere."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "FLOWER_"))}
+        return kept | {
+            "TIDEMARK_DATABASE_URL": self.database_url,
+            "TIDEMARK_BROKER_URL": self.broker_url,
+            "TIDEMARK_DATA_DIR": str(places.directory / "data"),
+            "TIDEMARK_SHARDS": str(plan.shards),
+            # What a killed program leaves there goes with the run.
+            "TMPDIR": str(places.scratch),
+            "PYTHONUNBUFFERED": "1",
+        }
