@@ -38,11 +38,11 @@ class PartitionNames:
         for i in ids:
             topic, partition = self._known.get(i, ("id", i))
             by_topic[topic].append(partition)
-        text = " ".join(f"{topic}/{_ranges(sorted(numbers))}" for topic, numbers in sorted(by_topic.items()))
+        text = " ".join(f"{topic}/{ranges(sorted(numbers))}" for topic, numbers in sorted(by_topic.items()))
         return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """`0-3,7` for 0, 1, 2, 3, 7."""
     runs = [[numbers[0], numbers[0]]]
     for before, number in pairwise(numbers):

@@ -17,6 +17,7 @@ from tasks.application import TidemarkApp
 # Celery's command object, and ours.
 _REPLACED = {
     ("celery.bin.migrate", "migrate"): ("tasks.commands.migrate", "migrate"),
+    ("celery.bin.control", "status"): ("tasks.commands.status", "status"),
 }
 
 

@@ -1,0 +1,166 @@
+"""Where materialization stands, what waits and what for: read in one snapshot, without a lock.
+
+Sessions of other roles hide what they run from a role that is no member of pg_monitor.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import psycopg
+
+from db.execute import run
+from db.partitions import PartitionState, TopicState, describe_partitions, describe_topics
+from db.translate import domain_errors
+
+_ROWS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopicBacklog:
+    """What waits in a topic: `lag` is the oldest event's age in seconds; `counted` is False where there is more."""
+
+    events: int = 0
+    partitions: int = 0
+    lag: float | None = None
+    counted: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LockWait:
+    """A session that waits, and one that it waits for: `blocker_pid` 0 is the prepared transaction `blocker_gid`."""
+
+    pid: int
+    application: str
+    waited: float
+    lock: str
+    topic: str | None
+    partition: int | None
+    query: str
+    blocker_pid: int
+    blocker_user: str | None
+    blocker_application: str | None
+    blocker_state: str | None
+    blocker_age: float | None
+    blocker_query: str | None
+    blocker_gid: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldCursor:
+    """An open transaction that the cursors of `partitions` partitions keep an eye on; a prepared one has a `gid`."""
+
+    xid: str
+    partitions: int
+    pid: int | None
+    database: str | None
+    user: str | None
+    application: str | None
+    state: str | None
+    age: float | None
+    query: str | None
+    gid: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dispatch:
+    """How far fan-out got. `undispatched` is the age of the oldest commit it has not seen."""
+
+    last: float
+    undispatched: float | None
+    own_cluster: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """All of it at one moment; `at` is the monotonic clock's."""
+
+    at: float
+    topics: tuple[TopicState, ...]
+    pending: tuple[PartitionState, ...]
+    lock_waits: tuple[LockWait, ...]
+    held_cursors: tuple[HeldCursor, ...]
+    dispatch: Dispatch
+
+    def backlogs(self) -> dict[str, TopicBacklog]:
+        """Backlog by topic; an empty one for topics without."""
+        found: dict[str, TopicBacklog] = defaultdict(TopicBacklog)
+        for partition in self.pending:
+            so_far = found[partition.topic]
+            found[partition.topic] = TopicBacklog(
+                events=so_far.events + partition.backlog,
+                partitions=so_far.partitions + 1,
+                lag=max(so_far.lag or 0.0, partition.lag or 0.0),
+                counted=so_far.counted and partition.counted,
+            )
+        return found
+
+    def rates(self, before: "Reading") -> dict[str, float]:
+        """Records materialized per second and topic between two readings."""
+        seconds = max(self.at - before.at, 1e-9)
+        ends = {topic.name: topic.end_offsets for topic in before.topics}
+        return {t.name: (t.end_offsets - ends.get(t.name, t.end_offsets)) / seconds for t in self.topics}
+
+
+def read_status(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> Reading:
+    """Read all topics, or those named; the connection must be idle. UnknownTopicError."""
+    with domain_errors(), conn.transaction():
+        conn.execute("set transaction isolation level repeatable read, read only")
+        topics = tuple(describe_topics(conn, names))
+        at = monotonic()
+        return Reading(
+            at=at,
+            topics=topics,
+            pending=tuple(describe_partitions(conn, names, only_pending=True)),
+            lock_waits=tuple(_lock_waits(conn)),
+            held_cursors=tuple(_held_cursors(conn)),
+            dispatch=_dispatch(conn),
+        )
+
+
+def _lock_waits(conn: psycopg.Connection[Any]) -> list[LockWait]:
+    return [
+        LockWait(
+            pid=row[0],
+            application=row[1],
+            waited=row[2],
+            lock=row[3],
+            topic=row[4],
+            partition=row[5],
+            query=row[6],
+            blocker_pid=row[7],
+            blocker_user=row[8],
+            blocker_application=row[9],
+            blocker_state=row[10],
+            blocker_age=row[11],
+            blocker_query=row[12],
+            blocker_gid=row[13],
+        )
+        for row in run(conn, "find_lock_waits", (_ROWS,), prepare=False).fetchall()
+    ]
+
+
+def _held_cursors(conn: psycopg.Connection[Any]) -> list[HeldCursor]:
+    return [
+        HeldCursor(
+            xid=row[0],
+            partitions=row[1],
+            pid=row[2],
+            database=row[3],
+            user=row[4],
+            application=row[5],
+            state=row[6],
+            age=row[7],
+            query=row[8],
+            gid=row[9],
+        )
+        for row in run(conn, "find_held_cursors", (_ROWS,), prepare=False).fetchall()
+    ]
+
+
+def _dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
+    row = run(conn, "read_dispatch", prepare=False).fetchone()
+    assert row is not None  # noqa: S101 - the migration puts both rows there
+    return Dispatch(last=row[0], undispatched=row[1], own_cluster=row[2])

@@ -1,0 +1,148 @@
+"""How commands show things: 80 columns suffice, colour only on a terminal, and names cannot reach it unescaped."""
+
+import re
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_KIBI = 1024
+_MINUTE = 60
+_HOUR = 3600
+_DAY = 86_400
+_ONE_DECIMAL_BELOW = 10
+_NARROWEST = 20
+
+NOTHING = "-"
+
+
+def console(ctx: click.Context, *, err: bool = False) -> Console:
+    """Standard output, or standard error; plain where it is no terminal or colour was refused (-C, NO_COLOR)."""
+    made = Console(
+        stderr=err,
+        no_color=True if ctx.obj.no_color else None,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        # FORCE_COLOR and the like are about colours: a pipe stays a pipe.
+        force_terminal=(sys.stderr if err else sys.stdout).isatty(),
+    )
+    made.width = max(made.width, _NARROWEST)
+    return made
+
+
+def progress(ctx: click.Context) -> Progress:
+    """Progress bars on standard error, gone when done; invisible where that is no terminal."""
+    target = console(ctx, err=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=target,
+        transient=True,
+        disable=not target.is_terminal,
+    )
+
+
+def plain(value: object) -> str:
+    """Text with control characters spelt out: a name or a key must not move the cursor."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
+def text(value: object, style: str = "") -> Text:
+    """A piece of output, in a style."""
+    return Text(plain(value), style=style, overflow="fold")
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table without lines. A column whose name starts with `>` is aligned to the right; long values fold, whole."""
+    made = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        title=None if title is None else text(title, "bold"),
+        title_justify="left",
+        header_style="bold",
+    )
+    for column in columns:
+        made.add_column(
+            text(column.removeprefix(">"), "bold"),
+            justify="right" if column.startswith(">") else "left",
+            overflow="fold",
+        )
+    return made
+
+
+def columns(rows: Sequence[tuple[str, object]]) -> Table:
+    """Names and values, one pair a line."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(text(name, "bold"), value if isinstance(value, Text) else text(value))
+    return made
+
+
+def hanging(lead: Text, *bodies: RenderableType, indent: int = 2) -> Table:
+    """Texts that stand to the right of the first one, also where they fold."""
+    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=False, expand=False)
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    first = Text(" " * indent) + lead
+    for body in bodies:
+        made.add_row(first, body)
+        first = Text()
+    return made
+
+
+def number(value: int) -> str:
+    """1234567 as `1,234,567`."""
+    return f"{value:,}"
+
+
+def size(value: int) -> str:
+    """Bytes as `1.5 MiB`."""
+    if value < _KIBI:
+        return f"{value} B"
+    amount = float(value)
+    units = iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
+    while amount >= _KIBI and (unit := next(units, None)):
+        amount /= _KIBI
+        used = unit
+    return f"{amount:,.1f} {used}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as `0.4 s`, `12 s`, `3 min`, `2 h` or `5 d`."""
+    if seconds is None:
+        return NOTHING
+    for unit, length in (("d", _DAY), ("h", _HOUR), ("min", _MINUTE)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < _ONE_DECIMAL_BELOW else f"{seconds:.0f} s"
+
+
+def moment(milliseconds: int) -> str:
+    """Milliseconds since the epoch as a date and time, UTC; as they are beyond what dates reach."""
+    try:
+        return datetime.fromtimestamp(milliseconds / 1000, tz=UTC).isoformat(sep=" ", timespec="milliseconds")[:23]
+    except (ValueError, OverflowError, OSError):
+        return str(milliseconds)
+
+
+def statement(query: str | None, *, length: int = 200) -> str:
+    """A query on one line, without comments."""
+    line = " ".join(re.sub(r"--[^\n]*", " ", query or "").split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+def count(value: int, noun: str) -> str:
+    """`1 partition`, `2 partitions`, `2 batches`."""
+    ending = "" if value == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number(value)} {noun}{ending}"

@@ -1,0 +1,151 @@
+"""`celery -A tasks workers`: which workers are up, what they serve and what they do."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import click
+from rich.console import Console
+
+from config.queues import all_queues, shard_of_queue
+from tasks.application import TidemarkApp
+from tasks.commands.base import app_of, command, echo_json, json_option
+from tasks.commands.display import NOTHING, console, duration, number, table, text
+from tasks.commands.parameters import Seconds
+from tasks.names import ranges
+
+_REPLY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActiveTask:
+    """A task that runs, with its arguments as Flower shows them, and for how many seconds."""
+
+    id: str
+    name: str
+    arguments: str
+    running: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worker:
+    """A worker that answered. `processed` counts tasks by name since it started."""
+
+    name: str
+    pid: int | None
+    uptime: float | None
+    concurrency: int | None
+    queues: tuple[str, ...]
+    active: tuple[ActiveTask, ...] = ()
+    processed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> list[int]:
+        return sorted(s for s in map(shard_of_queue, self.queues) if s is not None)
+
+    @property
+    def other_queues(self) -> list[str]:
+        return sorted(q for q in self.queues if shard_of_queue(q) is None)
+
+
+@command("workers")
+@click.option(
+    "--timeout",
+    type=Seconds(0.1, 60),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Workers that do not answer within this time count as down.",
+)
+@json_option
+def workers(ctx: click.Context, timeout: float, *, as_json: bool) -> None:
+    """List the workers that are up, and what they do.
+
+    Exit code 1 when no worker answers, or a queue has no worker.
+    """
+    app = app_of(ctx)
+    found = _ask(app, timeout)
+    unserved = sorted(set(all_queues(app.settings.shards)) - {q for w in found for q in w.queues}, key=_by_shard)
+    if as_json:
+        echo_json(
+            {
+                "workers": [{**asdict(w), "shards": w.shards} for w in found],
+                "unserved_queues": unserved,
+            }
+        )
+    else:
+        _show(console(ctx), found, unserved, timeout)
+    if not found or unserved:
+        ctx.exit(1)
+
+
+def _ask(app: TidemarkApp, timeout: float) -> list[Worker]:
+    # Fails at once where the broker is away; a broadcast would go on trying.
+    with app.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, timeout=timeout)
+        stats: dict[str, dict[str, Any]] = app.control.inspect(timeout=timeout, connection=connection).stats() or {}
+        if not stats:
+            return []
+        # Who they are is known: no need to wait for more than their answers.
+        known = app.control.inspect(
+            destination=list(stats), limit=len(stats), timeout=max(timeout, _REPLY_SECONDS), connection=connection
+        )
+        queues = known.active_queues() or {}
+        active = known.active() or {}
+    return [
+        Worker(
+            name=name,
+            pid=stats[name].get("pid"),
+            uptime=stats[name].get("uptime"),
+            concurrency=(stats[name].get("pool") or {}).get("max-concurrency"),
+            queues=tuple(sorted((q["name"] for q in queues.get(name) or ()), key=_by_shard)),
+            active=tuple(_active(task) for task in active.get(name) or ()),
+            processed=dict(sorted((stats[name].get("total") or {}).items())),
+        )
+        for name in sorted(stats)
+    ]
+
+
+def _active(task: dict[str, Any]) -> ActiveTask:
+    started = task.get("time_start")
+    return ActiveTask(
+        id=str(task.get("id")),
+        name=str(task.get("name")),
+        arguments=str(task.get("kwargs") if task.get("args") in (None, "()", [], ()) else task.get("args")),
+        running=None if started is None else max(0.0, time.time() - float(started)),
+    )
+
+
+def _by_shard(queue: str) -> tuple[bool, int, str]:
+    shard = shard_of_queue(queue)
+    return shard is None, shard or 0, queue
+
+
+def _show(out: Console, found: list[Worker], unserved: list[str], timeout: float) -> None:
+    if not found:
+        out.print(text(f"no worker answered within {duration(timeout)}; start one: celery -A tasks worker", "bold red"))
+        return
+    rows = table("Worker", ">Slots", "Shards", "Other queues", ">Tasks", ">Up for")
+    for worker in found:
+        rows.add_row(
+            text(worker.name),
+            NOTHING if worker.concurrency is None else str(worker.concurrency),
+            ranges(worker.shards) if worker.shards else NOTHING,
+            text(", ".join(worker.other_queues) or NOTHING),
+            number(sum(worker.processed.values())),
+            duration(worker.uptime),
+        )
+    out.print(rows)
+    busy = [(worker, task) for worker in found for task in worker.active]
+    if busy:
+        out.print()
+        rows = table("Runs now", "Task", "Arguments", ">For")
+        for worker, task in busy:
+            rows.add_row(text(worker.name), text(task.name), text(task.arguments[:200]), duration(task.running))
+        out.print(rows)
+    if unserved:
+        out.print()
+        shards = [s for s in map(shard_of_queue, unserved) if s is not None]
+        others = [q for q in unserved if shard_of_queue(q) is None]
+        missing = [f"shards {ranges(shards)}"] * bool(shards) + others
+        out.print(text(f"without a worker: {', '.join(missing)}", "bold red"))

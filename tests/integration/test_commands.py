@@ -1,0 +1,468 @@
+"""The everyday commands as a new user tries them: right, wrong, with long names, through the real program."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from psycopg import Connection, sql
+
+from config.embedded.postgres import PostgresServer
+from config.embedded.redis import RedisServer
+from config.queues import all_queues
+from db.commit import commit_object
+from db.materialize import materialize
+from db.topics import create_topic, partition_ids
+from tasks.commands.audit import audit
+from tasks.commands.commit import commit
+from tasks.commands.fetch import fetch
+from tasks.commands.materialize import materialize as materialize_command
+from tasks.commands.status import status
+from tasks.commands.top import top
+from tasks.commands.topics import topics
+from tasks.commands.workers import workers
+from tests.support import wait_until
+from tests.support_commands import COLUMNS, Cli, app_for, assert_readable
+
+LONG = "n" * 249
+PROGRAM = [str(Path(sys.executable).with_name("celery")), "-A", "tasks"]
+ROOT = Path(__file__).parents[2]
+CLOSED = "redis://127.0.0.1:1/0"
+
+
+@pytest.fixture
+def cli(database_url: str, redis_url: str) -> Iterator[Cli]:
+    with app_for(database_url, redis_url) as app:
+        yield Cli(app)
+
+
+@pytest.fixture(scope="module")
+def unchanged(
+    postgres_server: PostgresServer, redis_server: RedisServer, template_database: str
+) -> Iterator[tuple[Cli, Connection[Any]]]:
+    """One database for all that must not change it: topic `orders`, with two partitions."""
+    name = f"test_{uuid4().hex[:12]}"
+    url = postgres_server.url(name)
+    with psycopg.connect(postgres_server.url(), autocommit=True) as admin:
+        admin.execute(
+            sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template_database))
+        )
+    with psycopg.connect(url, autocommit=True) as conn, app_for(url, redis_server.url) as app:
+        create_topic(conn, "orders", 2)
+        yield Cli(app), conn
+        assert conn.execute("select count(*) from tidemark.objects").fetchone() == (0,)
+        assert conn.execute("select name, retention_ms from tidemark.topics").fetchall() == [("orders", None)]
+
+
+def line(**changes: Any) -> str:
+    batch = {
+        "topic": "orders",
+        "partition": 1,
+        "n_records": 10,
+        "byte_offset": 0,
+        "byte_length": 1200,
+        "max_timestamp": 1_700_000_000_000,
+    }
+    return json.dumps({**batch, **changes}) + "\n"
+
+
+# --- topics
+
+
+def test_create_list_and_show(cli: Cli, conn: Connection[Any]) -> None:
+    out = cli(topics, "create", "orders", "-p", "3", "--retention-ms", "604800000").out
+    assert out.strip() == "orders: created with 3 partitions"
+    assert cli(topics, "create", LONG, "--json").json["partitions"] == 1
+    ids = partition_ids(conn, "orders")
+    commit_object(conn, "a", [ids[0]], [5], [0], [10], [0])
+    materialize(conn, ids)
+    commit_object(conn, "b", [ids[2]], [5], [0], [10], [0])
+    listed = cli(topics, "list").out
+    assert re.search(r"^orders +3 +5 +10 B +7 d *$", listed, re.MULTILINE)
+    # A long name is folded, never cut.
+    assert listed.count("n") >= len(LONG)
+    assert {topic["topic"] for topic in cli(topics, "list", "--json").json} == {"orders", LONG}
+    shown = cli(topics, "show", "orders")
+    assert "7 d (604,800,000 ms)" in shown.out
+    assert re.search(rf"^ +2 +{ids[2]} +{ids[2] % 8} +0 +0 +0 B +1 +\d", shown.out, re.MULTILINE)
+    partitions = cli(topics, "show", "orders", "--json").json["partitions"]
+    assert [p["queue"] for p in partitions] == [f"materialize.{i % 8}" for i in ids]
+    assert [(p["end_offset"], p["byte_size"], p["backlog"]) for p in partitions] == [(5, 10, 0), (0, 0, 0), (0, 0, 1)]
+    assert [p["partition"] for p in cli(topics, "show", "orders", "--pending", "--json").json["partitions"]] == [2]
+    cli(topics, "show", LONG)
+
+
+def test_no_topics_says_what_to_do(cli: Cli) -> None:
+    assert "celery -A tasks topics create NAME" in cli(topics, "list").out
+    assert "celery -A tasks topics create NAME" in cli(status, "--interval", "0").out
+    assert cli(topics, "list", "--json").json == []
+
+
+def test_retention_changes_one_limit_and_keeps_the_other(cli: Cli) -> None:
+    cli(topics, "create", "orders", "--retention-ms", "1000", "--retention-bytes", "2000")
+    assert cli(topics, "set", "orders", "--retention-ms", "none", "--json").json["retention_bytes"] == 2000
+    assert cli(topics, "set", "orders", "--retention-bytes", "5").out.strip() == "orders: retention 5 B"
+    assert cli(topics, "set", "orders", "--retention-bytes", "none").out.strip() == "orders: retention -"
+
+
+def test_a_topic_is_created_with_its_retention_or_not_at_all(cli: Cli, conn: Connection[Any]) -> None:
+    cli(topics, "create", "orders")
+    error = cli(topics, "create", "orders", "-p", "2", code=1).err
+    assert "exists already" in error
+    cli(topics, "create", "a b", "--retention-ms", "5", code=1)
+    assert conn.execute("select count(*) from tidemark.topics").fetchone() == (1,)
+
+
+# --- commit and fetch
+
+
+def test_commit_then_fetch(cli: Cli, conn: Connection[Any]) -> None:
+    cli(topics, "create", "orders", "-p", "2")
+    batches = line(n_records=3) + "\n" + line(n_records=4, byte_offset=1200)
+    first = cli(commit, "some/key", stdin=batches).out
+    assert re.fullmatch(r"\d+\n", first)
+    # Repeating is safe.
+    again = cli(commit, "some/key", "--json", stdin=batches).json
+    assert again == {"object_id": int(first), "key": "some/key", "batches": 2, "records": 7}
+    materialize(conn, partition_ids(conn, "orders"))
+    out = cli(fetch, "orders", "1").out
+    assert re.search(r"^ +3 +4 +2023-11-14 22:13:20\.000 +1,200 +1,200 +some/key *$", out, re.MULTILINE)
+    assert "2 batches, 7 records, 2.3 KiB; the log holds 0 to 7" in out
+    assert [b["start_offset"] for b in cli(fetch, "orders", "1", "5", "--json").json["batches"]] == [3]
+    assert cli(fetch, "orders", "1", "latest", "--json").json["batches"] == []
+    assert len(cli(fetch, "orders", "1", "--max-batches", "1", "--json").json["batches"]) == 1
+    assert len(cli(fetch, "orders", "1", "earliest", "--max-bytes", "1", "--json").json["batches"]) == 1
+
+
+def test_follow_goes_on_until_ctrl_c(cli: Cli, conn: Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    create_topic(conn, "orders", 1)
+    ids = partition_ids(conn, "orders")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) > 2:
+            raise KeyboardInterrupt
+        commit_object(conn, f"k{len(pauses)}", ids, [2], [0], [1], [0])
+        materialize(conn, ids)
+
+    monkeypatch.setattr("tasks.commands.fetch.time.sleep", pause)
+    lines = cli(fetch, "orders", "0", "--follow", "--json").out.splitlines()
+    assert [json.loads(batch)["start_offset"] for batch in lines] == [0, 2]
+    assert cli(fetch, "orders", "0", "2", "-f").out.startswith("2 2 1970-01-01 00:00:00.000 0+1 k2")
+
+
+def test_commit_reads_a_file(cli: Cli, tmp_path: Path) -> None:
+    cli(topics, "create", "orders", "-p", "2")
+    file = tmp_path / "batches.jsonl"
+    file.write_text(line() * 5)
+    assert cli(commit, "k", str(file), "--json").json["batches"] == 5
+
+
+@pytest.mark.parametrize(
+    ("stdin", "problems"),
+    [
+        ("", ["there is no batch in the input"]),
+        ("\n \n", ["there is no batch in the input"]),
+        (line() + "{", ["line 2: Invalid JSON"]),
+        (line() + "[1]\n", ["line 2: "]),
+        (line() + "null\n", ["line 2: "]),
+        (line(n_records=0) + line(byte_length=-1), ["line 1: n_records: ", "line 2: byte_length: "]),
+        (line(n_records="3"), ["line 1: n_records: "]),
+        (line(n_records=True), ["line 1: n_records: "]),
+        (line(n_records=1.5), ["line 1: n_records: "]),
+        (line(n_records=2**31), ["line 1: n_records: "]),
+        (line(byte_offset=2**63), ["line 1: byte_offset: "]),
+        (line(max_timestamp=10**30), ["line 1: max_timestamp: "]),
+        (line(max_timestamp=None), ["line 1: max_timestamp: "]),
+        (line(records=3), ["line 1: records: "]),
+        (line() + line(topic="nope"), ["line 2: topic 'nope' does not exist"]),
+        (line() + line(topic="\x00"), ["line 2: topic: "]),
+        (line() + line(topic="\ud800"), ["line 2: "]),
+        ("\n" + line(partition=2), ["line 2: topic 'orders' has no partition 2, only 0 to 1"]),
+        (b"\xff\xfe\n", ["line 1: "]),
+        (line(topic="\x1b[2J"), ["line 1: topic: "]),
+    ],
+)
+def test_commit_names_the_line_and_commits_nothing(
+    stdin: str | bytes, problems: list[str], unchanged: tuple[Cli, Connection[Any]]
+) -> None:
+    cli, conn = unchanged
+    error = cli(commit, "key", stdin=stdin, code=1).err
+    assert error.startswith("Error: nothing was committed")
+    assert [problem for problem in problems if problem not in error] == []
+    assert "\x1b" not in error
+    assert conn.execute("select count(*) from tidemark.objects").fetchone() == (0,)
+
+
+def test_commit_lists_ten_errors_and_counts_the_rest(cli: Cli) -> None:
+    cli(topics, "create", "orders", "-p", "2")
+    error = cli(commit, "key", stdin=line(n_records=0) * 13, code=1).err
+    assert "line 10: " in error
+    assert "line 11: " not in error
+    assert "… and 3 more" in error
+
+
+def test_commit_with_other_content_is_a_conflict(cli: Cli) -> None:
+    cli(topics, "create", "orders", "-p", "2")
+    cli(commit, "key", stdin=line())
+    assert "is committed already" in cli(commit, "key", stdin=line(n_records=2), code=1).err
+
+
+def test_keys_and_names_cannot_move_the_cursor(cli: Cli, conn: Connection[Any]) -> None:
+    create_topic(conn, "orders", 1)
+    ids = partition_ids(conn, "orders")
+    commit_object(conn, "a\x1b[2Jb\nc", ids, [1], [0], [1], [2**62])
+    materialize(conn, ids)
+    out = cli(fetch, "orders", "0").out
+    assert "a\\x1b[2Jb\\nc" in out
+    # Beyond what dates reach.
+    assert str(2**62) in out
+
+
+# --- wrong arguments
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "code", "message"),
+    [
+        (topics, ["creat"], 2, "No such command 'creat'"),
+        (topics, ["create"], 2, "Missing argument 'NAME'"),
+        (topics, ["create", "a", "b"], 2, "unexpected extra argument"),
+        (topics, ["create", "a", "-p", "0"], 2, "0 is not in the range"),
+        (topics, ["create", "a", "-p", "many"], 2, "not a valid integer"),
+        (topics, ["create", "a", "-p", "100001"], 2, "not in the range"),
+        (topics, ["create", "a", "--retention-ms", "0"], 2, "neither none nor a number"),
+        (topics, ["create", "a", "--retention-ms", "-1"], 2, "neither none nor a number"),
+        (topics, ["create", "a", "--retention-bytes", "9" * 5000], 2, "neither none nor a number"),
+        (topics, ["create", "a", "--retention-bytes", "²"], 2, "neither none nor a number"),
+        (topics, ["create", ""], 1, "is not legal"),
+        (topics, ["create", "x" * 250], 1, "is not legal"),
+        (topics, ["create", ".."], 1, "is not legal"),
+        (topics, ["create", "ü"], 1, "is not legal"),
+        (topics, ["create", "\udcff"], 2, "is no UTF-8"),
+        (topics, ["show"], 2, "Missing argument"),
+        (topics, ["show", "nope"], 1, "topic 'nope' does not exist"),
+        (topics, ["show", "orders", "--wat"], 2, "No such option"),
+        (topics, ["set", "orders"], 2, "nothing to set"),
+        (topics, ["set", "nope", "--retention-ms", "1"], 1, "topic 'nope' does not exist"),
+        (fetch, [], 2, "Missing argument 'TOPIC'"),
+        (fetch, ["orders"], 2, "Missing argument 'PARTITION'"),
+        (fetch, ["orders", "x"], 2, "not a valid integer"),
+        (fetch, ["orders", "2"], 1, "has no partition 2; it has partitions 0 to 1"),
+        (fetch, ["orders", "99999999999"], 2, "not in the range"),
+        (fetch, ["nope", "0"], 1, "topic 'nope' does not exist"),
+        (fetch, ["orders", "0", "1"], 1, "out of range"),
+        (fetch, ["orders", "0", "newest"], 2, "neither earliest nor latest"),
+        (fetch, ["orders", "0", "9" * 30], 2, "neither earliest nor latest"),
+        (fetch, ["orders", "0", "--max-bytes", "0"], 2, "not in the range"),
+        (fetch, ["orders", "0", "--max-batches", str(2**31)], 2, "not in the range"),
+        (commit, [], 2, "Missing argument 'KEY'"),
+        (commit, ["k", "/does/not/exist"], 2, "No such file"),
+        (commit, ["k", "/"], 2, "Is a directory"),
+        (commit, ["\udc80"], 2, "is no UTF-8"),
+        (status, ["nope"], 1, "topic 'nope' does not exist"),
+        (status, ["orders", "nope"], 1, "topic 'nope' does not exist"),
+        (status, ["--interval", "-1"], 2, "not in the range"),
+        (status, ["--interval", "x"], 2, "not a valid float"),
+        (status, ["--interval", "nan"], 2, "nan is not a number of seconds"),
+        (top, ["--count", "0"], 2, "not in the range"),
+        (top, ["--count", "1", "nope"], 1, "topic 'nope' does not exist"),
+        (audit, ["nope"], 1, "topic 'nope' does not exist"),
+        (audit, ["a", "b"], 2, "unexpected extra argument"),
+        (workers, ["--timeout", "0"], 2, "not in the range"),
+        (workers, ["x"], 2, "unexpected extra argument"),
+        (materialize_command, ["nope"], 1, "topic 'nope' does not exist"),
+    ],
+)
+def test_wrong_arguments(
+    command: Any, arguments: list[str], code: int, message: str, unchanged: tuple[Cli, Any]
+) -> None:
+    cli, _ = unchanged
+    error = cli(command, *arguments, code=code).err
+    assert message in " ".join(error.split())
+
+
+@pytest.mark.parametrize("command", [topics, fetch, commit, status, top, audit, workers])
+def test_help_fits(command: Any, unchanged: tuple[Cli, Any]) -> None:
+    assert "Usage:" in unchanged[0](command, "--help").out
+
+
+def test_a_key_that_is_too_long(cli: Cli) -> None:
+    cli(topics, "create", "orders", "-p", "2")
+    assert "has 1025 bytes" in cli(commit, "k" * 1025, stdin=line(), code=1).err
+
+
+# --- servers that are away
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(topics, ["list"]), (fetch, ["a", "0"]), (status, []), (top, ["--count", "1"]), (audit, [])],
+)
+def test_postgres_is_away(command: Any, arguments: list[str], redis_url: str) -> None:
+    with app_for("postgresql://u:secret@127.0.0.1:1/d", redis_url) as app:
+        error = Cli(app)(command, *arguments, code=1).err
+    assert "Connection refused" in error
+    assert "secret" not in error
+
+
+def test_database_was_never_migrated(postgres_server: Any, redis_url: str) -> None:
+    with app_for(postgres_server.url(), redis_url) as app:
+        for command, arguments in ((topics, ["list"]), (status, []), (audit, []), (fetch, ["a", "0"])):
+            assert "celery -A tasks migrate" in Cli(app)(command, *arguments, code=1).err
+
+
+def test_broker_is_away(database_url: str) -> None:
+    with app_for(database_url, CLOSED) as app:
+        assert "Connection refused" in Cli(app)(workers, code=1).err
+
+
+# --- audit
+
+
+def test_audit(cli: Cli, conn: Connection[Any]) -> None:
+    create_topic(conn, LONG, 2)
+    ids = partition_ids(conn, LONG)
+    for key in range(3):
+        commit_object(conn, f"k{key}", ids, [2, 3], [0, 1], [1, 1], [0, 0])
+    materialize(conn, ids)
+    assert "2 partitions, 6 new batches read: all invariants hold" in cli(audit).out
+    assert "2 partitions, 0 new batches read" in cli(audit, LONG).out
+    assert cli(audit, "--from-scratch", "--json").json["batches"] == 6
+    conn.execute("delete from tidemark.record_batches where partition_id = %s and start_offset = 3", (ids[1],))
+    found = cli(audit, "--from-scratch", "--json", code=1).json["violations"]
+    assert (found[0]["topic"], found[0]["partition"]) == (LONG, 1)
+    assert "gap" in {violation["invariant"] for violation in found}
+    assert "gap: " in cli(audit, code=1).out
+
+
+# --- workers
+
+
+def test_no_worker(cli: Cli) -> None:
+    assert "no worker answered within 0.2 s" in cli(workers, "--timeout", "0.2", code=1).out
+    found = cli(workers, "--timeout", "0.2", "--json", code=1).json
+    assert found == {"workers": [], "unserved_queues": all_queues(8)}
+
+
+def environment(database_url: str, redis_url: str) -> dict[str, str]:
+    return {**os.environ, "TIDEMARK_DATABASE_URL": database_url, "TIDEMARK_BROKER_URL": redis_url, "COLUMNS": "80"}
+
+
+def test_a_worker(cli: Cli, database_url: str, redis_url: str) -> None:
+    queues = ",".join(queue for queue in all_queues(8) if queue != "materialize.3")
+    with subprocess.Popen(
+        [*PROGRAM, "worker", "-P", "solo", "-n", "one@here", "-Q", queues, "--without-gossip"],
+        cwd=ROOT,
+        env=environment(database_url, redis_url),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    ) as worker:
+        try:
+
+            def answers() -> bool:
+                return bool(cli(workers, "--json", "--timeout", "0.5", code=1).json["workers"])
+
+            wait_until(answers, timeout=60)
+            found = cli(workers, "--json", code=1).json
+            [one] = found["workers"]
+            assert (one["name"], one["pid"], one["shards"]) == ("one@here", worker.pid, [0, 1, 2, 4, 5, 6, 7])
+            assert found["unserved_queues"] == ["materialize.3"]
+            out = cli(workers, code=1).words
+            assert "0-2,4-7" in out
+            assert "without a worker: shards 3" in out
+        finally:
+            worker.terminate()
+
+
+# --- the real program
+
+
+def run(*arguments: str | bytes, database_url: str, redis_url: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        cwd=ROOT,
+        env=environment(database_url, redis_url),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+def test_the_program_finds_them(database_url: str, redis_url: str) -> None:
+    urls = {"database_url": database_url, "redis_url": redis_url}
+    assert run("topics", "create", "orders", "-p", "2", **urls).stdout.strip() == "orders: created with 2 partitions"
+    assert run("commit", "k", **urls, input=line()).stdout == "1\n"
+    # Ours, not Celery's of the same name.
+    done = run("status", "--interval", "0", **urls)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^orders +2 +0 +1 ", done.stdout, re.MULTILINE)
+    assert_readable(done.stdout.splitlines())
+    done = run("topics", "show", b"\xff\xfe", **urls)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is no UTF-8" in done.stderr
+
+
+def test_on_a_terminal_there_is_colour_and_q_ends_top(database_url: str, redis_url: str, conn: Connection[Any]) -> None:
+    create_topic(conn, LONG, 1)
+    commit_object(conn, "k", partition_ids(conn, LONG), [1], [0], [1], [0])
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    env = {**environment(database_url, redis_url), "TERM": "xterm-256color"}
+    env.pop("COLUMNS")
+    env.pop("NO_COLOR", None)
+    with subprocess.Popen(
+        [*PROGRAM, "top", "--interval", "0.2", "--after", "0"], cwd=ROOT, env=env, stdin=child, stdout=child
+    ) as program:
+        os.close(child)
+        shown = b""
+        while b"nnn" not in shown:
+            shown += os.read(parent, 65536)
+        os.write(parent, b"q")
+        while True:
+            try:
+                rest = os.read(parent, 65536)
+            except OSError:
+                break
+            if not rest:
+                break
+            shown += rest
+        assert program.wait(30) == 0
+    os.close(parent)
+    assert b"\x1b[1m" in shown
+    # The alternate screen is left again.
+    assert b"\x1b[?1049l" in shown
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "…" in plain
+    assert [text for text in re.split(r"[\r\n]+", plain) if len(text) > COLUMNS] == []
+
+
+def test_a_closed_pipe_is_no_error(database_url: str, redis_url: str, conn: Connection[Any]) -> None:
+    create_topic(conn, "orders", 1)
+    with subprocess.Popen(
+        [*PROGRAM, "top", "--interval", "0.1"],
+        cwd=ROOT,
+        env=environment(database_url, redis_url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as program:
+        assert program.stdout
+        assert program.stderr
+        program.stdout.readline()
+        program.stdout.close()
+        program.wait(30)
+        assert b"Traceback" not in program.stderr.read()

@@ -1,0 +1,232 @@
+"""`status` and `top`: what waits, what it waits for, and how fast it goes."""
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from click.testing import CliRunner
+from psycopg import Connection, sql
+
+from config.embedded.postgres import PostgresServer
+from db.commit import commit_object
+from db.discover import find_committed, save_seen
+from db.materialize import materialize
+from db.migrate import upgrade
+from db.partitions import COUNT_LIMIT
+from db.status import read_status
+from db.topics import create_topic, partition_ids
+from tasks.commands.status import status
+from tasks.commands.top import top
+from tests.support import Connect, wait_until
+from tests.support_commands import Cli, app_for
+
+LONG = "n" * 249
+
+
+@pytest.fixture
+def cli(database_url: str, redis_url: str) -> Iterator[Cli]:
+    with app_for(database_url, redis_url) as app:
+        yield Cli(app)
+
+
+@pytest.fixture
+def ids(conn: Connection[Any]) -> list[int]:
+    create_topic(conn, LONG, 1)
+    create_topic(conn, "orders", 2)
+    return partition_ids(conn, "orders")
+
+
+def commit(conn: Connection[Any], key: str, ids: list[int], records: int = 1) -> None:
+    n = len(ids)
+    commit_object(conn, key, ids, [records] * n, [0] * n, [10] * n, [0] * n)
+
+
+def test_backlog_and_lag(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+    commit(conn, "a", ids, 5)
+    materialize(conn, ids)
+    commit(conn, "b", ids[:1])
+    conn.execute("update tidemark.objects set committed_at = committed_at - interval '90 s' where key = 'b'")
+    commit(conn, "c", ids[:1])
+    topics = {topic["topic"]: topic for topic in cli(status, "--json", "--interval", "0").json["topics"]}
+    orders = topics["orders"]
+    assert 90 <= orders.pop("lag_seconds") < 120
+    assert orders == {
+        "topic": "orders",
+        "partitions": 2,
+        "end_offset_sum": 10,
+        "end_offset_min": 5,
+        "end_offset_max": 5,
+        "records": 10,
+        "byte_size": 20,
+        "backlog_events": 2,
+        "backlog_counted": True,
+        "backlog_partitions": 1,
+        "records_per_second": None,
+    }
+    assert topics[LONG]["lag_seconds"] is None
+    assert [topic["topic"] for topic in cli(status, "orders", "--json", "--interval", "0").json["topics"]] == ["orders"]
+    out = cli(status, "--interval", "0").out
+    assert re.search(r"^orders +2 +10 +2 +9\d s +-$", out, re.MULTILINE)
+    assert out.count("n") >= len(LONG)
+
+
+def test_a_late_transaction_counts_as_backlog(conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
+    late = connect(autocommit=False)
+    commit(late, "late", ids[:1])
+    commit(conn, "a", ids[:1])
+    materialize(conn, ids)
+    late.commit()
+    [partition] = read_status(conn).pending
+    assert (partition.partition_id, partition.backlog) == (ids[0], 1)
+    assert partition.lag is not None
+
+
+def test_counting_ends_somewhere(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+    conn.execute(
+        "insert into tidemark.record_batch_events "
+        "(object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp) "
+        "select 1, %s, 1, 0, 1, 0 from generate_series(1, %s)",
+        (ids[0], COUNT_LIMIT + 5),
+    )
+    found = cli(status, "orders", "--json", "--interval", "0").json["topics"][0]
+    assert (found["backlog_events"], found["backlog_counted"]) == (COUNT_LIMIT, False)
+    assert "100,000+" in cli(status, "--interval", "0").out
+
+
+def test_rate(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+    commit(conn, "a", ids, 1000)
+    before = read_status(conn)
+    materialize(conn, ids)
+    rates = read_status(conn).rates(before)
+    assert rates["orders"] > 0
+    assert rates[LONG] == 0
+    assert cli(status, "--json", "--interval", "0.05").json["topics"][1]["records_per_second"] == 0
+
+
+def test_what_a_partition_waits_for(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
+    commit(conn, "a", ids)
+    fresh = cli(status, "--json", "--interval", "0", "--after", "0").json
+    assert {p["waits_for"] for p in fresh["waiting"]} == {"fan-out: is beat running, and a worker on control?"}
+    save_seen(conn, find_committed(conn).snapshot)
+    waiting = cli(status, "--json", "--interval", "0", "--after", "0").json["waiting"]
+    assert {p["waits_for"] for p in waiting} == {f"a worker on materialize.{i % 8}" for i in ids}
+    blocker, waiter = connect(autocommit=False), connect()
+    blocker.execute("select from tidemark.topic_partitions where id = %s for update -- a comment", (ids[1],))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(materialize, waiter, ids)
+
+        def lock_waits() -> Any:
+            return cli(status, "--json", "--interval", "0", "--after", "0").json["lock_waits"]
+
+        [wait] = wait_until(lock_waits)
+        assert (wait["pid"], wait["blocker_pid"]) == (waiter.info.backend_pid, blocker.info.backend_pid)
+        assert (wait["topic"], wait["partition"]) == ("orders", 1)
+        assert (wait["blocker_state"], wait["blocker_gid"]) == ("idle in transaction", None)
+        words = cli(status, "--interval", "0", "--after", "0").words
+        assert f"pid {wait['pid']} has waited" in words
+        assert f"select pg_terminate_backend({wait['blocker_pid']});" in words
+        assert "orders 1 1 0." in words
+        assert f"a lock of pid {wait['blocker_pid']}" in words
+        # Everyday waits are left out.
+        assert "has waited" not in cli(status, "--interval", "0").out
+        blocker.rollback()
+        assert running.result(30).events_processed == 2
+
+
+def test_a_transaction_below_a_cursor(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
+    late = connect(autocommit=False)
+    late.execute("set application_name = 'slow broker'")
+    commit(late, "late", ids)
+    commit(conn, "a", ids)
+    materialize(conn, ids)
+    [held] = cli(status, "--json", "--interval", "0").json["held_cursors"]
+    assert (held["pid"], held["partitions"], held["application"]) == (late.info.backend_pid, 2, "slow broker")
+    words = cli(status, "--interval", "0", "--after", "0").words
+    assert "(slow broker), idle in transaction" in words
+    assert "passed by the cursors of 2 partitions" in words
+    late.rollback()
+    assert cli(status, "--json", "--interval", "0").json["held_cursors"] == []
+
+
+def test_a_restored_database(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+    commit(conn, "a", ids)
+    conn.execute("update tidemark.cluster set system_identifier = 1")
+    assert cli(status, "--json", "--interval", "0").json["own_cluster"] is False
+    words = cli(status, "--interval", "0", "--after", "0").words
+    assert "the database was restored into another cluster. Run: celery -A tasks rebase" in words
+
+
+def test_a_role_that_may_not_see_other_sessions(
+    cli: Cli, conn: Connection[Any], connect: Connect, database_url: str, redis_url: str, ids: list[int]
+) -> None:
+    role = f"watcher_{conn.info.backend_pid}"
+    name = sql.Identifier(role)
+    conn.execute(sql.SQL("create role {} login").format(name))
+    try:
+        conn.execute(sql.SQL("grant usage on schema tidemark to {}").format(name))
+        conn.execute(sql.SQL("grant select on all tables in schema tidemark to {}").format(name))
+        commit(conn, "a", ids)
+        with app_for(database_url.replace("//tidemark@", f"//{role}@"), redis_url) as app:
+            found = Cli(app)(status, "--json", "--interval", "0").json
+        assert found["topics"][1]["backlog_events"] == 2
+    finally:
+        conn.execute(sql.SQL("drop owned by {0}; drop role {0}").format(name))
+
+
+def test_top_prints_lines_without_a_terminal(cli: Cli, ids: list[int], conn: Connection[Any]) -> None:
+    commit(conn, "a", ids)
+    done = CliRunner().invoke(top, ["--count", "2", "--interval", "0.1"], obj=type("O", (), _context(cli))())
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert re.fullmatch(r"\S+ orders end=0 backlog=2 lag=\d\.\ds records/s=0", lines[1])
+
+
+def _context(cli: Cli) -> dict[str, Any]:
+    return {"app": cli.app, "no_color": False}
+
+
+def test_top_prints_json_lines(cli: Cli, ids: list[int]) -> None:
+    assert ids
+    lines = cli(top, "orders", "--count", "2", "--interval", "0.1", "--json").out.splitlines()
+    assert [json.loads(line)["topics"][0]["topic"] for line in lines] == ["orders", "orders"]
+
+
+def test_prepared_transactions(server_directory: Path, postgres_bin: Path | None, redis_url: str) -> None:
+    settings = {"max_prepared_transactions": "5"}
+    with PostgresServer.start(server_directory / "prepared", bin_dir=postgres_bin, settings=settings) as server:
+        upgrade(server.url())
+        with (
+            psycopg.connect(server.url(), autocommit=True) as conn,
+            psycopg.connect(server.url(), autocommit=True) as waiter,
+            app_for(server.url(), redis_url) as app,
+        ):
+            cli = Cli(app)
+            create_topic(conn, "orders", 1)
+            ids = partition_ids(conn, "orders")
+            conn.execute("begin")
+            commit(conn, "late", ids)
+            conn.execute("prepare transaction 'it''s late'")
+            commit(conn, "a", ids)
+            materialize(conn, ids)
+            conn.execute("begin; select from tidemark.topic_partitions for update; prepare transaction 'lock'")
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(materialize, waiter, ids)
+
+                def lock_waits() -> Any:
+                    return cli(status, "--json", "--interval", "0").json["lock_waits"]
+
+                [wait] = wait_until(lock_waits)
+                assert (wait["blocker_pid"], wait["blocker_gid"], wait["topic"]) == (0, "lock", "orders")
+                held = cli(status, "--json", "--interval", "0").json["held_cursors"]
+                assert [h["gid"] for h in held if h["pid"] is None] == ["it's late"]
+                words = cli(status, "--interval", "0", "--after", "0").words
+                assert "held by prepared transaction lock" in words
+                assert "rollback prepared 'it''s late';" in words
+                conn.execute("rollback prepared 'lock'")
+                running.result(30)
+            conn.execute("rollback prepared 'it''s late'")
