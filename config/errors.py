@@ -53,7 +53,7 @@ class InvalidTopicError(TidemarkError):
 
 
 class TopicExistsError(TidemarkError):
-    """A topic has this name already, with another number of partitions."""
+    """A topic has this name already."""
 
     code = "TM006"
 

@@ -21,7 +21,7 @@ def _default(name: str, field: FieldInfo) -> str:
     if name == "data_dir":
         return "`~/.local/state/tidemark`; as root `/var/lib/tidemark`"
     if field.default is None:
-        return "–"
+        return "none"
     value = field.default
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 

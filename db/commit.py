@@ -9,7 +9,7 @@ import psycopg
 from config.errors import InvalidCommitError
 from db.arrays import Int4Array, Int8Array
 from db.execute import run
-from db.translate import domain_errors
+from db.translate import domain_errors, is_storable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +58,9 @@ def commit_object(
             f"object {object_key!r}: {error}. Pass integers that fit: 32 bits for partition ids, numbers of records "
             f"and byte lengths, 64 bits for byte offsets and timestamps."
         ) from None
-    if "\0" in (object_key or ""):
+    if not is_storable(object_key):
         raise InvalidCommitError(
-            f"object {object_key!r}: the key is no text Postgres can store. Pass a str without NUL."
+            f"object {object_key!r}: the key is no text Postgres can store. Pass a str without NUL or lone surrogates."
         )
     with domain_errors():
         row = run(conn, "commit_object", parameters).fetchone()

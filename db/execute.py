@@ -5,6 +5,7 @@ from typing import Any
 
 import psycopg
 from psycopg import RawCursor
+from psycopg.rows import TupleRow, tuple_row
 
 from db import arrays
 from db.statements import statement
@@ -12,9 +13,9 @@ from db.statements import statement
 
 def run(
     conn: psycopg.Connection[Any], name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None
-) -> RawCursor[Any]:
+) -> RawCursor[TupleRow]:
     """Execute `db/sql/<name>.sql`; `prepare=False` plans it for these very parameters each time."""
-    cursor = RawCursor(conn)
+    cursor = RawCursor(conn, row_factory=tuple_row)
     arrays.register(cursor.adapters)
     cursor.execute(statement(name), parameters, prepare=prepare)
     return cursor

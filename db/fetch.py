@@ -5,8 +5,9 @@ from typing import Any
 
 import psycopg
 
+from config.errors import UnknownPartitionError
 from db.execute import run
-from db.translate import domain_errors
+from db.translate import domain_errors, is_int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ def fetch_batches(
 
     Raises UnknownPartitionError, OffsetOutOfRangeError and InvalidFetchError.
     """
+    if not is_int(partition_id):
+        raise UnknownPartitionError(f"partition id {partition_id} does not exist")
     with domain_errors():
         rows = run(conn, "fetch_batches", (partition_id, from_offset, max_bytes, max_batches)).fetchall()
     return [

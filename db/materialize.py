@@ -18,8 +18,10 @@ from time import perf_counter
 from typing import Any, Self
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from config.errors import UnknownPartitionError
+from config.strategy import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.execute import run
 from db.statements import statement
@@ -50,7 +52,7 @@ class MaterializationMetrics:
     errors: int = 0
     # Partitions that had events left when the transaction ended.
     backlog_partition_ids: tuple[int, ...] = ()
-    strategy: str = "window"
+    strategy: Strategy = DEFAULT_STRATEGY
 
     def __add__(self, other: Self) -> Self:
         """Both together; the backlog is the later one's."""
@@ -85,20 +87,27 @@ def materialize(
     partition_ids: Iterable[int],
     *,
     events_per_partition: int = 20_000,
+    strategy: Strategy = DEFAULT_STRATEGY,
 ) -> MaterializationMetrics:
     """Materialize pending events of these partitions, in one transaction.
 
     At most `events_per_partition` of each (and all those of transactions that were late); partitions with more are in
-    `backlog_partition_ids`. The connection must be idle or in a read committed transaction that has read nothing yet.
+    `backlog_partition_ids`. `strategy` changes the speed and nothing else.
 
-    Raises UnknownPartitionError for an id that does not exist, ForeignClusterError in a restored database; both
-    change nothing. Waits for locks as long as the connection's `lock_timeout`.
+    Raises ValueError when a transaction is open on the connection already, UnknownPartitionError for an id that does
+    not exist, ForeignClusterError in a restored database; each changes nothing. Waits for locks as long as the
+    connection's `lock_timeout`.
     """
     ids = sorted(set(partition_ids))
     if not ids or events_per_partition < 1:
         raise ValueError(
             f"materialize {len(ids)} partitions with {events_per_partition} events each: pass at least one of both"
         )
+    if conn.info.transaction_status != TransactionStatus.IDLE:
+        # No snapshot lists its own transaction: the cursor would pass it, and what it commits later would be lost.
+        raise ValueError("materialize needs a transaction of its own: commit or roll back the one that is open")
+    if ids[0] < 0 or ids[-1] >= 2**31:
+        raise UnknownPartitionError(f"partition id {ids[0] if ids[0] < 0 else ids[-1]} does not exist")
     start = perf_counter()
     with domain_errors(), conn.transaction():
         conn.execute(statement("transaction_settings"))
@@ -112,7 +121,7 @@ def materialize(
                 f"Read the ids of a topic's partitions with tidemark.partition_ids(topic)."
             )
         moved: Sequence[tuple[int, int, int, int, bool]] = run(
-            conn, "place_window", (Int4Array(ids), events_per_partition)
+            conn, f"place_{strategy}", (Int4Array(ids), events_per_partition)
         ).fetchall()
     events = sum(row[1] for row in moved)
     return MaterializationMetrics(
@@ -125,4 +134,5 @@ def materialize(
         log_bytes=int(sum(row[3] for row in moved)),
         transactions=1,
         backlog_partition_ids=tuple(row[0] for row in moved if row[4]),
+        strategy=strategy,
     )

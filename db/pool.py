@@ -2,16 +2,23 @@
 
 The pool opens its first connection when one is asked for, never before: a connection that crosses a fork is
 shared by two processes and corrupts both. `Database` remembers the process it was opened in and opens anew in another.
+
+After an outage psycopg_pool alone is slow to notice that Postgres is back. It checks its idle connections one by one
+and pauses twice as long after each dead one, so ten of them outlast any time-out; and who waits while it gives up
+connecting waits for nobody. So here the first dead connection empties the pool, attempts to connect are short, and a
+waiting caller asks again every second, which starts the next attempt.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from time import monotonic
 from typing import Any
 
 import psycopg
-from psycopg_pool import ConnectionPool
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import ConnectionPool, PoolTimeout
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
@@ -20,7 +27,22 @@ from db.translate import domain_errors
 
 # TransactionTimeout exists since this version.
 _TRANSACTION_TIMEOUT_SINCE = 170_000
-_RECONNECT_SECONDS = 5.0
+# One attempt to connect, and one more after this; then the next caller's turn makes the next.
+_RECONNECT_SECONDS = 0.5
+_TURN_SECONDS = 1.0
+# What libpq would wait for without end: a host that is gone answers nothing, not even with a refusal.
+_NETWORK = {
+    "connect_timeout": 5,
+    "keepalives_idle": 30,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+
+
+def _make_autocommit(conn: psycopg.Connection[Any]) -> None:
+    # SQLAlchemy's connections begin transactions by themselves; the next user of this one expects none.
+    conn.autocommit = True
 
 
 def session_settings(settings: Settings, server_version: int) -> dict[str, str]:
@@ -69,17 +91,16 @@ class Database:
         settings = self._settings
         return ConnectionPool(
             self._url,
-            kwargs={"autocommit": True},
+            # What the URL says goes first.
+            kwargs={**_NETWORK, **conninfo_to_dict(self._url), "autocommit": True},
             # Kept when idle: never more than there are threads to use them.
             min_size=min(settings.pool_idle, self._threads, settings.pool_open),
             max_size=settings.pool_open,
             max_lifetime=settings.pool_lifetime,
             timeout=settings.pool_wait,
-            # The pool doubles its pauses between attempts; giving up early, the next caller tries at once.
             reconnect_timeout=_RECONNECT_SECONDS,
             configure=self._configure,
-            # One round trip, so that a connection the server closed meanwhile is replaced and not handed out.
-            check=ConnectionPool.check_connection,
+            reset=_make_autocommit,
             close_returns=True,
             open=True,
             name="tidemark",
@@ -92,8 +113,40 @@ class Database:
     @contextmanager
     def connection(self) -> Iterator[psycopg.Connection[Any]]:
         """An autocommit connection from the pool; driver errors leave as Tidemark's own where they are such."""
-        with domain_errors(), self.pool.connection() as conn:
-            yield conn
+        pool = self.pool
+        with domain_errors():
+            conn = self._acquire(pool)
+            try:
+                with conn:
+                    yield conn
+            finally:
+                pool.putconn(conn)
+
+    def _acquire(self, pool: "ConnectionPool[psycopg.Connection[Any]]") -> psycopg.Connection[Any]:
+        """A connection that answered just now; PoolTimeout when there is none within the settings' `pool_wait`."""
+        deadline = monotonic() + self._settings.pool_wait
+        while True:
+            try:
+                conn = pool.getconn(timeout=min(_TURN_SECONDS, deadline - monotonic()))
+            except PoolTimeout:
+                if monotonic() < deadline:
+                    continue
+                raise PoolTimeout(
+                    f"no connection to Postgres within {self._settings.pool_wait:g} s: it is not reachable, or all "
+                    f"{self._settings.pool_open} connections of this process are in use"
+                ) from None
+            try:
+                # One round trip, so that a connection the server closed meanwhile is replaced and not handed out.
+                pool.check_connection(conn)
+            except psycopg.Error:
+                pool.putconn(conn)
+                # What ended this one has most likely ended the others.
+                pool.drain()
+            except BaseException:
+                pool.putconn(conn)
+                raise
+            else:
+                return conn
 
     @property
     def engine(self) -> Engine:
@@ -101,8 +154,8 @@ class Database:
         return create_engine("postgresql+psycopg://", creator=self._transactional, poolclass=NullPool)
 
     def _transactional(self) -> psycopg.Connection[Any]:
-        conn = self.pool.getconn()
-        # SQLAlchemy begins transactions by itself; the pool resets this when the connection is back.
+        conn = self._acquire(self.pool)
+        # SQLAlchemy begins transactions by itself; the pool undoes this when the connection is back.
         conn.autocommit = False
         return conn
 

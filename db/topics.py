@@ -1,37 +1,21 @@
 """Topics and their partitions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import Connection, func, select
 
 from config.errors import InvalidTopicError, UnknownTopicError
-from db.schema import topic_partitions, topics
-from db.translate import domain_errors
+from db.translate import domain_errors, is_storable
 
 _MAX_LIMIT = 2**63 - 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Topic:
-    """A topic and the sums over its partitions; retention limits are None where there is no limit."""
-
-    id: UUID
-    name: str
-    partitions: int
-    retention_ms: int | None
-    retention_bytes: int | None
-    created_at: datetime
-    records: int
-    byte_size: int
-
-
 def create_topic(conn: psycopg.Connection[Any], name: str, partitions: int) -> UUID:
     """Create a topic; raises InvalidTopicError and TopicExistsError."""
+    if not is_storable(name):
+        raise InvalidTopicError(f"topic name {name!r} is not legal. Use 1 to 249 of the characters A-Z a-z 0-9 . _ -")
     with domain_errors():
         row = conn.execute("select tidemark.create_topic(%s::text, %s::int)", (name, partitions)).fetchone()
     assert row is not None  # noqa: S101 - a function call returns a row
@@ -40,6 +24,8 @@ def create_topic(conn: psycopg.Connection[Any], name: str, partitions: int) -> U
 
 def partition_ids(conn: psycopg.Connection[Any], topic: str) -> list[int]:
     """Ids of a topic's partitions, partition 0 first; raises UnknownTopicError."""
+    if not is_storable(topic):
+        raise UnknownTopicError(f"topic {topic!r} does not exist: no topic can have this name")
     with domain_errors():
         row = conn.execute("select tidemark.partition_ids(%s::text)", (topic,)).fetchone()
     assert row is not None  # noqa: S101 - a function call returns a row
@@ -74,36 +60,6 @@ def names_of(conn: psycopg.Connection[Any], ids: Sequence[int]) -> dict[int, tup
         (list(ids),),
     ).fetchall()
     return {row[0]: (row[1], row[2]) for row in rows}
-
-
-def list_topics(connection: Connection, *, name: str | None = None) -> list[Topic]:
-    """All topics by name, or the one with this name."""
-    partition = topic_partitions.c
-    query = (
-        select(
-            topics,
-            func.sum(partition.end_offset - partition.start_offset).label("records"),
-            func.sum(partition.byte_size).label("byte_size"),
-        )
-        .join(topic_partitions, partition.topic_id == topics.c.id)
-        .group_by(topics.c.id)
-        .order_by(topics.c.name)
-    )
-    if name is not None:
-        query = query.where(topics.c.name == name)
-    return [
-        Topic(
-            id=row.id,
-            name=row.name,
-            partitions=row.partitions,
-            retention_ms=row.retention_ms,
-            retention_bytes=row.retention_bytes,
-            created_at=row.created_at,
-            records=int(row.records),
-            byte_size=int(row.byte_size),
-        )
-        for row in connection.execute(query)
-    ]
 
 
 def set_retention(

@@ -51,6 +51,19 @@ _BY_CONSTRAINT: dict[str, type[TidemarkError]] = {
 }
 
 
+def is_storable(text: object) -> bool:
+    """Whether Postgres can take this as text: a str without NUL and without what UTF-8 has no form for, or None."""
+    try:
+        return text is None or (isinstance(text, str) and b"\0" not in text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def is_int(value: object) -> bool:
+    """Whether Postgres can take this as an int: 32 bits, or None."""
+    return value is None or (isinstance(value, int) and -(2**31) <= value < 2**31)
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether doing the same again may succeed.
 

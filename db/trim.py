@@ -10,7 +10,11 @@ from typing import Any
 import psycopg
 
 from db.execute import run
+from db.statements import statement
 from db.translate import domain_errors
+
+# Below every event.
+_BEGINNING = ("0", -(2**63))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +49,19 @@ def trim(
             return TrimResult(deleted=deleted, partitions=partitions, next_partition_id=None)
         partition_id: int = row[0]
         partitions += 1
+        position: tuple[str, int] = _BEGINNING
         while True:
-            with domain_errors():
-                count = run(conn, "delete_consumed", (partition_id, delete_batch)).rowcount
-            deleted += count
+            with domain_errors(), conn.transaction():
+                conn.execute(statement("transaction_settings"))
+                row = run(conn, "delete_consumed", (partition_id, delete_batch, *position)).fetchone()
+            assert row is not None  # noqa: S101 - an aggregate returns a row
+            gone, found, last_xid, last_id = row
+            deleted += gone
+            if found:
+                position = (last_xid, last_id)
             if stop():
                 # The partition that may not be finished comes again.
                 return TrimResult(deleted=deleted, partitions=partitions, next_partition_id=partition_id - 1)
-            if count < delete_batch:
+            if found < delete_batch:
                 break
         after_partition_id = partition_id

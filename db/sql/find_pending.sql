@@ -2,14 +2,18 @@
 -- what a lost message left behind; probes the index once or twice for each partition.
 select p.id, p.last_id, n.events
 from (
-    select h.id, h.seen_xid, h.seen_id, h.in_flight, max(h.id) over () as last_id
-    from tidemark.topic_partitions h
-    where h.id > $1::int
-    order by h.id
-    limit $2::int
+    -- The limit is in a query of its own: a window beside it would be computed over all that follow.
+    select g.*, max(g.id) over () as last_id
+    from (
+        select h.id, h.seen_xid, h.seen_id, h.in_flight
+        from tidemark.topic_partitions h
+        where h.id > $1::int
+        order by h.id
+        limit $2::int
+    ) g
 ) p
 cross join lateral (
-    select count(*)::int as events
+    select least(count(*), $3::int)::int as events
     from (
         (select from tidemark.record_batch_events e
          where e.partition_id = p.id and e.xid = any (p.in_flight)

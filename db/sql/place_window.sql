@@ -3,17 +3,26 @@
 -- Pending is what lies beyond the cursor, and the events of the transactions that were still running when the cursor
 -- passed them. Those are taken whole and first: they sort below the cursor. Everything here, the new in_flight included, is
 -- seen by one snapshot. The lateral subquery keeps the index's order, so nothing is sorted whatever the number of partitions.
+--
+-- The window carries the totals along, so that a partition's last row has all that its head needs; adding them up
+-- and looking for that row afterwards takes a second and a third pass over the events.
 with head as materialized (
     select p.id, p.end_offset, p.seen_xid, p.seen_id, p.in_flight
     from tidemark.topic_partitions p
     where p.id = any ($1::int[])
 ),
+running as materialized (
+    select array(select pg_snapshot_xip(pg_current_snapshot())) as xids
+),
 pending as materialized (
-    select h.id as partition_id, e.*
+    select h.id as partition_id, h.end_offset as base, e.*
     from head h
     cross join lateral (
         select c.xid, c.id, c.object_id, c.byte_offset, c.max_timestamp, c.n_records, c.byte_length,
-               h.end_offset + sum(c.n_records) over (order by c.xid, c.id rows unbounded preceding) as end_offset
+               sum(c.n_records) over so_far as records,
+               sum(c.byte_length) over so_far as bytes,
+               row_number() over so_far as events,
+               lead(false, 1, true) over so_far as is_last
         from (
             (select l.*
              from tidemark.record_batch_events l
@@ -25,39 +34,36 @@ pending as materialized (
              order by m.xid, m.id
              limit $2::int)
         ) c
+        window so_far as (order by c.xid, c.id rows unbounded preceding)
     ) e
 ),
 placed as (
     insert into tidemark.record_batches
         (start_offset, object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
-    select e.end_offset - e.n_records, e.object_id, e.byte_offset, e.max_timestamp, e.partition_id, e.n_records,
+    select e.base + e.records - e.n_records, e.object_id, e.byte_offset, e.max_timestamp, e.partition_id, e.n_records,
            e.byte_length
     from pending e
 ),
-total as (
-    select e.partition_id, count(*) as events, sum(e.byte_length) as bytes, max(e.end_offset) as end_offset
+-- Materialized, or the update would copy each of its rows a second time, for rechecking them after a lock wait.
+last as materialized (
+    select e.partition_id, e.xid, e.id, e.events, e.records, e.bytes
     from pending e
-    group by e.partition_id
+    where e.is_last
 ),
--- Where the cursor goes. A partition with nothing but late events keeps its own.
-advanced as (
-    select t.partition_id, t.events, t.bytes, t.end_offset, t.end_offset - h.end_offset as records,
-           case when (e.xid, e.id) > (h.seen_xid, h.seen_id) then e.xid else h.seen_xid end as seen_xid,
-           case when (e.xid, e.id) > (h.seen_xid, h.seen_id) then e.id else h.seen_id end as seen_id
-    from total t
-    join pending e on e.partition_id = t.partition_id and e.end_offset = t.end_offset
-    join head h on h.id = t.partition_id
-),
+-- The heads are locked, so their values are those read above. A partition with nothing but late events keeps its position.
 moved as (
     update tidemark.topic_partitions p
-    set end_offset = a.end_offset,
-        byte_size = p.byte_size + a.bytes,
-        seen_xid = a.seen_xid,
-        seen_id = a.seen_id,
-        in_flight = array(select x.xid from pg_snapshot_xip(pg_current_snapshot()) x(xid) where x.xid < a.seen_xid)
-    from advanced a
-    where p.id = a.partition_id and p.id = any ($1::int[])
-    returning p.id, a.events, a.records, a.bytes, a.seen_xid, a.seen_id
+    set end_offset = p.end_offset + l.records,
+        byte_size = p.byte_size + l.bytes,
+        seen_xid = greatest(p.seen_xid, l.xid),
+        seen_id = case when (l.xid, l.id) > (p.seen_xid, p.seen_id) then l.id else p.seen_id end,
+        in_flight = case r.xids
+            when '{}' then r.xids
+            else array(select x.xid from unnest(r.xids) x(xid) where x.xid < greatest(p.seen_xid, l.xid))
+        end
+    from last l, running r
+    where p.id = l.partition_id
+    returning p.id, l.events, l.records, l.bytes, p.seen_xid, p.seen_id
 )
 select m.id, m.events, m.records, m.bytes,
        m.events >= $2::int and exists (

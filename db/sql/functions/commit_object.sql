@@ -32,7 +32,8 @@ begin
     -- Comparison with all() is one loop in C for each array, and null for an array that holds a null; anything but true is
     -- looked into, for a message that names the element.
     if object_key is null or octet_length(object_key) not between 1 and 1024
-        or (batches >= 1 and array_ndims(partition_ids) = 1
+        or (batches >= 1 and array_ndims(partition_ids) = 1 and array_ndims(n_records) = 1 and array_ndims(byte_offsets) = 1
+            and array_ndims(byte_lengths) = 1 and array_ndims(max_timestamps) = 1
             and cardinality(n_records) = batches and cardinality(byte_offsets) = batches
             and cardinality(byte_lengths) = batches and cardinality(max_timestamps) = batches
             and 0 < all (n_records) and 0 <= all (byte_offsets) and 0 <= all (byte_lengths)

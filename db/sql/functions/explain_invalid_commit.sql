@@ -35,8 +35,9 @@ begin
                           '%s byte_lengths, %s max_timestamps', cardinality(partition_ids), cardinality(n_records),
                           cardinality(byte_offsets), cardinality(byte_lengths), cardinality(max_timestamps));
         fix := 'Pass one element per batch in every array.';
-    elsif array_ndims(partition_ids) <> 1 then
-        problem := format('the arrays have %s dimensions', array_ndims(partition_ids));
+    elsif greatest(array_ndims(partition_ids), array_ndims(n_records), array_ndims(byte_offsets),
+                   array_ndims(byte_lengths), array_ndims(max_timestamps)) <> 1 then
+        problem := 'an array has more than one dimension';
         fix := 'Pass arrays of one dimension.';
     else
         select format('batch %s: %s', b.position,

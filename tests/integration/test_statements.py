@@ -1,0 +1,128 @@
+"""Every SQL file runs as it stands in psql, and says first what it is for."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+import db
+from config.embedded.postgres import PostgresServer
+from config.embedded.wheels import postgres_bin as wheel_bin
+from db.statements import routine_files, statement
+from db.topics import create_topic, partition_ids
+
+SQL = Path(db.__file__).parent / "sql"
+
+# Values for $1, $2, … of each statement; `{p}` is a partition id.
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "audit_left": ("orders",),
+    "commit_object": ("a key", "{{{p}}}", "{{1}}", "{{0}}", "{{10}}", "{{0}}"),
+    "delete_consumed": ("{p}", "100", "0", "0"),
+    "describe_partitions": ("{{orders}}", "100", "true"),
+    "describe_topics": ("{{orders}}",),
+    "doctor_clock": (),
+    "doctor_defaults": ("{{jit}}",),
+    "doctor_functions": (),
+    "doctor_privileges": (),
+    "doctor_rules": (),
+    "doctor_server": (),
+    "doctor_settings": ("{{jit}}",),
+    "doctor_tables": (),
+    "doctor_transactions": ("0",),
+    "fetch_batches": ("{p}", "0", "1000", "10"),
+    "find_committed": ("3", "{{}}", "100"),
+    "find_held_cursors": ("10",),
+    "find_lock_waits": ("10",),
+    "find_pending": ("0", "100", "100"),
+    "lock_partitions": ("{{{p}}}",),
+    "next_partition_with_events": ("0",),
+    "find_objects": ("demo/",),
+    "observe_heads": ("{{{p}}}", "{{0}}"),
+    "read_log": ("{p}",),
+    "place_incremental": ("{{{p}}}", "100"),
+    "place_window": ("{{{p}}}", "100"),
+    "read_fan_out_state": (),
+    "read_dispatch": (),
+    "read_head": ("{p}",),
+    "rebase": (),
+    "save_fan_out_state": ("10:20:15",),
+    "transaction_settings": (),
+}
+
+
+OTHERS = sorted({file.stem for file in SQL.glob("*.sql")} - PARAMETERS.keys())
+
+
+@pytest.fixture(scope="module")
+def database_url(postgres_server: PostgresServer, template_database: str) -> Iterator[str]:
+    """One for all of this module's tests, which roll back."""
+    name = sql.Identifier("test_statements")
+    with psycopg.connect(postgres_server.url(), autocommit=True) as admin:
+        admin.execute(sql.SQL("create database {} template {}").format(name, sql.Identifier(template_database)))
+        yield postgres_server.url("test_statements")
+        admin.execute(sql.SQL("drop database {} with (force)").format(name))
+
+
+@pytest.fixture(scope="module")
+def partition_id(database_url: str) -> int:
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        create_topic(conn, "orders", 1)
+        return partition_ids(conn, "orders")[0]
+
+
+def psql(url: str, script: str) -> str:
+    """What psql prints; it stops at the first error, which would be on stderr."""
+    done = subprocess.run(
+        [wheel_bin() / "psql", "-X", "-v", "ON_ERROR_STOP=1", "-d", url],
+        input=script,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.rstrip()
+
+
+def test_the_statements_that_are_run_exist() -> None:
+    assert {file.stem for file in SQL.glob("*.sql")} >= PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_is_understood_by_psql(name: str, database_url: str) -> None:
+    """Statements without values here: names and types are resolved, which is where a file goes stale."""
+    text = (SQL / f"{name}.sql").read_text("utf-8")
+    assert psql(database_url, f"prepare checked as\n{text}\n;\n") == "PREPARE"
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_runs_in_psql(name: str, database_url: str, partition_id: int) -> None:
+    values = [f"'{value.format(p=partition_id)}'" for value in PARAMETERS[name]]
+    text = (SQL / f"{name}.sql").read_text("utf-8")
+    # A single statement is sent with its values; scripts end each of theirs themselves.
+    run = f"{text}\n\\bind {' '.join(values)} \\g\n" if values else f"{text};\n"
+    assert psql(database_url, f"begin;\n{run}rollback;\n").endswith("ROLLBACK")
+
+
+@pytest.mark.parametrize("file", sorted(SQL.rglob("*.sql")), ids=lambda file: file.stem)
+def test_starts_with_its_purpose(file: Path) -> None:
+    first, *rest = file.read_text("utf-8").splitlines()
+    assert re.match(r"-- \S+ \S+", first)
+    assert any(line and not line.startswith("--") for line in rest)
+    assert all(len(line) <= 130 for line in (first, *rest))
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_parameters_are_numbered_without_gaps(name: str) -> None:
+    code = re.sub(r"--.*", "", statement(name).decode())
+    assert {int(number) for number in re.findall(r"\$(\d+)", code)} == set(range(1, len(PARAMETERS[name]) + 1))
+
+
+def test_routines_come_before_views_and_grants() -> None:
+    stems = [file.stem for file in routine_files()]
+    assert stems[-2:] == ["views", "grants"]
+    assert sorted(stems) == sorted(file.stem for file in (SQL / "functions").glob("*.sql"))

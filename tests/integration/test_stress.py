@@ -1,0 +1,212 @@
+"""Everybody at once for ten seconds: producers that commit out of order, materializers, a trimmer and readers.
+
+Nothing here waits for anything else, so the interleavings are the scheduler's. What must hold is checked against what
+the producers and readers wrote down (`tests.support_oracle`).
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from threading import Event
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import Connection, IsolationLevel
+from psycopg.rows import TupleRow
+
+from config.errors import CommitConflictError
+from db.commit import Batch, commit_batches
+from db.discover import sweep
+from db.materialize import materialize
+from db.topics import create_topic, partition_ids
+from db.trim import trim
+from tests.support import wait_until
+from tests.support_oracle import Ledger, Placed, Sent, Sighting, check_log
+
+SECONDS = 10.0
+PARTITIONS = 4
+PRODUCERS = 12
+MATERIALIZERS = 3
+READERS = 2
+
+
+class Stress:
+    """One method per kind of participant; each has a connection and a random generator of its own."""
+
+    def __init__(self, url: str, ids: list[int]) -> None:
+        self.url = url
+        self.ids = ids
+        self.ledger = Ledger()
+        self.producing = Event()
+        self.producing.set()
+        self.running = Event()
+        self.running.set()
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection[TupleRow]]:
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            yield conn
+
+    def produce(self, number: int) -> None:
+        chance = random.Random(number)
+        with self.connection() as conn:
+            turn = 0
+            while self.producing.is_set():
+                turn += 1
+                self.transaction(conn, chance, f"{number}/{turn}")
+
+    def transaction(self, conn: Connection[Any], chance: random.Random, name: str) -> None:
+        objects = {
+            f"{name}/{index}": [
+                Batch(
+                    partition_id=chance.choice(self.ids),
+                    n_records=chance.randint(1, 9),
+                    byte_offset=position * 100,
+                    byte_length=chance.randint(1, 100),
+                    max_timestamp=chance.randrange(10**12),
+                )
+                for position in range(chance.randint(1, 4))
+            ]
+            for index in range(chance.randint(1, 2))
+        }
+        roll_back = chance.random() < 0.1
+        began = time.monotonic()
+        attempts = []
+        with conn.transaction(force_rollback=roll_back):
+            if chance.random() < 0.5:
+                # An id long before its events.
+                conn.execute("select pg_current_xact_id()")
+            for key, batches in objects.items():
+                if chance.random() < 0.3:
+                    time.sleep(chance.random() * 0.03)
+                attempts.append((key, commit_batches(conn, key, batches)))
+            if chance.random() < 0.3:
+                time.sleep(chance.random() * 0.03)
+            if chance.random() < 0.01:
+                time.sleep(1)
+        returned = time.monotonic()
+        if not roll_back:
+            self.record(objects, attempts, began, returned)
+        if roll_back or chance.random() < 0.1:
+            # A replay: after a rollback it is the first commit, otherwise it changes nothing.
+            began = time.monotonic()
+            with conn.transaction():
+                attempts = [(key, commit_batches(conn, key, batches)) for key, batches in objects.items()]
+            self.record(objects if roll_back else {}, attempts, began, time.monotonic())
+        if chance.random() < 0.05:
+            key, batches = next(iter(objects.items()))
+            with pytest.raises(CommitConflictError):
+                commit_batches(conn, key, [*batches, batches[0]])
+
+    def record(
+        self, objects: dict[str, list[Batch]], attempts: list[tuple[str, int]], began: float, returned: float
+    ) -> None:
+        self.ledger.attempts += attempts
+        self.ledger.sent += [
+            Sent(
+                partition_id=batch.partition_id,
+                n_records=batch.n_records,
+                object_key=key,
+                byte_offset=batch.byte_offset,
+                byte_length=batch.byte_length,
+                max_timestamp=batch.max_timestamp,
+                began=began,
+                returned=returned,
+            )
+            for key, batches in objects.items()
+            for batch in batches
+        ]
+
+    def materialize(self, number: int) -> None:
+        chance = random.Random(1000 + number)
+        with self.connection() as conn:
+            while self.running.is_set():
+                chosen = chance.sample(self.ids, chance.choice([1, 1, 2, PARTITIONS]))
+                materialize(conn, chosen, events_per_partition=chance.choice([1, 3, 50, 1000]))
+
+    def trim(self, number: int) -> None:
+        chance = random.Random(2000 + number)
+        with self.connection() as conn:
+            while self.running.is_set():
+                trim(conn, delete_batch=chance.choice([1, 10, 1000]), stop=lambda: not self.running.is_set())
+                time.sleep(0.02)
+
+    def read(self, number: int) -> None:
+        """Contiguity in each snapshot, and a sample of what was seen, for the comparison at the end."""
+        chance = random.Random(3000 + number)
+        with self.connection() as conn:
+            conn.isolation_level = IsolationLevel.REPEATABLE_READ
+            while self.running.is_set():
+                partition_id = chance.choice(self.ids)
+                with conn.transaction():
+                    head = conn.execute(
+                        "select start_offset, end_offset from tidemark.topic_partitions where id = %s",
+                        (partition_id,),
+                    ).fetchone()
+                    rows = conn.execute(
+                        "select b.partition_id, b.start_offset, b.n_records, o.key, b.byte_offset, b.byte_length, "
+                        "b.max_timestamp from tidemark.record_batches b "
+                        "join tidemark.objects o on o.id = b.object_id where b.partition_id = %s order by 2 desc "
+                        "limit 500",
+                        (partition_id,),
+                    ).fetchall()
+                assert head
+                self.ledger.sightings.append(Sighting(number, partition_id, *head))
+                log = [Placed._make(row) for row in reversed(rows)]
+                assert log[-1:] == [] if head[1] == 0 else log[-1].start_offset + log[-1].n_records == head[1]
+                for before, after in pairwise(log):
+                    assert before.start_offset + before.n_records == after.start_offset, (before, after)
+                self.ledger.batches_seen += log[-20:]
+
+    def run(self, seconds: float) -> None:
+        jobs: list[tuple[Callable[[int], None], int]] = [
+            (self.produce, PRODUCERS),
+            (self.materialize, MATERIALIZERS),
+            (self.trim, 1),
+            (self.read, READERS),
+        ]
+        with ThreadPoolExecutor(sum(count for _, count in jobs)) as threads, self.connection() as conn:
+            futures = [threads.submit(job, number) for job, count in jobs for number in range(count)]
+            producers, others = futures[:PRODUCERS], futures[PRODUCERS:]
+            end = time.monotonic() + seconds
+
+            def over() -> bool:
+                return time.monotonic() > end or any(future.done() for future in futures)
+
+            def drained() -> bool:
+                return not list(sweep(conn)) or any(future.done() for future in others)
+
+            try:
+                wait_until(over, timeout=seconds + 5, interval=0.1)
+                self.producing.clear()
+                for future in producers:
+                    future.result(20)
+                wait_until(drained, timeout=30)
+            finally:
+                self.producing.clear()
+                self.running.clear()
+            for future in others:
+                future.result(20)
+
+
+def test_stress(database_url: str, conn: Connection[TupleRow]) -> None:
+    create_topic(conn, "orders", PARTITIONS)
+    stress = Stress(database_url, partition_ids(conn, "orders"))
+    stress.run(SECONDS)
+    verdict = check_log(conn, stress.ledger)
+    assert verdict.violations == ()
+    # Something was checked, and by each of the invariants.
+    assert verdict.checked[1] == verdict.checked[2] == verdict.checked[3] == len(stress.ledger.sent) > 2_000
+    assert verdict.checked[4] > 500
+    assert verdict.checked[5] > 200
+    assert verdict.checked[6] > 1_000
+    in_flight = conn.execute("select max(cardinality(in_flight)) from tidemark.topic_partitions").fetchone()
+    assert in_flight
+    assert in_flight[0] <= PRODUCERS + MATERIALIZERS + 10
+    print(f"stress: {verdict.checked}")  # noqa: T201 -- shown with -s
+    trim(conn)
+    assert conn.execute("select count(*) from tidemark.record_batch_events").fetchone() == (0,)
