@@ -4,11 +4,14 @@ Flower's own defaults listen on every address and ask nobody for a password. Eve
 command line or as `FLOWER_…`, goes before these.
 """
 
+import ast
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from config.settings import Settings
+from tasks.routing import MATERIALIZE
 
 _USER = "tidemark"
 
@@ -35,6 +38,10 @@ def flower_environment(settings: Settings) -> dict[str, str]:
 
 def apply(settings: Settings) -> str:
     """Set the defaults in this process's environment; returns how to log in, for people."""
+    from flower.options import options  # noqa: PLC0415 - only where Flower is what starts
+
+    # A file given by --conf goes before this, too: it is read later.
+    options.format_task = summarize
     for name, value in flower_environment(settings).items():
         os.environ.setdefault(name, value)
     if settings.flower_auth is None and os.environ["FLOWER_BASIC_AUTH"].startswith(f"{_USER}:"):
@@ -42,6 +49,20 @@ def apply(settings: Settings) -> str:
             f"Flower: user {_USER}, password in {settings.data_dir / 'flower-password'} (or set TIDEMARK_FLOWER_AUTH)"
         )
     return "Flower: log in as FLOWER_BASIC_AUTH or TIDEMARK_FLOWER_AUTH says"
+
+
+def summarize(task: Any) -> Any:
+    """What a materialize task did in a few words, before its figures, of which the list shows only the first."""
+    if task.name == MATERIALIZE and task.result:
+        try:
+            done = ast.literal_eval(task.result)
+            words = f"{done['events_processed']} events, {done['records']} records, {done['processing_time_ms']:.0f} ms"
+            waited = done["lock_wait_time_ms"]
+        except (ValueError, SyntaxError, TypeError, KeyError):
+            # An error, or cut off by Celery.
+            return task
+        task.result = f"{words}, lock wait {waited:.0f} ms: {task.result}"
+    return task
 
 
 def _secret(file: Path) -> str:

@@ -1,0 +1,217 @@
+"""Signs of life: a file that a program touches while its main loop runs, for `celery -A tasks health`.
+
+The file's time is the last beat; it holds whether the program is ready, and after how many seconds without a beat it
+counts as dead. That is the program's to know:
+
+- A worker beats every 2 s from a timer of its event loop, so a hung loop stops it. With a solo pool tasks run in that
+  loop, and it may be silent as long as one may take: `solo_silence`. Celery's time limits do not bound those, so this
+  lies above a task's hard time limit. Other pools leave the loop free but for calls of the broker, which end in 30 s.
+- Beat beats with each of its ticks (every few seconds) and each task it publishes.
+- The exporter beats while its port answers.
+
+A worker that has lost the broker is in a loop that tries to connect, and beat may wait for the broker or for its turn
+(RedBeat) before its first tick. Starting the program anew would mend neither, so a thread beats meanwhile. The same
+while a worker waits for its last tasks when it stops.
+"""
+
+import atexit
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Literal
+
+from celery import bootsteps, signals
+
+from config.embedded.files import write_private
+from config.heartbeat import SignOfLife
+from config.settings import Settings
+
+if TYPE_CHECKING:
+    from tasks.application import TidemarkApp
+
+log = logging.getLogger(__name__)
+
+Program = Literal["worker", "beat", "exporter"]
+PROGRAMS: tuple[Program, ...] = ("worker", "beat", "exporter")
+
+INTERVAL = 2.0
+WORKER_SILENCE = 60.0
+# One publication: four tries of at most 30 s.
+BEAT_SILENCE = 150.0
+EXPORTER_SILENCE = 30.0
+
+
+def heartbeat_file(settings: Settings, program: Program) -> Path:
+    """Where a program leaves its sign of life."""
+    return settings.heartbeat_file or settings.data_dir / f"{program}.heartbeat"
+
+
+def solo_silence(settings: Settings) -> float:
+    """The longest a task may keep a solo worker's loop: its budget, and every attempt of one last transaction."""
+    attempt = max(settings.statement_timeout, settings.pool_wait) + settings.lock_timeout
+    return max(settings.task_seconds, settings.maintenance_seconds) + (settings.retries + 1) * attempt + 30
+
+
+class Heartbeat:
+    """This process's sign of life."""
+
+    def __init__(self, file: Path, program: Program, *, stale_after: float) -> None:
+        self._file = file
+        self._sign = SignOfLife(pid=os.getpid(), program=program, ready=False, stale_after=stale_after)
+        self._failed = False
+        self._free: Event | None = None
+        self._write()
+        atexit.register(self.end)
+
+    def tick(self) -> None:
+        """The main loop runs."""
+        try:
+            os.utime(self._file)
+        except FileNotFoundError:
+            # Another program that shares the file has ended.
+            self._write()
+        except OSError as error:
+            self._complain(error)
+
+    def set_ready(self, *, ready: bool) -> None:
+        """Whether the program does its work by now."""
+        self._sign = SignOfLife(**{**asdict(self._sign), "ready": ready})
+        self._write()
+
+    def wait(self) -> None:
+        """From now on the main thread is occupied with good reason: beat in its place, until `resume`."""
+        if self._free is None:
+            self._free = Event()
+            Thread(target=self._beat_until, args=(self._free,), name="heartbeat", daemon=True).start()
+
+    def resume(self) -> None:
+        """The main loop beats by itself again."""
+        if self._free is not None:
+            self._free.set()
+            self._free = None
+        self.tick()
+
+    def end(self) -> None:
+        """Nothing lives here any more."""
+        if self._free is not None:
+            self._free.set()
+        # A forked child's end is not ours.
+        if os.getpid() == self._sign.pid:
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
+
+    def _beat_until(self, free: Event) -> None:
+        self.tick()
+        while not free.wait(INTERVAL):
+            self.tick()
+
+    def _write(self) -> None:
+        try:
+            self._file.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+            write_private(self._file, json.dumps(asdict(self._sign)))
+            self._failed = False
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        # Who cannot write a file still does its work. Said once.
+        if not self._failed:
+            self._failed = True
+            log.warning("cannot write the heartbeat file", extra={"error": str(error)})
+
+
+class WorkerSignOfLife(bootsteps.StartStopStep):
+    """Of the worker: exists from the start of its pool to the end of the process."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **_: Any) -> None:
+        worker.sign_of_life = None
+
+    def start(self, worker: Any) -> None:
+        settings: Settings = worker.app.settings
+        solo = worker.pool_cls.__module__ == "celery.concurrency.solo"
+        worker.sign_of_life = Heartbeat(
+            heartbeat_file(settings, "worker"),
+            "worker",
+            stale_after=solo_silence(settings) if solo else WORKER_SILENCE,
+        )
+        worker.sign_of_life.wait()
+
+    def stop(self, worker: Any) -> None:
+        if worker.sign_of_life is not None:
+            worker.sign_of_life.set_ready(ready=False)
+            worker.sign_of_life.wait()
+
+
+class ConnectionSignOfLife(bootsteps.StartStopStep):
+    """Of the worker's consumer, which is started and stopped with the connection to the broker."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **_: Any) -> None:  # noqa: ARG002 - Celery passes it
+        self._timer: Any = None
+
+    def start(self, consumer: Any) -> None:
+        heartbeat: Heartbeat | None = getattr(consumer.controller, "sign_of_life", None)
+        if heartbeat is not None:
+            heartbeat.resume()
+            # The connection's end clears the timer.
+            self._timer = consumer.timer.call_repeatedly(INTERVAL, heartbeat.tick)
+
+    def stop(self, consumer: Any) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            consumer.controller.sign_of_life.wait()
+
+    shutdown = stop
+
+
+def connect(app: "TidemarkApp") -> None:
+    """Make the app's workers and beat show signs of life."""
+    app.steps["worker"].add(WorkerSignOfLife)
+    app.steps["consumer"].add(ConnectionSignOfLife)
+
+    def worker_ready(sender: Any, **_: Any) -> None:
+        heartbeat: Heartbeat | None = getattr(sender.controller, "sign_of_life", None)
+        if heartbeat is not None:
+            heartbeat.set_ready(ready=True)
+
+    def beat_init(sender: Any, **_: Any) -> None:
+        if sender.app is app:
+            file = heartbeat_file(app.settings, "beat")
+            watch_beat(sender.scheduler, Heartbeat(file, "beat", stale_after=BEAT_SILENCE))
+
+    # Strong references: the functions live nowhere else.
+    signals.worker_ready.connect(worker_ready, weak=False)
+    signals.beat_init.connect(beat_init, weak=False)
+
+
+def watch_beat(scheduler: Any, heartbeat: Heartbeat) -> None:
+    """Beat with each tick and publication of a scheduler; until the first tick is over, it may wait for the broker."""
+    tick: Callable[..., Any] = scheduler.tick
+    publish: Callable[..., Any] = scheduler.apply_async
+    first = True
+    heartbeat.wait()
+
+    def ticking(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first
+        pause = tick(*args, **kwargs)
+        if first:
+            first = False
+            heartbeat.set_ready(ready=True)
+            heartbeat.resume()
+        heartbeat.tick()
+        return pause
+
+    def publishing(*args: Any, **kwargs: Any) -> Any:
+        heartbeat.tick()
+        return publish(*args, **kwargs)
+
+    scheduler.tick, scheduler.apply_async = ticking, publishing

@@ -1,0 +1,584 @@
+"""The exporter's output: true, clean, bounded, and there when the servers are not."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from psycopg import Connection, errors
+from psycopg.rows import TupleRow
+from redis import Redis
+
+import db.figures
+from config.embedded.redis import RedisServer
+from config.errors import TransientDatabaseError, UnknownPartitionError
+from config.settings import Settings
+from db.audit import audit
+from db.commit import commit_object
+from db.execute import run
+from db.materialize import MaterializationMetrics, materialize
+from db.topics import create_topic, partition_ids
+from tasks import figures
+from tasks.application import TidemarkApp
+from tasks.exporter import Exporter, ServerError, Source
+from tasks.figures import WorkerFigures
+from tasks.leases import LeaseStore
+from tasks.materialization import drain
+from tests.support import Connect, wait_until
+
+ROOT = Path(__file__).parents[2]
+PROMTOOL = shutil.which("promtool")
+WITHOUT_PROMTOOL = (
+    "promtool is not installed (Debian: apt-get install prometheus); a parser looked at the names instead"
+)
+Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+class Scrape:
+    """One answer of the exporter."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.families: list[Metric] = list(text_string_to_metric_families(text))
+        self.values: Values = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in self.families
+            for sample in family.samples
+        }
+
+    def __call__(self, name: str, **labels: str) -> float | None:
+        return self.values.get((f"tidemark_{name}", frozenset(labels.items())))
+
+    def label_values(self, name: str, label: str) -> set[str]:
+        return {dict(labels)[label] for (found, labels) in self.values if found == f"tidemark_{name}"}
+
+
+@pytest.fixture
+def app(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[TidemarkApp]:
+    with ExitStack() as stack:
+        yield make_app(stack, database_url, redis_url, tmp_path)
+
+
+def make_app(stack: ExitStack, database_url: str, redis_url: str, directory: Path, **settings: Any) -> TidemarkApp:
+    app = TidemarkApp("exported", set_as_current=False)
+    app.settings = Settings(
+        database_url=database_url,
+        broker_url=redis_url,
+        data_dir=directory,
+        metrics_seconds=0.001,
+        **{"lock_timeout": 0.2, "retries": 1, "retry_seconds": 0.01, **settings},
+    )
+    stack.callback(app.close)
+    stack.callback(lambda: app.database.close() if "database" in vars(app) else None)
+    return app
+
+
+@pytest.fixture
+def exporter(app: TidemarkApp) -> Iterator[Exporter]:
+    with Exporter(app, "127.0.0.1", 0) as exporter:
+        yield exporter
+
+
+def get(exporter: Exporter, path: str = "metrics") -> str:
+    with urllib.request.urlopen(f"{exporter.url}{path}", timeout=15) as response:
+        body: bytes = response.read()
+        return body.decode()
+
+
+def scrape(exporter: Exporter) -> Scrape:
+    # A source rests after it was read.
+    time.sleep(0.01)
+    for source in exporter._sources._sources:
+        source._until = 0.0
+    return Scrape(get(exporter))
+
+
+def commit(conn: Connection[Any], key: str, partitions: Sequence[int]) -> None:
+    count = len(partitions)
+    commit_object(conn, key, partitions, [3] * count, [0] * count, [10] * count, [0] * count)
+
+
+@pytest.fixture
+def orders(conn: Connection[TupleRow]) -> list[int]:
+    create_topic(conn, "orders", 4)
+    return partition_ids(conn, "orders")
+
+
+# --- What it says
+
+
+def test_backlog_lag_and_offsets(exporter: Exporter, conn: Connection[TupleRow], orders: list[int]) -> None:
+    create_topic(conn, "idle", 2)
+    commit(conn, "a", [orders[0]] * 3 + [orders[2]])
+    conn.execute("update tidemark.objects set committed_at = committed_at - interval '1 hour'")
+    commit(conn, "b", orders[:1])
+    before = scrape(exporter)
+    assert before("backlog_events", topic="orders") == 5
+    assert before("backlog_partitions", topic="orders") == 2
+    assert before("backlog_overdue_partitions", topic="orders") == 2
+    assert 3600 <= (before("lag_seconds", topic="orders") or 0) < 3660
+    assert before("backlog_events", topic="idle") == before("lag_seconds", topic="idle") == 0
+    assert 3600 <= (before("fan_out_waiting_seconds") or 0) < 3660
+    assert before("records_total", topic="orders") == 0
+
+    materialize(conn, orders)
+    after = scrape(exporter)
+    assert after("backlog_events", topic="orders") == after("lag_seconds", topic="orders") == 0
+    assert after("records_total", topic="orders") == after("log_records", topic="orders") == 15
+    assert after("log_bytes", topic="orders") == 50
+    assert after("audit_unread_records") == 15
+    assert (after("topics"), after("partitions", topic="orders"), after("cluster_matches")) == (2, 4, 1)
+    assert (after("table_size_bytes", table="record_batches") or 0) > 0
+    assert (after("index_size_bytes", table="record_batches", index="record_batches_pkey") or 0) > 0
+
+
+def test_a_transaction_below_a_cursor(exporter: Exporter, connect: Connect, orders: list[int]) -> None:
+    late, conn = connect(autocommit=False), connect()
+    commit(late, "late", orders[:1])
+    commit(conn, "early", orders[:1])
+    materialize(conn, orders[:1])
+    time.sleep(0.1)
+    held = scrape(exporter)
+    assert held("cursor_held_transactions") == 1
+    assert (held("cursor_held_seconds") or 0) >= 0.1
+    assert held("backlog_events", topic="orders") == 0
+    late.commit()
+    released = scrape(exporter)
+    assert released("cursor_held_transactions") == released("cursor_held_seconds") == 0
+    # What it committed lies below the position, and is pending all the same.
+    assert released("backlog_events", topic="orders") == 1
+
+
+def test_a_lock_that_is_waited_for(exporter: Exporter, connect: Connect, orders: list[int]) -> None:
+    holder, waiter = connect(autocommit=False), connect(autocommit=False)
+    holder.execute("select from tidemark.topic_partitions where id = %s for no key update", (orders[0],))
+    pid = waiter.info.backend_pid
+    waiter.execute("set statement_timeout = '10s'")
+    waiter.pgconn.send_query(b"select from tidemark.topic_partitions for no key update")
+
+    def the_wait_is_seen() -> bool:
+        waits = scrape(exporter)
+        return waits("lock_waiting_sessions") == 1 and (waits("lock_wait_longest_seconds") or 0) > 0
+
+    wait_until(the_wait_is_seen)
+    holder.execute("select pg_cancel_backend(%s)", (pid,))
+
+
+def test_counting_the_backlog_is_bounded(
+    exporter: Exporter, conn: Connection[TupleRow], orders: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(conn, "a", [orders[0]] * 30 + [orders[1], orders[3]])
+    assert scrape(exporter)("backlog_count_capped") == 0
+    monkeypatch.setattr(db.figures, "COUNT_LIMIT", 10)
+    capped = scrape(exporter)
+    assert capped("backlog_count_capped") == 1
+    assert capped("backlog_partitions", topic="orders") == 3
+    # Ten were counted; the partitions that were not reached have at least one each.
+    assert capped("backlog_events", topic="orders") == 12
+
+
+def test_the_backlog_costs_what_is_busy_not_what_there_is(conn: Connection[TupleRow]) -> None:
+    create_topic(conn, "large", 20_000)
+    ids = partition_ids(conn, "large")
+    commit(conn, "a", [ids[7], ids[12_000], ids[19_999]])
+    conn.execute("analyze")
+    began = time.perf_counter()
+    rows = run(conn, "figures_backlog", (200, 1000, 60.0), prepare=False).fetchall()
+    seconds = time.perf_counter() - began
+    assert [r[:3] for r in rows] == [("large", 3, 3)]
+    explained = psycopg.RawCursor(conn).execute(
+        b"explain (analyze, buffers, format json) "
+        + (ROOT / "db/sql/figures_backlog.sql")
+        .read_bytes()
+        .replace(b"$1", b"200")
+        .replace(b"$2", b"1000")
+        .replace(b"$3", b"60")
+    )
+    plan = explained.fetchone()
+    assert plan
+    top = plan[0][0]["Plan"]
+    assert top["Shared Hit Blocks"] + top["Shared Read Blocks"] < 150, f"took {seconds * 1000:.1f} ms"
+
+
+# --- What the workers add up
+
+
+def test_figures_of_the_workers(
+    app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], orders: list[int]
+) -> None:
+    create_topic(conn, "payments", 1)
+    commit(conn, "a", [orders[0]] * 3)
+    done = drain(app, orders[:1])
+    commit(conn, "b", [orders[0], *partition_ids(conn, "payments")])
+    drain(app, [orders[0], *partition_ids(conn, "payments")])
+    app.figures.flush()
+    found = scrape(exporter)
+    own = {"topic": "orders", "strategy": done.strategy}
+    both = {"topic": "(several)", "strategy": done.strategy}
+    assert found("materialize_events_total", **own) == 3
+    assert found("materialize_records_total", **own) == 9
+    assert found("materialize_log_bytes_total", **own) == 30
+    assert found("materialize_transaction_bytes_total", **own) == done.transaction_size_bytes
+    assert found("materialize_events_total", **both) == 2
+    assert found("materialize_attempts_total") == 2
+    assert found("materialize_duration_seconds_count", **own) == 1
+    assert found("materialize_duration_seconds_sum", **own) == pytest.approx(done.processing_time_ms / 1000, abs=1e-5)
+    assert found("materialize_duration_seconds_bucket", le="+Inf", **own) == 1
+    assert found("materialize_lock_wait_seconds_count", **both) == 1
+    bound = min(b for b in figures.BUCKETS if b >= done.processing_time_ms / 1000)
+    assert found("materialize_duration_seconds_bucket", le=str(bound), **own) == 1
+
+
+def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: Connect, orders: list[int]) -> None:
+    holder = connect(autocommit=False)
+    holder.execute("select from tidemark.topic_partitions where id = %s for no key update", (orders[0],))
+    with pytest.raises(TransientDatabaseError):
+        drain(app, orders[:1])
+    with pytest.raises(UnknownPartitionError):
+        drain(app, [2**31 - 1])
+    app.figures.failed(ZeroDivisionError())
+    app.figures.flush()
+    found = scrape(exporter)
+    assert found("materialize_errors_total", kind="LockNotAvailable") == 2
+    assert found("materialize_errors_total", kind="UnknownPartitionError") == 1
+    assert found("materialize_errors_total", kind="other") == 1
+    assert found("materialize_attempts_total") == 4
+    assert errors.LockNotAvailable.__name__ in found.label_values("materialize_errors_total", "kind")
+
+
+DONE = MaterializationMetrics(
+    processing_time_ms=20.0, events_processed=10, records=20, log_bytes=30, transaction_size_bytes=40, transactions=1
+)
+
+
+def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
+    """Two processes add to the same figures, and a second exporter shows what the first did."""
+    for _ in range(2):
+        worker = WorkerFigures(lambda: app.redis, topics=5)
+        worker.materialized(DONE, ["orders"])
+        worker.flush()
+        with Exporter(app, "127.0.0.1", 0) as exporter:
+            last = scrape(exporter)
+    assert last("materialize_events_total", topic="orders", strategy="window") == 20
+    assert last("materialize_duration_seconds_count", topic="orders", strategy="window") == 2
+
+
+def test_labels_are_bounded(redis_url: str, database_url: str, conn: Connection[TupleRow], tmp_path: Path) -> None:
+    names = [f"topic{n}" for n in range(6)]
+    for name in names:
+        create_topic(conn, name, 2)
+        commit(conn, name, partition_ids(conn, name))
+    with ExitStack() as stack:
+        app = make_app(stack, database_url, redis_url, tmp_path, metrics_topics=3)
+        exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
+        for _ in range(2):
+            # As many processes, each of which meets all topics.
+            worker = WorkerFigures(lambda: app.redis, topics=3)
+            for name in names:
+                worker.materialized(DONE, [name])
+            worker.flush()
+        found = scrape(exporter)
+    shown = {*names[:3], "(other)"}
+    assert found.label_values("backlog_events", "topic") == shown
+    assert found("backlog_events", topic="(other)") == 6
+    assert found("partitions", topic="(other)") == 6
+    assert found("topics") == 6
+    topics = found.label_values("materialize_events_total", "topic")
+    assert len(topics) == 4
+    assert "(other)" in topics
+    assert found("materialize_events_total", topic="(other)", strategy="window") == 60
+    counts = [v for (n, _), v in found.values.items() if n == "tidemark_materialize_events_total"]
+    assert sum(counts) == 120
+
+
+def test_a_forked_child_does_not_send_its_parents_figures(app: TidemarkApp) -> None:
+    worker = WorkerFigures(lambda: app.redis, topics=5)
+    worker.add("materialize_attempts")
+    worker._lock.acquire()
+    worker._pid = os.getpid() + 1
+    worker.add("trim_events", amount=4)
+    worker.flush()
+    assert app.redis
+    assert figures.read(app.redis) == {"trim_events": "4"}
+
+
+def test_figures_wait_for_a_redis_that_is_away(
+    crashable: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Redis.from_url(crashable.url, decode_responses=True, socket_connect_timeout=1)
+    worker = WorkerFigures(lambda: client, topics=5)
+    crashable.kill()
+    worker.materialized(DONE, ["orders"])
+    worker.flush()
+    assert "figures are kept until Redis is back" in caplog.text
+    caplog.clear()
+    # Within the pause nobody waits for it again.
+    worker.materialized(DONE, ["orders"])
+    worker.flush()
+    assert caplog.text == ""
+    crashable.restart()
+    worker._silent_until = 0.0
+    worker.flush()
+    assert figures.read(client)["materialize_events|orders|window"] == "20"
+    client.close()
+
+
+@pytest.fixture
+def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
+    with RedisServer.start(server_directory / "redis-of-figures", binary=redis_binary) as server:
+        yield server
+
+
+def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
+    worker = app.figures
+    figures._count_result(worker, "tasks.fan_out", {"commits": 3, "partitions": 2, "tasks": 1})
+    figures._count_result(worker, "tasks.sweep", {"partitions": 5, "tasks": 2})
+    figures._count_result(worker, "tasks.trim", {"deleted": 7, "partitions": 1})
+    figures._count_result(worker, "tasks.retain", {"deleted": 4, "log_bytes": 50})
+    figures._count_result(worker, "tasks.audit", {"violations": 2, "complete": True})
+    figures._count_result(worker, "tasks.audit", {"violations": 0, "complete": True})
+    worker.flush()
+    found = scrape(exporter)
+    assert found("fan_out_commits_total") == 3
+    assert found("fan_out_tasks_total", by="fan_out") == 1
+    assert found("fan_out_tasks_total", by="sweep") == 2
+    assert found("sweep_partitions_total") == 5
+    assert found("trim_events_total") == 7
+    assert (found("retention_batches_total"), found("retention_log_bytes_total")) == (4, 50)
+    assert (found("audit_violations_total"), found("audit_last_violations")) == (2, 0)
+    assert time.time() - (found("audit_last_timestamp_seconds") or 0) < 10
+
+
+def test_leases(app: TidemarkApp, exporter: Exporter) -> None:
+    assert app.redis
+    nobody = scrape(exporter)
+    assert (nobody("shards"), nobody("lease_members"), nobody("leased_shards")) == (8, 0, 0)
+    store = LeaseStore(app.redis, app.settings, "worker")
+    store.tick(fresh=True)
+    one = scrape(exporter)
+    assert (one("shards"), one("lease_members"), one("leased_shards")) == (8, 1, 8)
+
+
+# --- When servers are away
+
+
+def test_a_source_that_is_away_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch, redis_url: str, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        monkeypatch.setattr("tasks.exporter._ANSWER_SECONDS", 0.5)
+        app = make_app(stack, "postgresql://127.0.0.1:1/nowhere", redis_url, tmp_path)
+        exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
+        found = scrape(exporter)
+        assert found("exporter_source_up", source="postgres") == 0
+        assert found("exporter_source_up", source="redis") == 1
+        assert found("lag_seconds", topic="orders") is None
+        assert found("materialize_attempts_total") == 0
+        assert exporter.answers()
+
+
+def test_redis_and_broker_away(
+    database_url: str, tmp_path: Path, conn: Connection[TupleRow], orders: list[int]
+) -> None:
+    with ExitStack() as stack:
+        app = make_app(stack, database_url, "redis://127.0.0.1:1/0", tmp_path)
+        exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
+
+        def all_but_postgres_are_down() -> bool:
+            found = scrape(exporter)
+            up = [found("exporter_source_up", source=s) for s in ("postgres", "redis", "broker")]
+            return up == [1, 0, 0] and found("partitions", topic="orders") == 4
+
+        wait_until(all_but_postgres_are_down)
+
+
+def test_a_source_is_not_asked_too_often() -> None:
+    asked = []
+
+    def slow() -> list[Metric]:
+        asked.append(time.monotonic())
+        time.sleep(0.05)
+        return []
+
+    source = Source("slow", slow, seconds=0.01)
+    until = time.monotonic() + 0.6
+    while time.monotonic() < until:
+        source.reading()
+    # A tenth of the time, so no more than two or so.
+    assert 1 <= len(asked) <= 3
+
+
+def test_where_it_cannot_listen(app: TidemarkApp, exporter: Exporter) -> None:
+    with pytest.raises(ServerError, match=f"cannot listen on 127.0.0.1 port {exporter.port}"):
+        Exporter(app, "127.0.0.1", exporter.port)
+
+
+def test_pages(exporter: Exporter) -> None:
+    assert json.loads(get(exporter, "health")) == {"alive": True}
+    assert "metrics" in get(exporter, "")
+    with pytest.raises(urllib.error.HTTPError) as missing:
+        get(exporter, "nosuch")
+    missing.value.close()
+    assert missing.value.code == 404
+
+
+# --- Form
+
+
+@pytest.fixture
+def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], orders: list[int]) -> Scrape:
+    """An answer with a sample of every metric."""
+    commit(conn, "a", orders)
+    materialize(conn, orders)
+    audit(conn)
+    app.figures.materialized(DONE, ["orders"])
+    figures._count_result(app.figures, "tasks.audit", {"violations": 0})
+    for family in figures.FAMILIES:
+        if not family.histogram:
+            app.figures.add(family.name, *family.labels)
+    app.figures.flush()
+    exporter._heartbeats._heard({"hostname": "celery@test"})
+    return scrape(exporter)
+
+
+def test_names_and_units(full: Scrape) -> None:
+    for family in full.families:
+        name = family.name
+        assert re.fullmatch(r"tidemark_[a-z_]+", name)
+        assert family.documentation.endswith(".")
+        assert not name.endswith(("_total", "_count", "_ms", "_milliseconds", "_kb"))
+        assert all(s.name.endswith("_total") for s in family.samples) == (family.type == "counter")
+    units = [f.name for f in full.families if "second" in f.name or "byte" in f.name]
+    assert all(re.search(r"_(seconds|bytes)(_total)?$", name) for name in units)
+
+
+def test_promtool_finds_nothing(full: Scrape) -> None:
+    if PROMTOOL is None:
+        pytest.skip(WITHOUT_PROMTOOL)
+    done = subprocess.run(
+        [PROMTOOL, "check", "metrics"], input=full.text, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+PROMETHEUS = ROOT / "config/prometheus"
+# What Prometheus itself makes, and what a metric's name is made of besides.
+_METRIC = re.compile(r"\btidemark_[a-z_]+\b")
+
+
+def dashboard() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((ROOT / "config/grafana/dashboard.json").read_text("utf-8"))
+    return loaded
+
+
+def expressions() -> list[str]:
+    variables = {"$__rate_interval": "1m", "$topic": ".*"}
+    found = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())]
+    for variable, value in variables.items():
+        found = [expression.replace(variable, value) for expression in found]
+    return found
+
+
+def test_every_metric_of_dashboard_and_alerts_exists(full: Scrape) -> None:
+    there = {name for name, _ in full.values}
+    alerts = (PROMETHEUS / "alerts.yml").read_text("utf-8")
+    asked = {
+        name
+        for text in (*expressions(), *re.findall(r"expr: (?:>-\n)?((?:.*\n)+?) +(?:for|labels):", alerts))
+        for name in _METRIC.findall(text)
+    }
+    assert len(asked) > 40
+    assert asked <= there, asked - there
+    definitions = dashboard()["templating"]["list"]
+    assert set(_METRIC.findall(json.dumps(definitions))) <= there
+
+
+def test_every_expression_of_the_dashboard_parses(tmp_path: Path) -> None:
+    if PROMTOOL is None:
+        pytest.skip(WITHOUT_PROMTOOL)
+    rules = [{"record": f"panel:number{n}", "expr": expression} for n, expression in enumerate(expressions())]
+    file = tmp_path / "rules.yml"
+    # JSON is YAML.
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}), "utf-8")
+    done = subprocess.run([PROMTOOL, "check", "rules", file], capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(rules)} rules found" in done.stdout
+
+
+def test_the_dashboard_is_well_laid_out() -> None:
+    panels = dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not taken & cells, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+        if panel["type"] != "row":
+            assert panel["description"].endswith(".")
+            assert panel["targets"]
+            assert panel["fieldConfig"]["defaults"]["unit"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")],
+    ids=" ".join,
+)
+def test_promtool_accepts_the_configuration(arguments: Sequence[str]) -> None:
+    if PROMTOOL is None:
+        pytest.skip(WITHOUT_PROMTOOL)
+    done = subprocess.run(
+        [PROMTOOL, *arguments], cwd=PROMETHEUS, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_its_runbook_and_a_test() -> None:
+    alerts = (PROMETHEUS / "alerts.yml").read_text("utf-8")
+    names = re.findall(r"- alert: (\w+)", alerts)
+    assert len(names) == len(set(names)) > 8
+    for key in ("summary: ", "description: ", r"runbook: docs/operations\.md#[a-z-]+"):
+        assert len(re.findall(key, alerts)) == len(names)
+    tests = (PROMETHEUS / "alerts_test.yml").read_text("utf-8")
+    for name in names:
+        assert re.search(rf"alertname: {name}\n\s+exp_alerts", tests), f"{name} is never seen firing"
+        assert re.search(rf"alertname: {name}}}", tests), f"{name} is never seen silent"
+
+
+def test_the_figures_cost_little(app: TidemarkApp) -> None:
+    """CPU of a task's figures, in round trips to Redis: the same machine, the same moment."""
+    worker, client = app.figures, app.redis
+    assert client
+
+    def cpu_of(work: Callable[[], object]) -> float:
+        work()
+        began = time.process_time()
+        for _ in range(300):
+            work()
+        return time.process_time() - began
+
+    def figures_of_a_task() -> None:
+        worker.materialized(DONE, ["orders"])
+        worker.add("task_runs", "tasks.materialize", "success")
+        worker.add("task_seconds", "tasks.materialize", amount=20_000)
+        worker.flush()
+
+    assert cpu_of(figures_of_a_task) < 10 * cpu_of(client.ping)
