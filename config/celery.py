@@ -6,12 +6,20 @@ Messages are hints (invariant 8): everything here makes losing or doubling them 
 from typing import Any
 
 from kombu import Exchange, Queue
+from kombu.utils.scheduling import round_robin_cycle
 
 from config.queues import CONTROL, MAINTENANCE, all_queues
 from config.settings import Settings
 
 # A fan-out that waited this long is pointless, but a clock that is off by less than this must not stop them all.
 _STALE_SECONDS = 30.0
+
+
+class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
+    """The order in which a worker asks Redis for its queues: the control queue, then the others in turn."""
+
+    def consume(self, n: int) -> list[str]:
+        return sorted(super().consume(n), key=lambda queue: bool(queue != CONTROL))
 
 
 def is_redis(url: str) -> bool:
@@ -39,6 +47,8 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "task_reject_on_worker_lost": True,
         # One task at a time: what waits in a worker cannot be taken over by another.
         "worker_prefetch_multiplier": 1,
+        # More processes rather than more slots: one consumer with one slot is what serializes a shard.
+        "worker_concurrency": 1,
         "task_time_limit": settings.hard_time_limit,
         # Nobody reads most results; who waits for one asks for it when publishing.
         "task_ignore_result": True,
@@ -70,6 +80,8 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
             "unacked_restore_throttle": 1,
             # No priorities: a quarter of the keys in every BRPOP.
             "priority_steps": [0],
+            # A worker with one slot takes a fan-out next, whatever else waits.
+            "queue_order_strategy": f"{ControlFirst.__module__}:{ControlFirst.__qualname__}",
             # Without them a publish on a dead connection hangs for ever.
             "socket_connect_timeout": 5,
             "socket_timeout": 30,

@@ -1,0 +1,287 @@
+"""Real programs against real servers: pytest-celery's fixtures, over local processes.
+
+`celery_setup` is one worker for all queues. Tests that want several, or others, ask `start` for them. Every test has a
+database of its own and an empty broker; every program ends with the test, whatever became of it.
+"""
+
+import itertools
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from kombu import pools
+from psycopg import Connection
+from psycopg.rows import TupleRow
+from pytest_celery import (
+    CeleryBackendCluster,
+    CeleryBrokerCluster,
+    CeleryTestSetup,
+    CeleryWorkerCluster,
+    RedisTestBackend,
+    RedisTestBroker,
+)
+
+from config.embedded.postgres import PostgresServer
+from config.embedded.redis import RedisServer
+from config.settings import Settings
+from db.topics import create_topic, partition_ids
+from tasks import discovery, maintenance, materialization
+from tasks.application import TidemarkApp
+from tests.acceptance.nodes import ROOT, LocalRedis, LocalWorker, Process, ProcessContainer, Worker, celery_argv
+from tests.acceptance.producers import Producers, backlog
+from tests.support import wait_until
+from tests.support_oracle import Ledger, check_log
+
+# Everything a production default makes slow: these tests wait for sweeps, restores and retries to happen.
+FAST = {
+    "TIDEMARK_SHARDS": "4",
+    "TIDEMARK_FAN_OUT_INTERVAL": "0.2",
+    "TIDEMARK_SWEEP_INTERVAL": "1",
+    "TIDEMARK_TRIM_INTERVAL": "2",
+    "TIDEMARK_QUEUED_SECONDS": "3",
+    "TIDEMARK_TASK_SECONDS": "2",
+    "TIDEMARK_MAINTENANCE_SECONDS": "1",
+    "TIDEMARK_LOCK_TIMEOUT": "3",
+    "TIDEMARK_STATEMENT_TIMEOUT": "5",
+    "TIDEMARK_TRANSACTION_TIMEOUT": "10",
+    "TIDEMARK_VISIBILITY_TIMEOUT": "60",
+}
+READY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The servers one test runs on, and the environment that leads Tidemark's programs to them."""
+
+    database_url: str
+    broker_url: str
+    directory: Path
+    redis_url: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def env(self) -> dict[str, str]:
+        env = {
+            **FAST,
+            "TIDEMARK_DATABASE_URL": self.database_url,
+            "TIDEMARK_BROKER_URL": self.broker_url,
+            **self.settings,
+        }
+        return env if self.redis_url is None else {**env, "TIDEMARK_REDIS_URL": self.redis_url}
+
+
+class Programs:
+    """Starts Tidemark's programs and ends them all."""
+
+    def __init__(self, place: Place, app: TidemarkApp) -> None:
+        self.place = place
+        self.app = app
+        self._stack = ExitStack()
+        self._numbers = itertools.count(1)
+
+    def process(self, name: str, argv: list[str], env: Mapping[str, str] | None = None) -> Process:
+        process = Process(argv, {**self.place.env, **(env or {})}, self.place.directory / f"{name}.log")
+        self._stack.callback(process.close)
+        return process
+
+    def worker(
+        self, *options: str, env: Mapping[str, str] | None = None, app: str = "tasks", wait: bool = True
+    ) -> Worker:
+        """A worker process; when this returns it consumes, unless `wait` is false."""
+        name = f"worker{next(self._numbers)}"
+        hostname = f"{name}@test"
+        argv = celery_argv("worker", "-n", hostname, "-l", "INFO", *options, app=app)
+        container = LocalWorker(ProcessContainer(self.process(name, argv, env), name))
+        worker = Worker(container, self.app, hostname)
+        if wait:
+            self.ready(worker)
+        return worker
+
+    def ready(self, *workers: Worker) -> None:
+        for worker in workers:
+
+            def the_worker_is_ready(worker: Worker = worker) -> bool:
+                assert worker.process.running, worker.logs()
+                return " ready." in worker.logs()
+
+            wait_until(the_worker_is_ready, timeout=READY_SECONDS)
+
+    def beat(self) -> Process:
+        name = f"beat{next(self._numbers)}"
+        return self.process(name, celery_argv("beat", "-l", "INFO"))
+
+    def run(self, *arguments: str, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+        """`celery -A tasks …` until it ends."""
+        return subprocess.run(
+            celery_argv(*arguments),
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, **self.place.env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    def stats(self, worker: Worker) -> dict[str, int]:
+        """Tasks this worker has taken so far, by name."""
+        replies = self.app.control.inspect([worker.hostname()], timeout=5, limit=1).stats() or {}
+        return {str(name): int(count) for name, count in replies[worker.hostname()]["total"].items()}
+
+    def close(self) -> None:
+        self._stack.close()
+        # pytest shows it when the test has failed.
+        for file in sorted(self.place.directory.glob("*.log")):
+            print(f"=== {file.name}\n{file.read_text(errors='replace')[-4000:]}")  # noqa: T201
+
+
+def make_app(place: Place) -> TidemarkApp:
+    """An app in this process with settings of its own: the one in `tasks` reads its environment once."""
+    values = {name.removeprefix("TIDEMARK_").lower(): value for name, value in place.env.items()}
+    app = TidemarkApp("tidemark-test", set_as_current=False)
+    app.settings = Settings.model_validate(values)
+    materialization.register(app)
+    discovery.register(app)
+    maintenance.register(app)
+    return app
+
+
+@pytest.fixture
+def place(database_url: str, celery_broker_cluster: CeleryBrokerCluster, redis_url: str, tmp_path: Path) -> Place:
+    """Override it to run on other servers; `celery_setup`, `app` and `start` follow."""
+    return Place(database_url=database_url, broker_url=celery_broker_cluster[0].config()["url"], directory=tmp_path)
+
+
+@pytest.fixture
+def app(place: Place) -> Iterator[TidemarkApp]:
+    app = make_app(place)
+    yield app
+    app.database.close()
+    if app.redis is not None:
+        app.redis.close()
+    if app.redis_url is not None:
+        app.backend.result_consumer.stop()
+        app.backend.client.connection_pool.disconnect()
+    app.close()
+    # Kombu's pools belong to the process, one for each URL.
+    pools.reset()
+
+
+@pytest.fixture
+def start(place: Place, app: TidemarkApp) -> Iterator[Programs]:
+    programs = Programs(place, app)
+    yield programs
+    programs.close()
+
+
+# pytest-celery's fixtures, each for the local counterpart of what it would start in Docker.
+
+
+@pytest.fixture
+def celery_broker_cluster(redis_server: RedisServer, redis_url: str) -> CeleryBrokerCluster:
+    return CeleryBrokerCluster(RedisTestBroker(LocalRedis(redis_server, redis_url)))
+
+
+@pytest.fixture
+def celery_backend_cluster(redis_server: RedisServer, redis_url: str) -> CeleryBackendCluster:
+    return CeleryBackendCluster(RedisTestBackend(LocalRedis(redis_server, redis_url)))
+
+
+@pytest.fixture
+def celery_worker(start: Programs) -> Worker:
+    return start.worker("-c", "2")
+
+
+@pytest.fixture
+def celery_worker_cluster(celery_worker: Worker) -> CeleryWorkerCluster:
+    return CeleryWorkerCluster(celery_worker)
+
+
+@pytest.fixture
+def celery_setup_app(app: TidemarkApp) -> TidemarkApp:
+    return app
+
+
+@pytest.fixture
+def celery_setup(
+    celery_worker_cluster: CeleryWorkerCluster,
+    celery_broker_cluster: CeleryBrokerCluster,
+    celery_backend_cluster: CeleryBackendCluster,
+    celery_setup_app: TidemarkApp,
+) -> CeleryTestSetup:
+    """As pytest-celery's, whose ready check reads Docker's logs."""
+    return CeleryTestSetup(
+        worker_cluster=celery_worker_cluster,
+        broker_cluster=celery_broker_cluster,
+        backend_cluster=celery_backend_cluster,
+        app=celery_setup_app,
+    )
+
+
+# Servers that a test may crash.
+
+
+@pytest.fixture(scope="session")
+def crashable_postgres(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
+    # With fsync and full page writes: a crash must lose nothing.
+    with PostgresServer.start(server_directory / "crashable-postgres", bin_dir=postgres_bin) as server:
+        yield server
+
+
+@pytest.fixture
+def crashable_redis(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
+    with RedisServer.start(server_directory / "crashable-redis", binary=redis_binary) as server:
+        yield server
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """The log under test: a connection of the test's own, its topic's partitions and what producers wrote down."""
+
+    url: str
+    conn: Connection[TupleRow]
+    partitions: list[int]
+    ledger: Ledger
+
+    def backlog(self) -> int:
+        return backlog(self.conn)
+
+    def wait_until_drained(self, timeout: float = 30) -> None:
+        def the_backlog_is_drained() -> bool:
+            return self.backlog() == 0
+
+        wait_until(the_backlog_is_drained, timeout=timeout, interval=0.1)
+
+    def check(self) -> dict[int, int]:
+        """Every invariant holds; returns how much was looked at for each."""
+        verdict = check_log(self.conn, self.ledger)
+        assert not verdict.violations, verdict.violations
+        return verdict.checked
+
+
+@pytest.fixture
+def log(place: Place) -> Iterator[Log]:
+    conn = psycopg.connect(place.database_url, autocommit=True)
+    create_topic(conn, "orders", 8)
+    yield Log(url=place.database_url, conn=conn, partitions=partition_ids(conn, "orders"), ledger=Ledger())
+    conn.close()
+
+
+@pytest.fixture
+def produce(log: Log) -> Iterator[Callable[..., Producers]]:
+    """Starts producers in the background; they stop with the test."""
+    with ExitStack() as stack:
+
+        def begin(**options: Any) -> Producers:
+            producers = Producers(log.url, log.partitions, log.ledger, **options)
+            stack.callback(producers.stop)
+            producers.start()
+            return producers
+
+        yield begin

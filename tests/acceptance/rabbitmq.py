@@ -1,0 +1,101 @@
+"""A RabbitMQ of the tests' own: node, data, logs, cookie and port mapper apart from any other, on 127.0.0.1 only."""
+
+import shutil
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from uuid import uuid4
+
+import kombu
+
+from tests.acceptance.nodes import Process
+from tests.support import wait_until
+
+# Not the wrapper in /usr/sbin, which changes to the directories and the user of the system's own server.
+_PLACES = (
+    "/usr/lib/rabbitmq/bin/rabbitmq-server",
+    "/usr/local/sbin/rabbitmq-server",
+    "/opt/homebrew/sbin/rabbitmq-server",
+)
+_START_SECONDS = 80.0
+
+
+def find_program() -> str | None:
+    """Path of rabbitmq-server; None where it is not installed."""
+    found = next((place for place in _PLACES if Path(place).exists()), None)
+    return found or shutil.which("rabbitmq-server")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RabbitServer:
+    """Two processes: Erlang's port mapper, which would otherwise stay behind as a daemon, and the broker."""
+
+    def __init__(self, program: str, directory: Path) -> None:
+        self._stack = ExitStack()
+        self._ports = {name: free_port() for name in ("amqp", "distribution", "epmd")}
+        directory.mkdir()
+        (directory / "rabbitmq.conf").write_text(f"listeners.tcp.default = 127.0.0.1:{self._ports['amqp']}\n")
+        (directory / "enabled_plugins").write_text("[].\n")
+        env = {
+            "HOME": str(directory),  # the cookie
+            "ERL_EPMD_PORT": str(self._ports["epmd"]),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODENAME": f"tidemark-{uuid4().hex[:8]}@localhost",
+            "RABBITMQ_DIST_PORT": str(self._ports["distribution"]),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "ERL_CRASH_DUMP": str(directory / "erl_crash.dump"),
+            "RABBITMQ_CONFIG_FILE": str(directory / "rabbitmq.conf"),
+            "RABBITMQ_CONF_ENV_FILE": str(directory / "none.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
+            "RABBITMQ_MNESIA_BASE": str(directory / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(directory / "log"),
+            "RABBITMQ_PID_FILE": str(directory / "pid"),
+        }
+        epmd = shutil.which("epmd") or "epmd"
+        mapper = Process([epmd, "-port", env["ERL_EPMD_PORT"], "-address", "127.0.0.1"], env, directory / "epmd.log")
+        self._stack.callback(mapper.close)
+        self._broker = Process([program], env, directory / "rabbitmq.log")
+        self._stack.callback(self._broker.close)
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self._ports['amqp']}//"
+
+    @property
+    def running(self) -> bool:
+        return self._broker.running
+
+    def wait_until_ready(self) -> None:
+        def rabbitmq_answers() -> bool:
+            assert self._broker.running, self._broker.output()
+            try:
+                with kombu.Connection(self.url, connect_timeout=1) as connection:
+                    connection.connect()
+            except (OSError, kombu.exceptions.KombuError):
+                return False
+            return True
+
+        wait_until(rabbitmq_answers, timeout=_START_SECONDS, interval=0.2)
+
+    def delete_queues(self, names: list[str]) -> None:
+        with kombu.Connection(self.url) as connection:
+            for name in names:
+                connection.default_channel.queue_delete(name)
+
+    def kill(self) -> None:
+        self._broker.kill()
+
+    def stop(self) -> None:
+        self._broker.end()
+
+    def restart(self) -> None:
+        self._broker.restart()
+        self.wait_until_ready()
+
+    def close(self) -> None:
+        self._stack.close()
