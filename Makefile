@@ -45,6 +45,22 @@ test: check ## All checks and all tests that need nothing but this repository
 test-unit: setup ## The tests that need no server
 	$(PYTEST) tests/unit $(ARGS)
 
+.PHONY: test-browser
+test-browser: setup ## Flower in headless Chromium (Debian: apt-get install chromium)
+	$(PYTEST) -m browser tests/acceptance $(ARGS)
+
+.PHONY: test-rabbitmq
+test-rabbitmq: setup ## The acceptance tests on RabbitMQ (Debian: apt-get install rabbitmq-server)
+	$(PYTEST) -m rabbitmq tests/acceptance $(ARGS)
+
+.PHONY: test-docker
+test-docker: setup ## The acceptance tests over containers (needs a Docker engine)
+	$(PYTEST) -m docker tests/docker $(ARGS)
+
+.PHONY: bench
+bench: setup ## Measure everything against the seed's system (ARGS=--quick for 3 minutes)
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
 .PHONY: format
 format: setup ## Format the code and mend what the linter can
 	$(BIN)/ruff format .

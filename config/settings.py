@@ -12,7 +12,9 @@ import platformdirs
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from config.batching import DEFAULT_BATCHING, Batching
 from config.errors import SettingsError
+from config.strategy import DEFAULT_STRATEGY, Strategy
 
 # At least a millisecond: less would reach Postgres as 0, which means no limit.
 Seconds = Annotated[float, Field(ge=0.001, le=30 * 86_400, allow_inf_nan=False)]
@@ -75,10 +77,42 @@ class Settings(BaseSettings):
         description="Thin partitions share a task up to so many events in all; a partition with more travels alone.",
     )
     partitions_per_task: int = Field(
-        200, ge=1, le=10_000, description="At most so many partitions share a task, and so a transaction."
+        2_000, ge=1, le=10_000, description="At most so many partitions share a task, and so a transaction."
+    )
+    strategy: Strategy = Field(
+        DEFAULT_STRATEGY,
+        description="How offsets are calculated: `window` or `incremental`. They are the same; see docs/benchmarks.md.",
+    )
+    candidate: Strategy | None = Field(
+        None, description="A strategy to try on a share of the partitions; `celery -A tasks compare` shows both sides."
+    )
+    candidate_percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
+        None, description="That share in percent, to two decimals. Growing it keeps the partitions chosen before."
+    )
+    batching: Batching = Field(
+        DEFAULT_BATCHING,
+        description="How many events a transaction takes. `adaptive`: as many as fit into the batch seconds. "
+        "`complete`: partitions to their end, one after the other. `fixed`: the events per partition. `window`: as "
+        "`fixed`, after collecting commits.",
+    )
+    batch_seconds: Annotated[float, Field(ge=0.005, le=10, allow_inf_nan=False)] = Field(
+        0.2, description="`adaptive` aims at transactions of this length; they hold their partitions' locks as long."
+    )
+    batch_events_min: int = Field(1_000, ge=1, le=1_000_000, description="`adaptive` does not plan for fewer events.")
+    batch_events_max: int = Field(
+        100_000,
+        ge=1,
+        le=10_000_000,
+        description="Nor for more; `complete` takes at most so many events in a transaction. Both take at least one of "
+        "each partition.",
+    )
+    batch_window: Annotated[float, Field(ge=0.001, le=30, allow_inf_nan=False)] = Field(
+        0.1,
+        description="`window` materializes this long after a wake-up, so adds as much to the latency. Commits found by "
+        "the fan-out have been collected for its interval already.",
     )
     task_seconds: Seconds = Field(
-        20, description="A task that still has backlog after this time hands over to a fresh one."
+        5, description="A task that still has backlog after this time hands over to a fresh one."
     )
 
     fan_out_interval: Seconds = Field(
@@ -113,7 +147,7 @@ class Settings(BaseSettings):
         description="So many of them are kept when idle (never more than the process has threads for).",
     )
     pool_lifetime: Seconds = Field(3600, description="A connection is replaced after this time.")
-    pool_wait: Seconds = Field(30, description="Waiting for a free connection ends with an error after this time.")
+    pool_wait: Seconds = Field(10, description="Waiting for a free connection ends with an error after this time.")
 
     lock_timeout: Seconds = Field(5, description="Postgres gives up waiting for a partition's lock after this time.")
     statement_timeout: Seconds = Field(60, description="Postgres cancels a statement after this time.")
@@ -125,6 +159,11 @@ class Settings(BaseSettings):
         0.1, description="First pause before a repetition; it doubles each time, with jitter, up to 5 s."
     )
 
+    lease_seconds: Annotated[float, Field(ge=2, le=3600)] = Field(
+        15,
+        description="Workers without `-Q` share the shards out among themselves; those of one that died are taken "
+        "over within this time.",
+    )
     visibility_timeout: Annotated[int, Field(ge=10)] = Field(
         300,
         description="Redis hands a task to another worker when it was not finished after so many seconds.",
@@ -135,6 +174,26 @@ class Settings(BaseSettings):
         pattern=r"^[^:]+:.{8,}$",
         description="Flower's login, as `user:password` with 8 characters or more. Without it a password is made and "
         "kept in the data directory.",
+    )
+    metrics_topics: int = Field(
+        200,
+        ge=1,
+        le=10_000,
+        description="At most so many topics have metrics of their own, the oldest ones; the others are summed up as "
+        "`(other)`.",
+    )
+    metrics_seconds: Seconds = Field(
+        5, description="The exporter reads Postgres, Redis and the broker at most this often, whoever asks it."
+    )
+    heartbeat_file: Path | None = Field(
+        None,
+        description="File by which `celery -A tasks health` tells that this program lives. Defaults to "
+        "`worker.heartbeat`, `beat.heartbeat` or `exporter.heartbeat` in the data directory; workers share theirs.",
+    )
+    tracing: bool = Field(
+        False,  # noqa: FBT003 - a default
+        description="Trace commit, fan-out and materialize with OpenTelemetry. Needs the extra `tracing`; the "
+        "`OTEL_…` variables say where spans go.",
     )
     log_format: Literal["console", "json"] = Field(
         "console", description="One event a line, for people or for machines."
@@ -161,6 +220,33 @@ class Settings(BaseSettings):
                 f"TIDEMARK_VISIBILITY_TIMEOUT ({self.visibility_timeout} s) is less than twice a task's time limit "
                 f"({self.hard_time_limit:g} s = task seconds + statement timeout + 10): Redis would hand a running "
                 f"task to a second worker"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_candidate(self) -> Self:
+        if self.candidate is None:
+            if self.candidate_percent:
+                raise ValueError("TIDEMARK_CANDIDATE_PERCENT needs TIDEMARK_CANDIDATE: a strategy to try")
+        elif self.candidate_percent is None:
+            raise ValueError(
+                "TIDEMARK_CANDIDATE needs TIDEMARK_CANDIDATE_PERCENT: the share of partitions to try it on"
+            )
+        elif self.candidate == self.strategy:
+            raise ValueError(f"TIDEMARK_CANDIDATE ({self.candidate}) is TIDEMARK_STRATEGY: nothing to compare")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        if self.batch_events_min > self.batch_events_max:
+            raise ValueError(
+                f"TIDEMARK_BATCH_EVENTS_MIN ({self.batch_events_min}) is above TIDEMARK_BATCH_EVENTS_MAX "
+                f"({self.batch_events_max})"
+            )
+        if self.batching == "window" and self.batch_window >= self.queued_seconds:
+            raise ValueError(
+                f"TIDEMARK_BATCH_WINDOW ({self.batch_window:g} s) is not below TIDEMARK_QUEUED_SECONDS "
+                f"({self.queued_seconds:g} s): a partition would be queued again while it still collects"
             )
         return self
 

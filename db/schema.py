@@ -100,10 +100,11 @@ topic_partitions = Table(
     CheckConstraint("0 <= start_offset and start_offset <= end_offset", name="topic_partitions_offsets_ordered"),
     # Retention by size subtracts what materialization added, never more.
     CheckConstraint("byte_size >= 0", name="topic_partitions_byte_size_not_negative"),
-    # Updated by every materialization: room for HOT updates on the page, and vacuum before they pile up
-    # (the defaults wait for a fifth of the table and then sleep between pages).
+    # Updated by every materialization, a whole page of neighbours in one transaction: room for a second version of each
+    # row, so that all of these updates are HOT. And vacuum before they pile up (the defaults wait for a fifth of the
+    # table and then sleep between pages).
     postgresql_with={
-        "fillfactor": "70",
+        "fillfactor": "45",
         "autovacuum_vacuum_threshold": "1000",
         "autovacuum_vacuum_scale_factor": "0.02",
         "autovacuum_vacuum_cost_delay": "0",

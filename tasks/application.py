@@ -4,23 +4,32 @@ Nothing is read or opened when this is imported. The settings are read at first 
 address is first needed, and connections open in the process that uses them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from celery import Celery
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from config.celery import celery_config, is_redis
 from config.embedded import Lease, attach
-from config.errors import TidemarkError
+from config.errors import SettingsError, TidemarkError
 from config.settings import Settings, load_settings
-from db.migrate import bring_up
+from config.strategy import Strategy
 from db.pool import Database
+from tasks.batching import Controller, make_controllers
+from tasks.figures import WorkerFigures
 from tasks.names import PartitionNames
 from tasks.queued import QueuedTokens
 from tasks.routing import Router
+from tasks.wake import Waker
+
+if TYPE_CHECKING:
+    from tasks.tracing import Tracing
 
 
 class TidemarkApp(Celery):
@@ -33,6 +42,8 @@ class TidemarkApp(Celery):
     @cached_property
     def _embedded(self) -> Lease:
         # Held until the process ends: the servers stop after the last process that uses them.
+        from db.migrate import bring_up  # noqa: PLC0415 - Alembic would cost every program half a second
+
         lease = attach(self.settings.data_dir)
         bring_up(lease.endpoints.database_url)
         return lease
@@ -57,8 +68,19 @@ class TidemarkApp(Celery):
         # A process of a prefork or solo pool runs one task at a time. With threads the pool grows to what they use.
         return Database(self.database_url, self.settings, threads=1)
 
+    # Whether the worker in this process leases its shards: tasks/leases.py decides when one starts.
+    leases_shards = False
+
     @cached_property
     def redis(self) -> "Redis | None":
+        return self._connect_redis()
+
+    @cached_property
+    def lease_redis(self) -> "Redis | None":
+        """Of its own: it is used by a thread, before the pool forks."""
+        return self._connect_redis()
+
+    def _connect_redis(self) -> "Redis | None":
         url = self.redis_url
         if url is None:
             return None
@@ -70,6 +92,8 @@ class TidemarkApp(Celery):
             socket_timeout=5,
             socket_keepalive=True,
             health_check_interval=30,
+            # All of it is hints: once more, for a connection that went stale, in place of seconds of pauses.
+            retry=Retry(NoBackoff(), 1),
         )
 
     @cached_property
@@ -77,14 +101,46 @@ class TidemarkApp(Celery):
         return QueuedTokens(self.redis, seconds=self.settings.queued_seconds)
 
     @cached_property
+    def figures(self) -> WorkerFigures:
+        return WorkerFigures(lambda: self.redis, topics=self.settings.metrics_topics)
+
+    @cached_property
+    def controllers(self) -> Mapping[Strategy, Controller]:
+        """How much this process takes in one transaction."""
+        return make_controllers(self.settings)
+
+    @cached_property
+    def waker(self) -> Waker:
+        return Waker(self)
+
+    @cached_property
     def names(self) -> PartitionNames:
         return PartitionNames()
+
+    @cached_property
+    def tracing(self) -> "Tracing | None":
+        """None, and OpenTelemetry not even loaded, unless it is asked for."""
+        if not self.settings.tracing:
+            return None
+        try:
+            from tasks.tracing import Tracing  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError as error:
+            raise SettingsError(
+                f"TIDEMARK_TRACING needs {error.name}; install: pip install tidemark[tracing]"
+            ) from None
+        return Tracing(self)
+
+    def committing(self, object_key: str, partition_ids: Sequence[int]) -> AbstractContextManager[None]:
+        """Put it around a commit from Python, and its wake-up: the span its materialization is shown under."""
+        return nullcontext() if self.tracing is None else self.tracing.committing(object_key, partition_ids)
 
     def prepare_config(self, c: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Celery's hook for a configuration computed late."""
         try:
             ours = celery_config(self.settings, self.broker_url, self.redis_url)
             ours["task_routes"] = (Router(self.settings.shards),)
+            # Whoever publishes or runs tasks comes by here.
+            _ = self.tracing
         except TidemarkError as error:
             if click.get_current_context(silent=True) is not None:
                 # A mistake of the user's on the command line: a message, no traceback.

@@ -1,18 +1,23 @@
 """The tasks that materialize: `materialize` by partition ids, and the ad-hoc jobs that find the ids by name."""
 
 import logging
+from dataclasses import replace
+from functools import reduce
 from time import monotonic
 from types import NoneType
 from typing import Any
 
 from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartitionError
+from config.strategy import Strategy
 from db.discover import Pending
 from db.materialize import MaterializationMetrics
 from db.materialize import materialize as materialize_partitions
 from db.topics import partition_ids as ids_of_topic
+from tasks import comparison
 from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
 from tasks.dispatch import group, publish
+from tasks.rollout import split
 from tasks.routing import MATERIALIZE, partition_ids_of, shard_of
 
 log = logging.getLogger(__name__)
@@ -30,21 +35,59 @@ RETRY_OPTIONS: dict[str, Any] = {
 
 def drain(app: TidemarkApp, partition_ids: list[int]) -> MaterializationMetrics:
     """Materialize until nothing is left or the task's time is up: one transaction after the other."""
+    first, *others = drain_sides(app, partition_ids)
+    return reduce(MaterializationMetrics.beside, others, first)
+
+
+def drain_sides(app: TidemarkApp, partition_ids: list[int]) -> list[MaterializationMetrics]:
+    """The same, one strategy after the other, where a candidate is tried: what each did."""
     until = monotonic() + app.settings.task_seconds
-    total = MaterializationMetrics()
+    sides = split(partition_ids, app.settings)
+    done = []
+    for number, (strategy, ids) in enumerate(sides):
+        now = monotonic()
+        # Time a side does not use is the next one's.
+        done.append(_drain(app, strategy, ids, now + max(0.0, until - now) / (len(sides) - number)))
+    return done
+
+
+def _drain(app: TidemarkApp, strategy: Strategy, partition_ids: list[int], until: float) -> MaterializationMetrics:
+    controller = app.controllers[strategy]
+    total = MaterializationMetrics(strategy=strategy)
     left = partition_ids
 
-    def failed(_: BaseException) -> None:
+    def failed(error: BaseException) -> None:
         nonlocal total
         total += MaterializationMetrics(errors=1)
+        controller.failed()
+        app.figures.failed(error)
+        comparison.failed(app, strategy)
 
     def once() -> MaterializationMetrics:
+        # Anew for each attempt: the controller has heard of the one before.
+        plan = controller.plan(left, again=total.transactions > 0)
         with app.database.connection() as conn:
-            app.names.learn(conn, left)
-            return materialize_partitions(conn, left, events_per_partition=app.settings.events_per_partition)
+            app.names.learn(conn, plan.partition_ids)
+            done = materialize_partitions(
+                conn, plan.partition_ids, events_per_partition=plan.events_per_partition, strategy=strategy
+            )
+        controller.done(done)
+        app.figures.materialized(done, app.names.topics(plan.partition_ids))
+        comparison.materialized(app, strategy, done)
+        # First what it began: `complete` goes on with one partition to its end.
+        taken = set(plan.partition_ids)
+        rest = tuple(i for i in left if i not in taken)
+        return replace(done, backlog_partition_ids=done.backlog_partition_ids + rest)
 
     while left and (total.transactions == 0 or monotonic() < until):
-        total += with_retries(app.settings, once, on_error=failed)
+        try:
+            total += with_retries(app.settings, once, on_error=failed)
+        except Exception as error:
+            # What may succeed when it is repeated was counted attempt by attempt.
+            if not isinstance(error, TransientDatabaseError):
+                app.figures.failed(error)
+                comparison.failed(app, strategy)
+            raise
         left = list(total.backlog_partition_ids)
     return total
 
@@ -58,13 +101,14 @@ def register(app: TidemarkApp) -> tuple[Any, Any, Any]:
         ids = partition_ids_of((partition_ids,), None)
         # Before anything is read: a commit this task does not see must be queued anew.
         app.queued.release(ids)
-        total = drain(app, ids)
+        sides = drain_sides(app, ids)
+        total = reduce(MaterializationMetrics.beside, sides)
         # To the end of the queue: other partitions of the shard get their turn. Not what is queued again by now.
         left = app.queued.acquire(total.backlog_partition_ids)
         describe(app, ids, total)
         if left:
-            publish(app, left)
-        return total.as_dict()
+            publish(app, left, at_once=True)
+        return total.as_dict() | ({"sides": [side.as_dict() for side in sides]} if len(sides) > 1 else {})
 
     @app.task(name="tasks.materialize_partition", shared=False, **RETRY_OPTIONS)
     def materialize_partition(topic: str, partition: int) -> list[str]:
@@ -94,6 +138,8 @@ def describe(app: TidemarkApp, ids: list[int], total: MaterializationMetrics) ->
             "lock_wait_ms": round(total.lock_wait_time_ms, 1),
             "backlog_partitions": len(total.backlog_partition_ids),
             "errors": total.errors,
+            "strategy": total.strategy,
+            "batch_events": total.batch_events,
         },
     )
 
@@ -124,4 +170,4 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
     # Depth is not known here; the task hands over what it does not finish.
     groups = group((Pending(partition_id=i, events=1) for i in ids), app.settings)
     with app.producer_or_acquire() as producer:
-        return [publish(app, g, producer=producer, **options).id for g in groups]
+        return [publish(app, g, at_once=True, producer=producer, **options).id for g in groups]

@@ -102,4 +102,4 @@ create table tidemark.topic_partitions (
     constraint topic_partitions_offsets_ordered check (0 <= start_offset and start_offset <= end_offset),
     constraint topic_partitions_byte_size_not_negative check (byte_size >= 0),
     constraint topic_partitions_topic_id_fkey foreign key(topic_id) references tidemark.topics (id)
-) with (fillfactor = 70, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+) with (fillfactor = 45, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
