@@ -69,7 +69,7 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "beat_schedule": _schedule(settings),
         # For `beat -S redbeat.RedBeatScheduler`: one of several beats runs. Its lock outlives it by seconds only.
         "redbeat_redis_url": redis_url,
-        "redbeat_lock_timeout": 30,
+        "redbeat_lock_timeout": 10,
         "redbeat_key_prefix": "tidemark:beat:",
     }
     if is_redis(broker_url):
