@@ -39,7 +39,7 @@ check: setup ## Format, lint, types, layers
 
 .PHONY: test
 test: check ## All checks and all tests that need nothing but this repository
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --numprocesses 2 --dist loadfile $(ARGS)
 
 .PHONY: test-unit
 test-unit: setup ## The tests that need no server
@@ -56,6 +56,10 @@ test-rabbitmq: setup ## The acceptance tests on RabbitMQ (Debian: apt-get instal
 .PHONY: test-docker
 test-docker: setup ## The acceptance tests over containers (needs a Docker engine)
 	$(PYTEST) -m docker tests/docker $(ARGS)
+
+.PHONY: test-upstream
+test-upstream: setup ## Whether the defect of Celery's that tasks/recovery.py mends is still there
+	$(PYTEST) -m upstream tests/acceptance $(ARGS)
 
 .PHONY: bench
 bench: setup ## Measure everything against the seed's system (ARGS=--quick for 3 minutes)

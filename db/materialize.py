@@ -13,9 +13,9 @@ After a crash at any step nothing is left behind: cursor, end offset and batches
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -37,7 +37,8 @@ class MaterializationMetrics:
     """What one or several materializing transactions did.
 
     The first six are the seed's. `transaction_size_bytes` is what the transaction added to the table and its index;
-    `error_rate` is the share of attempts that failed and were repeated.
+    `error_rate` is the share of attempts that failed and were repeated. `batch_events` is how many events the last
+    transaction would have taken at most, those of late commits aside.
     """
 
     processing_time_ms: float = 0.0
@@ -52,7 +53,8 @@ class MaterializationMetrics:
     errors: int = 0
     # Partitions that had events left when the transaction ended.
     backlog_partition_ids: tuple[int, ...] = ()
-    strategy: Strategy = DEFAULT_STRATEGY
+    strategy: Strategy | Literal["several"] = DEFAULT_STRATEGY
+    batch_events: int = 0
 
     def __add__(self, other: Self) -> Self:
         """Both together; the backlog is the later one's."""
@@ -70,7 +72,17 @@ class MaterializationMetrics:
             transactions=self.transactions + other.transactions,
             errors=errors,
             backlog_partition_ids=other.backlog_partition_ids,
-            strategy=other.strategy,
+            strategy=other.strategy if other.transactions else self.strategy,
+            batch_events=other.batch_events or self.batch_events,
+        )
+
+    def beside(self, other: Self) -> Self:
+        """Both together, of different partitions."""
+        return replace(
+            self + other,
+            partitions_processed=self.partitions_processed + other.partitions_processed,
+            backlog_partition_ids=self.backlog_partition_ids + other.backlog_partition_ids,
+            strategy=self.strategy if self.strategy == other.strategy else "several",
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -135,4 +147,5 @@ def materialize(
         transactions=1,
         backlog_partition_ids=tuple(row[0] for row in moved if row[4]),
         strategy=strategy,
+        batch_events=events_per_partition * len(ids),
     )

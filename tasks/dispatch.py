@@ -56,15 +56,23 @@ def dispatch(app: "TidemarkApp", conn: psycopg.Connection[Any], pending: Sequenc
         app.names.learn(conn, free)
         with app.producer_or_acquire() as producer, producer.batch():
             for ids in groups:
-                publish(app, ids, producer=producer)
+                # Whatever found them has collected commits since it last looked.
+                publish(app, ids, at_once=True, producer=producer)
     except BaseException:
         app.queued.release(free)
         raise
     return len(groups)
 
 
-def publish(app: "TidemarkApp", partition_ids: Sequence[int], **options: Any) -> Any:
-    """Publish one materialize task, named for Flower by topics and partitions; returns its AsyncResult."""
+def publish(app: "TidemarkApp", partition_ids: Sequence[int], *, at_once: bool = False, **options: Any) -> Any:
+    """Publish one materialize task, named for Flower by topics and partitions; returns its AsyncResult.
+
+    With `TIDEMARK_BATCHING=window` it is due at the end of the window, unless it is wanted at once. Until it starts its
+    partitions count as queued, so what is committed meanwhile goes into the same transaction; the worker that holds it
+    does other tasks.
+    """
+    if app.settings.batching == "window" and not at_once:
+        options.setdefault("countdown", app.settings.batch_window)
     return app.tasks[MATERIALIZE].apply_async(
         kwargs={"partition_ids": list(partition_ids)},
         argsrepr=f"({app.names.describe(partition_ids)})",

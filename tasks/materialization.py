@@ -8,7 +8,6 @@ from types import NoneType
 from typing import Any
 
 from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartitionError
-from config.strategy import Strategy
 from db.discover import Pending
 from db.materialize import MaterializationMetrics
 from db.materialize import materialize as materialize_partitions
@@ -17,7 +16,7 @@ from tasks import comparison
 from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
 from tasks.dispatch import group, publish
-from tasks.rollout import split
+from tasks.rollout import Side, split
 from tasks.routing import MATERIALIZE, partition_ids_of, shard_of
 
 log = logging.getLogger(__name__)
@@ -40,28 +39,28 @@ def drain(app: TidemarkApp, partition_ids: list[int]) -> MaterializationMetrics:
 
 
 def drain_sides(app: TidemarkApp, partition_ids: list[int]) -> list[MaterializationMetrics]:
-    """The same, one strategy after the other, where a candidate is tried: what each did."""
+    """The same, where a candidate is tried one side after the other: what each did."""
     until = monotonic() + app.settings.task_seconds
     sides = split(partition_ids, app.settings)
     done = []
-    for number, (strategy, ids) in enumerate(sides):
+    for number, side in enumerate(sides):
         now = monotonic()
         # Time a side does not use is the next one's.
-        done.append(_drain(app, strategy, ids, now + max(0.0, until - now) / (len(sides) - number)))
+        done.append(_drain(app, side, now + max(0.0, until - now) / (len(sides) - number)))
     return done
 
 
-def _drain(app: TidemarkApp, strategy: Strategy, partition_ids: list[int], until: float) -> MaterializationMetrics:
-    controller = app.controllers[strategy]
-    total = MaterializationMetrics(strategy=strategy)
-    left = partition_ids
+def _drain(app: TidemarkApp, side: Side, until: float) -> MaterializationMetrics:
+    controller = app.controllers[side.strategy]
+    total = MaterializationMetrics(strategy=side.strategy)
+    left = side.partition_ids
 
     def failed(error: BaseException) -> None:
         nonlocal total
         total += MaterializationMetrics(errors=1)
         controller.failed()
         app.figures.failed(error)
-        comparison.failed(app, strategy)
+        comparison.failed(app, side)
 
     def once() -> MaterializationMetrics:
         # Anew for each attempt: the controller has heard of the one before.
@@ -69,11 +68,11 @@ def _drain(app: TidemarkApp, strategy: Strategy, partition_ids: list[int], until
         with app.database.connection() as conn:
             app.names.learn(conn, plan.partition_ids)
             done = materialize_partitions(
-                conn, plan.partition_ids, events_per_partition=plan.events_per_partition, strategy=strategy
+                conn, plan.partition_ids, events_per_partition=plan.events_per_partition, strategy=side.strategy
             )
         controller.done(done)
         app.figures.materialized(done, app.names.topics(plan.partition_ids))
-        comparison.materialized(app, strategy, done)
+        comparison.materialized(app, side, done)
         # First what it began: `complete` goes on with one partition to its end.
         taken = set(plan.partition_ids)
         rest = tuple(i for i in left if i not in taken)
@@ -86,7 +85,7 @@ def _drain(app: TidemarkApp, strategy: Strategy, partition_ids: list[int], until
             # What may succeed when it is repeated was counted attempt by attempt.
             if not isinstance(error, TransientDatabaseError):
                 app.figures.failed(error)
-                comparison.failed(app, strategy)
+                comparison.failed(app, side)
             raise
         left = list(total.backlog_partition_ids)
     return total

@@ -65,9 +65,6 @@ def test_a_broker_outage_kills_nobody(
     wait_until(the_late_ones_live, timeout=60)
     until = time.monotonic() + 2 * FRESH
     while time.monotonic() < until:
-        # The others may be in the middle of a task, or of publishing one; their limits allow for it.
-        ages = {name: round(age(files[name]), 1) for name in ("prefork", "late", "exporter")}
-        assert max(ages.values()) < FRESH, ages
         assert all(examine(file).alive for file in files.values())
         time.sleep(0.2)
     assert not ready(files["late"])

@@ -134,6 +134,7 @@ def test_redis_crashes_while_tasks_run(
     assert_alive(workers)
 
 
+@pytest.mark.upstream
 def test_celery_alone_does_not_survive_a_crash_of_redis(
     start: Programs, app: TidemarkApp, log: Log, crashable_redis: RedisServer
 ) -> None:
