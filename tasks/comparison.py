@@ -1,11 +1,11 @@
 """Whether a candidate strategy is faster: sums that the workers keep in Redis, and what follows from them.
 
 The sides of a task are groups of as many partitions, see `tasks.rollout.split`, with more or less in them. Smaller
-transactions cost more per event whatever the strategy. So like is compared with like: transactions are sorted into cells
-by their numbers of events and of partitions (powers of four), and within a cell the logarithm of the time is compared
-by analysis of covariance, with the logarithm of the events as the covariate. The cells' differences are averaged
-with the weights n1 n2 / (n1 + n2), which is what a common difference would be estimated with; their variances are each
-side's own (Welch), the degrees of freedom Satterthwaite's. The result is a ratio of times.
+transactions cost more per event whatever the strategy. So like is compared with like: transactions are sorted into
+cells by their numbers of events and of partitions (powers of four), and within a cell the logarithm of the time is
+compared by analysis of covariance, with the logarithm of the events as the covariate. The cells' differences are
+averaged with the weights n1 n2 / (n1 + n2), which is what a common difference would be estimated with; their
+variances are each side's own (Welch), the degrees of freedom Satterthwaite's. The result is a ratio of times.
 
 What it assumes: that a cell's transactions are independent. Those of one minute share disk and neighbours, as the two
 sides do; those of one partition share its shape. So the interval is a 99 % one, and with a handful of
