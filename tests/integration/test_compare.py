@@ -91,6 +91,24 @@ def test_smaller_transactions_are_no_difference_of_the_strategies(app: TidemarkA
     assert found.time_ratio.value == pytest.approx(1, rel=0.08)
 
 
+def test_smaller_within_a_cell_is_no_difference_either(app: TidemarkApp) -> None:
+    chance = random.Random(2)
+    sides: tuple[tuple[Strategy, int, int], ...] = (("window", 150, 255), ("incremental", 64, 180))
+    for strategy, low, high in sides:
+        for _ in range(200):
+            events = chance.randint(low, high)
+            done = MaterializationMetrics(
+                processing_time_ms=events / 10 * chance.lognormvariate(0, 0.1),
+                events_processed=events,
+                partitions_processed=1,
+                transactions=1,
+            )
+            comparison.materialized(app, side(strategy), done)
+    app.figures.flush()
+    found = only(app)
+    assert (found.verdict, found.compared) == ("not shown", (200, 200))
+
+
 def test_no_difference_is_found_where_there_is_none_as_often_as_promised() -> None:
     """At 90 % confidence about every tenth of equal pairs looks different, whatever the sizes."""
 

@@ -117,7 +117,10 @@ def test_metrics_are_exact(conn: Connection[TupleRow], ids: list[int]) -> None:
     assert (
         nothing.as_dict()
         == MaterializationMetrics(
-            processing_time_ms=nothing.processing_time_ms, lock_wait_time_ms=nothing.lock_wait_time_ms, transactions=1
+            processing_time_ms=nothing.processing_time_ms,
+            lock_wait_time_ms=nothing.lock_wait_time_ms,
+            transactions=1,
+            batch_events=20_000 * len(ids),
         ).as_dict()
     )
 
