@@ -65,7 +65,7 @@ def run_curves(url: str, conn: Conn, rounds: int, *, quick: bool, tick: Callable
             entries.append(compare("backlog", f"{events:,} events", _pair(conn, crew, backlog, rounds), x=events))
         for partitions in (1, 10_000) if quick else (1, 100, 10_000, 100_000):
             tick(f"{partitions:,} partitions")
-            backlog = Backlog(partitions=partitions, events_each=200_000 // partitions, group=200)
+            backlog = Backlog(partitions=partitions, events_each=200_000 // partitions, group=2_000)
             entries.append(
                 compare("partitions", f"{partitions:,} partitions", _pair(conn, crew, backlog, rounds), x=partitions)
             )

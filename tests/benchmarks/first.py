@@ -15,7 +15,7 @@ from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, load, wal_position
 
 DEEP = Backlog(partitions=16, events_each=12_500, group=1)
-THIN = Backlog(partitions=10_000, events_each=10, group=200)
+THIN = Backlog(partitions=10_000, events_each=10, group=2_000)
 
 # Batches per object, objects per producer and run.
 COMMITS = ((1, 400), (100, 200), (1_500, 60))

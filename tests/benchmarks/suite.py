@@ -32,7 +32,7 @@ def _warm(crew: Crew, job: Callable[[Conn, Any], int], arguments: list[Any]) -> 
 
 
 def ours(conn: Conn, crew: Crew, scenario: Scenario, *, limit: bool) -> Sample:
-    backlog = Backlog(partitions=scenario.all_partitions, events_each=0, group=200)
+    backlog = Backlog(partitions=scenario.all_partitions, events_each=0, group=2_000)
     fresh(conn, scenario.all_partitions)
     if scenario.existing:
         conn.execute("update tidemark.topic_partitions set end_offset = 100000")
