@@ -26,6 +26,8 @@ class RebaseResult:
 def rebase(conn: psycopg.Connection[Any], *, force: bool = False) -> RebaseResult | None:
     """Rebase the cursors; None when the database is in its own cluster already and `force` is not given."""
     with domain_errors(), conn.transaction():
+        # What it classifies must be read after the locks were waited for.
+        conn.execute("set transaction isolation level read committed")
         conn.execute("set local lock_timeout = '10s'")
         row = conn.execute(
             "select c.system_identifier, s.system_identifier "

@@ -61,15 +61,18 @@ begin
             hint = 'Read the ids of a topic''s partitions with tidemark.partition_ids(topic).';
     end if;
 
-    insert into tidemark.objects (key, content_hash, live_batches, partition_ids, batch_counts)
-    values (object_key, digest, batches, touched, counts)
-    on conflict on constraint objects_key_key do nothing
-    returning id into new_id;
+    loop
+        insert into tidemark.objects (key, content_hash, live_batches, partition_ids, batch_counts)
+        values (object_key, digest, batches, touched, counts)
+        on conflict on constraint objects_key_key do nothing
+        returning id into new_id;
+        exit when new_id is not null;
 
-    if new_id is null then
         -- A statement of its own, so that its snapshot sees the commit that the insert waited for.
         select o.id, o.content_hash into new_id, known from tidemark.objects o where o.key = object_key;
-        if known is distinct from digest then
+        -- Forgotten since the insert met it: the key is free now.
+        continue when not found;
+        if known <> digest then
             raise exception using
                 errcode = 'TM002',
                 message = format('object %s is committed already (id %s) with other batches',
@@ -77,7 +80,7 @@ begin
                 hint = 'Give every upload a key of its own; repeat a commit with exactly the arguments of the first.';
         end if;
         return new_id;
-    end if;
+    end loop;
 
     insert into tidemark.record_batch_events
         (object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp)
