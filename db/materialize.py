@@ -33,6 +33,16 @@ ROW_BYTES = 76 + 28
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Moved:
+    """What one partition got in a transaction."""
+
+    partition_id: int
+    events: int
+    records: int
+    log_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MaterializationMetrics:
     """What one or several materializing transactions did.
 
@@ -55,6 +65,8 @@ class MaterializationMetrics:
     backlog_partition_ids: tuple[int, ...] = ()
     strategy: Strategy | Literal["several"] = DEFAULT_STRATEGY
     batch_events: int = 0
+    # One transaction's share of each partition; not kept in sums.
+    moved: tuple[Moved, ...] = ()
 
     def __add__(self, other: Self) -> Self:
         """Both together; the backlog is the later one's."""
@@ -89,6 +101,7 @@ class MaterializationMetrics:
         """For JSON: times rounded to microseconds, the backlog as a number of partitions."""
         values = asdict(self)
         values["backlog_partitions"] = len(values.pop("backlog_partition_ids"))
+        del values["moved"]
         for name in ("processing_time_ms", "lock_wait_time_ms", "error_rate"):
             values[name] = round(values[name], 3)
         return values
@@ -132,20 +145,22 @@ def materialize(
                 f"partition id {missing[0]} does not exist ({len(missing)} of {len(ids)} asked for). "
                 f"Read the ids of a topic's partitions with tidemark.partition_ids(topic)."
             )
-        moved: Sequence[tuple[int, int, int, int, bool]] = run(
+        rows: Sequence[tuple[int, int, int, int, bool]] = run(
             conn, f"place_{strategy}", (Int4Array(ids), events_per_partition)
         ).fetchall()
-    events = sum(row[1] for row in moved)
+    moved = tuple(Moved(partition_id=row[0], events=row[1], records=int(row[2]), log_bytes=int(row[3])) for row in rows)
+    events = sum(m.events for m in moved)
     return MaterializationMetrics(
         processing_time_ms=(perf_counter() - start) * 1000,
         events_processed=events,
         partitions_processed=len(moved),
         lock_wait_time_ms=waited * 1000,
         transaction_size_bytes=events * ROW_BYTES,
-        records=int(sum(row[2] for row in moved)),
-        log_bytes=int(sum(row[3] for row in moved)),
+        records=sum(m.records for m in moved),
+        log_bytes=sum(m.log_bytes for m in moved),
         transactions=1,
-        backlog_partition_ids=tuple(row[0] for row in moved if row[4]),
+        backlog_partition_ids=tuple(row[0] for row in rows if row[4]),
         strategy=strategy,
         batch_events=events_per_partition * len(ids),
+        moved=moved,
     )

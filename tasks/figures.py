@@ -23,7 +23,7 @@ from celery import signals
 from redis import Redis, RedisError
 
 from config.errors import TidemarkError
-from db.materialize import MaterializationMetrics
+from db.materialize import ROW_BYTES, MaterializationMetrics
 from db.translate import TRANSIENT
 
 if TYPE_CHECKING:
@@ -174,17 +174,21 @@ class WorkerFigures:
         with self._mine():
             self._set[name] = value
 
-    def materialized(self, done: MaterializationMetrics, topics: Iterable[str]) -> None:
-        """Count a transaction, for the topic it served; figures of several topics cannot be told apart."""
+    def materialized(
+        self, done: MaterializationMetrics, topics: Iterable[str], topic_of: Callable[[int], str | None]
+    ) -> None:
+        """Count a transaction that served `topics`: what was placed for each, its time for all together."""
         first, *others = topics or (OTHER,)
         labels = (SEVERAL if others else first, done.strategy)
         self.observe("materialize_duration_seconds", done.processing_time_ms / 1000, *labels)
         self.observe("materialize_lock_wait_seconds", done.lock_wait_time_ms / 1000, *labels)
-        self.add("materialize_events", *labels, amount=done.events_processed)
-        self.add("materialize_records", *labels, amount=done.records)
-        self.add("materialize_log_bytes", *labels, amount=done.log_bytes)
-        self.add("materialize_transaction_bytes", *labels, amount=done.transaction_size_bytes)
         self.add("materialize_batch_events", *labels, amount=done.batch_events)
+        for moved in done.moved:
+            own = (topic_of(moved.partition_id) or OTHER, done.strategy)
+            self.add("materialize_events", *own, amount=moved.events)
+            self.add("materialize_records", *own, amount=moved.records)
+            self.add("materialize_log_bytes", *own, amount=moved.log_bytes)
+            self.add("materialize_transaction_bytes", *own, amount=moved.events * ROW_BYTES)
         self.add("materialize_attempts")
 
     def failed(self, error: BaseException) -> None:

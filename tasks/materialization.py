@@ -71,7 +71,7 @@ def _drain(app: TidemarkApp, side: Side, until: float) -> MaterializationMetrics
                 conn, plan.partition_ids, events_per_partition=plan.events_per_partition, strategy=side.strategy
             )
         controller.done(done)
-        app.figures.materialized(done, app.names.topics(plan.partition_ids))
+        app.figures.materialized(done, app.names.topics(plan.partition_ids), app.names.topic)
         comparison.materialized(app, side, done)
         # First what it began: `complete` goes on with one partition to its end.
         taken = set(plan.partition_ids)

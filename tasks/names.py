@@ -32,6 +32,10 @@ class PartitionNames:
         """Topics these partitions belong to, as far as known."""
         return sorted({self._known[i][0] for i in ids if i in self._known})
 
+    def topic(self, partition_id: int) -> str | None:
+        """Topic of a partition, if known."""
+        return self._known[partition_id][0] if partition_id in self._known else None
+
     def describe(self, ids: Sequence[int], *, width: int = 200) -> str:
         """Short text for partitions; those without a known name appear by id."""
         by_topic: dict[str, list[int]] = defaultdict(list)
