@@ -63,13 +63,6 @@ def save_seen(conn: psycopg.Connection[Any], snapshot: str) -> None:
         run(conn, "save_fan_out_state", (snapshot,))
 
 
-def current_snapshot(conn: psycopg.Connection[Any]) -> str:
-    """What is visible now, for `save_seen` after a sweep."""
-    row = conn.execute("select pg_current_snapshot()::text").fetchone()
-    assert row is not None  # noqa: S101 - a function call returns a row
-    return str(row[0])
-
-
 def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
     """Every partition with pending events, by id; a page of partitions at a time."""
     after = 0

@@ -9,7 +9,7 @@ from psycopg.rows import TupleRow
 
 import db.discover
 from db.commit import commit_object
-from db.discover import Committed, Pending, current_snapshot, find_committed, save_seen, sweep
+from db.discover import Committed, Pending, find_committed, save_seen, sweep
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids
 from tests.support import Connect
@@ -136,7 +136,9 @@ def test_sweep_finds_what_fan_out_lost(connect: Connect, conn: Connection[TupleR
     late.execute("begin")
     commit(late, "late", [ids[4]] * 2)
     commit(conn, "a", [ids[1], ids[3], ids[3], ids[4]])
-    save_seen(conn, current_snapshot(conn))
+    row = conn.execute("select pg_current_snapshot()::text").fetchone()
+    assert row
+    save_seen(conn, row[0])
     assert list(sweep(conn)) == [
         Pending(partition_id=ids[1], events=1),
         Pending(partition_id=ids[3], events=2),
