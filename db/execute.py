@@ -19,3 +19,12 @@ def run(
     arrays.register(cursor.adapters)
     cursor.execute(statement(name), parameters, prepare=prepare)
     return cursor
+
+
+def pin_plans(conn: psycopg.Connection[Any]) -> None:
+    """First in a transaction that materializes or deletes: its isolation level, and the planner's settings.
+
+    Read committed is what makes materializing safe: its snapshot must be taken after the lock was waited for.
+    """
+    conn.execute("set transaction isolation level read committed", prepare=True)
+    run(conn, "transaction_settings", prepare=True)

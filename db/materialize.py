@@ -23,8 +23,7 @@ from psycopg.pq import TransactionStatus
 from config.errors import UnknownPartitionError
 from config.strategy import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
-from db.execute import run
-from db.statements import statement
+from db.execute import pin_plans, run
 from db.translate import domain_errors
 
 # Heap tuple (24 bytes header, 44 of columns, padded to 72, 4 of line pointer) and its entry in the primary key (8 bytes
@@ -134,20 +133,20 @@ def materialize(
     if ids[0] < 0 or ids[-1] >= 2**31:
         raise UnknownPartitionError(f"partition id {ids[0] if ids[0] < 0 else ids[-1]} does not exist")
     start = perf_counter()
-    with domain_errors(), conn.transaction():
-        conn.execute(statement("transaction_settings"))
-        asked = perf_counter()
-        locked = run(conn, "lock_partitions", (Int4Array(ids),)).fetchall()
-        waited = perf_counter() - asked
-        if len(locked) != len(ids):
-            missing = sorted(set(ids) - {row[0] for row in locked})
+    # All of it is sent at once and answered at once, for small transactions consist of round trips. The server still
+    # runs one statement after the other, and none after one that failed.
+    with domain_errors(), conn.pipeline(), conn.transaction():
+        pin_plans(conn)
+        locking = run(conn, "lock_partitions", (Int4Array(ids),), prepare=True)
+        placing = run(conn, f"place_{strategy}", (Int4Array(ids), events_per_partition), prepare=True)
+        locked, waited = locking.fetchall()[0]
+        if locked != ids:
+            missing = sorted(set(ids) - set(locked or ()))
             raise UnknownPartitionError(
                 f"partition id {missing[0]} does not exist ({len(missing)} of {len(ids)} asked for). "
                 f"Read the ids of a topic's partitions with tidemark.partition_ids(topic)."
             )
-        rows: Sequence[tuple[int, int, int, int, bool]] = run(
-            conn, f"place_{strategy}", (Int4Array(ids), events_per_partition)
-        ).fetchall()
+        rows: Sequence[tuple[int, int, int, int, bool]] = placing.fetchall()
     moved = tuple(Moved(partition_id=row[0], events=row[1], records=int(row[2]), log_bytes=int(row[3])) for row in rows)
     events = sum(m.events for m in moved)
     return MaterializationMetrics(

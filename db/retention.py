@@ -22,8 +22,7 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int4Array
-from db.execute import run
-from db.statements import statement
+from db.execute import pin_plans, run
 from db.translate import domain_errors
 
 # Partitions looked at in one statement: some milliseconds.
@@ -107,7 +106,7 @@ def _delete(
 ) -> Sequence[tuple[int, int, int, int]]:
     """One transaction: at most `quota` batches of each partition. Rows: partition id, batches, bytes, objects freed."""
     with domain_errors(), conn.transaction():
-        conn.execute(statement("transaction_settings"))
+        pin_plans(conn)
         ids = Int4Array(sorted(partition_ids))
         run(conn, "lock_partitions", (ids,))
         rows: Sequence[tuple[int, int, int, int]] = run(conn, "delete_expired", (ids, quota)).fetchall()

@@ -9,8 +9,7 @@ from typing import Any
 
 import psycopg
 
-from db.execute import run
-from db.statements import statement
+from db.execute import pin_plans, run
 from db.translate import domain_errors
 
 # Below every event.
@@ -52,7 +51,7 @@ def trim(
         position: tuple[str, int] = _BEGINNING
         while True:
             with domain_errors(), conn.transaction():
-                conn.execute(statement("transaction_settings"))
+                pin_plans(conn)
                 row = run(conn, "delete_consumed", (partition_id, delete_batch, *position)).fetchone()
             assert row is not None  # noqa: S101 - an aggregate returns a row
             gone, found, last_xid, last_id = row

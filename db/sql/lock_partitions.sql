@@ -1,9 +1,14 @@
 -- Locks partitions in the order of their ids, the one lock order there is: $1 partition ids. A statement of its own, always:
 -- one that waited for a lock and then read events would read them as they were before the wait, and give them offsets
 -- twice. NO KEY UPDATE, so that whatever references a partition is not blocked.
--- The subquery runs once.
-select p.id
-from tidemark.topic_partitions p
-where p.id = any ($1::int[]) and (select tidemark.require_own_cluster())
-order by p.id
-for no key update of p
+--
+-- One row: the ids that exist, and the seconds that this took. They are told by the server, for a client that sends the next
+-- statement along with this one cannot see the moment between them. The check of the cluster runs once.
+select array_agg(l.id) as ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds
+from (
+    select p.id
+    from tidemark.topic_partitions p
+    where p.id = any ($1::int[]) and (select tidemark.require_own_cluster())
+    order by p.id
+    for no key update of p
+) l

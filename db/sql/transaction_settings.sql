@@ -1,10 +1,11 @@
--- First statement of every transaction that materializes or deletes.
--- Read committed is what makes a place step safe: its snapshot must be taken after the lock was waited for. The planner is left
--- no way to a plan that costs more as the log grows: statistics of a queue are always out of date, and a plan cached for an
--- empty table would scan a full one. A hash join would read all partitions in order to update a few.
-set transaction isolation level read committed;
-set local enable_seqscan = off;
-set local enable_bitmapscan = off;
-set local enable_mergejoin = off;
-set local enable_hashjoin = off;
-set local jit = off;
+-- In every transaction that materializes or deletes, after `set transaction isolation level read committed`.
+-- The planner is left no way to a plan that costs more as the log grows: statistics of a queue are always out of date, and a plan
+-- cached for an empty table would scan a full one. A hash join would read all partitions in order to update a few. With one plan
+-- left there is nothing to plan anew: without force_generic_plan it is made again for the first executions of a prepared
+-- statement, and whenever the estimates look different, which costs more than placing a hundred events.
+select set_config('enable_seqscan', 'off', true),
+       set_config('enable_bitmapscan', 'off', true),
+       set_config('enable_mergejoin', 'off', true),
+       set_config('enable_hashjoin', 'off', true),
+       set_config('jit', 'off', true),
+       set_config('plan_cache_mode', 'force_generic_plan', true)

@@ -20,6 +20,16 @@ class Scenario:
     def all_partitions(self) -> int:
         return self.topics * self.partitions
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it takes milliseconds."""
+        return self.events <= 5_000
+
+    @property
+    def rehearsed(self) -> int:
+        """Events for a run to warm up."""
+        return min(self.events // 5, 1_000)
+
 
 def _scenario(name: str, shape: tuple[int, int, int], records: tuple[int, int], batch: int, workers: int) -> Scenario:
     topics, partitions, events = shape

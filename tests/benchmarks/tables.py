@@ -55,7 +55,14 @@ def wal_position(conn: psycopg.Connection[Any]) -> int:
     return int(row[0])
 
 
-def load_random(conn: psycopg.Connection[Any], partitions: int, events: int, records: tuple[int, int]) -> None:
+def load_random(
+    conn: psycopg.Connection[Any],
+    partitions: range,
+    events: int,
+    records: tuple[int, int],
+    *,
+    analyze: bool = True,
+) -> None:
     """The seed's data generator: partitions and numbers of records at random, always the same ones."""
     conn.execute("set synchronous_commit = off")
     conn.execute("select setseed(0.42)")
@@ -64,14 +71,24 @@ def load_random(conn: psycopg.Connection[Any], partitions: int, events: int, rec
             """
             insert into tidemark.record_batch_events
                 (object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
-            select %s::bigint, g * 1000, 1700000000000 + g, floor(random() * %s)::int + 1,
+            select %s::bigint, g * 1000, 1700000000000 + g, floor(random() * %s)::int + %s,
                    %s + floor(random() * (%s - %s + 1))::int, 1000
             from generate_series(%s::bigint, %s::bigint) g
             """,
-            (first, partitions, records[0], records[1], records[0], first, min(first + _COMMIT_ROWS, events) - 1),
+            (
+                first,
+                len(partitions),
+                partitions.start,
+                records[0],
+                records[1],
+                records[0],
+                first,
+                min(first + _COMMIT_ROWS, events) - 1,
+            ),
         )
     conn.execute("reset synchronous_commit")
-    conn.execute("analyze tidemark.record_batch_events")
+    if analyze:
+        conn.execute("analyze tidemark.record_batch_events")
 
 
 def history(conn: psycopg.Connection[Any], partitions: int, batches: int) -> None:

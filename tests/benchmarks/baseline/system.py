@@ -43,7 +43,9 @@ def create(
     conn.execute("checkpoint")
 
 
-def load(conn: psycopg.Connection[Any], partitions: int, events: int, records: tuple[int, int]) -> None:
+def load(
+    conn: psycopg.Connection[Any], partitions: int, events: int, records: tuple[int, int], *, analyze: bool = True
+) -> None:
     """Commit `events` events: topics in turn, partitions and numbers of records at random, from the same seed."""
     conn.execute("set synchronous_commit = off")
     conn.execute("select setseed(0.42)")
@@ -59,7 +61,8 @@ def load(conn: psycopg.Connection[Any], partitions: int, events: int, records: t
             (partitions, records[0], records[1], records[0], first, first, min(first + _COMMIT_ROWS, events) - 1),
         )
     conn.execute("reset synchronous_commit")
-    conn.execute("analyze seed.record_batch_events")
+    if analyze:
+        conn.execute("analyze seed.record_batch_events")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
