@@ -71,7 +71,7 @@ class Settings(BaseSettings):
         description="At most so many events of one partition are materialized in one transaction.",
     )
     events_per_task: int = Field(
-        20_000,
+        50_000,
         ge=1,
         le=10_000_000,
         description="Thin partitions share a task up to so many events in all; a partition with more travels alone.",

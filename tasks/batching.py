@@ -134,7 +134,8 @@ def make_controller(settings: Settings) -> Controller:
     if settings.batching == "adaptive":
         return Adaptive(
             target=settings.batch_seconds,
-            start=settings.events_per_partition,
+            # A task's worth: a group of thin partitions would be taken in slices.
+            start=settings.events_per_task,
             events_min=settings.batch_events_min,
             events_max=settings.batch_events_max,
         )

@@ -17,6 +17,8 @@ SETTINGS = {
     "max_wal_size": "8GB",
     "min_wal_size": "2GB",
     "checkpoint_timeout": "30min",
+    # A backlog that was just loaded draws it to the tables, at some moment of the following measurements.
+    "autovacuum": "off",
     "max_connections": "100",
 }
 

@@ -48,6 +48,23 @@ def load(conn: psycopg.Connection[Any], partitions: int, events_each: int) -> No
     conn.execute("analyze tidemark.record_batch_events")
 
 
+def list_objects(conn: psycopg.Connection[Any]) -> None:
+    """The objects of a backlog, which fan-out looks at."""
+    conn.execute(
+        """
+        insert into tidemark.objects (live_batches, key, content_hash, partition_ids, batch_counts)
+        select sum(n.events), 'object-' || n.object_id, '', array_agg(n.partition_id), array_agg(n.events)
+        from (
+            select e.object_id, e.partition_id, count(*)::int as events
+            from tidemark.record_batch_events e
+            group by e.object_id, e.partition_id
+        ) n
+        group by n.object_id
+        """
+    )
+    conn.execute("analyze tidemark.objects")
+
+
 def wal_position(conn: psycopg.Connection[Any]) -> int:
     """Bytes of log written by this cluster so far."""
     row = conn.execute("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint").fetchone()
