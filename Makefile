@@ -53,6 +53,10 @@ test-browser: setup ## Flower in headless Chromium (Debian: apt-get install chro
 test-rabbitmq: setup ## The acceptance tests on RabbitMQ (Debian: apt-get install rabbitmq-server)
 	$(PYTEST) -m rabbitmq tests/acceptance $(ARGS)
 
+.PHONY: test-hints
+test-hints: setup ## The plans under hints (Debian 13: apt-get install postgresql-17-pg-hint-plan)
+	$(PYTEST) -m hints tests/integration $(ARGS)
+
 .PHONY: test-docker
 test-docker: setup ## The acceptance tests over containers (needs a Docker engine)
 	$(PYTEST) -m docker tests/docker $(ARGS)

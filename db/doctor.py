@@ -27,6 +27,12 @@ _MANY_DEAD = 50_000
 _OLD_XIDS, _TOO_OLD_XIDS = 1_000_000_000, 1_800_000_000
 _BUSY = 0.8
 _MILLISECOND = 0.001
+# Told, not judged: the settings of the transactions pin the plans with it and without.
+_HINT_PLAN = {
+    None: "not loaded, nor needed: settings pin the plans",
+    True: "loaded; the statements' hints are used, beside the settings that pin the plans",
+    False: "loaded, but pg_hint_plan.enable_hint is off; settings pin the plans",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +49,8 @@ class Server:
     user: str
     database: str
     monitor: bool
-    hint_plan: bool
+    # None where pg_hint_plan is not loaded; False where it is told to ignore hints.
+    hint_plan: bool | None
 
     @property
     def major(self) -> int:
@@ -142,9 +149,7 @@ def check_server(server: Server) -> Iterator[Finding]:
         yield _worse(finding, Level.FAIL, "Object keys are any text; this encoding cannot hold it.", fix)
     else:
         yield finding
-    # Told, not judged: plans are pinned without it as well.
-    found = "loaded" if server.hint_plan else "not loaded; plans are pinned without it"
-    yield Finding(area="server", check="pg_hint_plan", level=Level.OK, found=found)
+    yield Finding(area="server", check="pg_hint_plan", level=Level.OK, found=_HINT_PLAN[server.hint_plan])
 
 
 def check_connections(server: Server, settings: Settings) -> Iterator[Finding]:

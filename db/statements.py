@@ -2,6 +2,10 @@ r"""The SQL files: `statement("place_window")` is the text of `db/sql/place_wind
 
 Parameters are `$1`, `$2`, …, so each file runs as it stands: in psql with `\bind`, behind `PREPARE name AS`, and here
 through psycopg's raw cursor.
+
+The hot ones begin with a hint, `/*+ … */`: a comment to all but the extension pg_hint_plan, some versions of which find
+it at the head of a statement only. It stands in the file for everybody: adding it where the extension is loaded would
+take a question to every connection and save nothing. The plans are kept without it by `transaction_settings`.
 """
 
 from collections.abc import Iterable

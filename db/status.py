@@ -3,11 +3,12 @@
 Sessions of other roles hide what they run from a role that is no member of pg_monitor.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, overload
 
 import psycopg
 
@@ -129,13 +130,13 @@ def _lock_waits(conn: psycopg.Connection[Any]) -> list[LockWait]:
             lock=row[3],
             topic=row[4],
             partition=row[5],
-            query=row[6],
+            query=_without_hint(row[6]),
             blocker_pid=row[7],
             blocker_user=row[8],
             blocker_application=row[9],
             blocker_state=row[10],
             blocker_age=row[11],
-            blocker_query=row[12],
+            blocker_query=_without_hint(row[12]),
             blocker_gid=row[13],
         )
         for row in run(conn, "find_lock_waits", (_ROWS,), prepare=False).fetchall()
@@ -153,11 +154,20 @@ def _held_cursors(conn: psycopg.Connection[Any]) -> list[HeldCursor]:
             application=row[5],
             state=row[6],
             age=row[7],
-            query=row[8],
+            query=_without_hint(row[8]),
             gid=row[9],
         )
         for row in run(conn, "find_held_cursors", (_ROWS,), prepare=False).fetchall()
     ]
+
+
+@overload
+def _without_hint(query: str) -> str: ...
+@overload
+def _without_hint(query: None) -> None: ...
+def _without_hint(query: str | None) -> str | None:
+    """A query for people: what pg_hint_plan reads in front of some of ours tells them nothing."""
+    return None if query is None else re.sub(r"\A/\*\+.*?\*/\s*", "", query, count=1, flags=re.DOTALL)
 
 
 def _dispatch(conn: psycopg.Connection[Any]) -> Dispatch:

@@ -1,3 +1,4 @@
+/*+ IndexScan(p topic_partitions_pkey) IndexScan(c record_batch_events_pkey) TidScan(e) */
 -- Trim: deletes at most $2 consumed events of partition $1 that follow ($3, $4), and returns how many and the last one's
 -- place, where the next batch goes on: dead rows stay in the index as long as an old snapshot is open, and reading them again
 -- would make a run cost the square of its length. Cursor and events are seen in one snapshot: an event at or below the

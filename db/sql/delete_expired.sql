@@ -1,3 +1,6 @@
+/*+ IndexScan(p topic_partitions_pkey) IndexScan(t topics_pkey) IndexScan(c record_batches_pkey) Set(enable_material off)
+    IndexOnlyScan(f record_batches_pkey) IndexScan(b record_batches_pkey) IndexScan(o objects_pkey)
+    Leading((p t)) NestLoop(p t) Leading((g b)) NestLoop(g b) Leading((g p)) NestLoop(g p) Leading((s o)) NestLoop(s o) */
 -- Retention: deletes the expired batches of locked partitions: $1 partition ids, $2 batches of each at most. Which ones they are
 -- is decided here, in a snapshot from after the lock was waited for. They are a prefix of the log: up to the first batch that
 -- is young enough, or further, for as long as what is left still has retention_bytes.

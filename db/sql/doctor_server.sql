@@ -11,7 +11,8 @@ select current_setting('server_version_num')::int,
        current_user::text,
        d.datname::text,
        pg_has_role('pg_monitor', 'usage'),
-       -- Only superusers may see which libraries are loaded; everybody sees the settings of those that are.
-       current_setting('pg_hint_plan.enable_hint', true) is not null
+       -- Only superusers may see which libraries are loaded; everybody sees the settings of those that are. Not by
+       -- current_setting, which knows what anybody has set in that name as well.
+       (select s.setting::boolean from pg_settings s where s.name = 'pg_hint_plan.enable_hint')
 from pg_database d
 where d.datname = current_database()

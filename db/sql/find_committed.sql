@@ -1,3 +1,4 @@
+/*+ IndexScan(o objects_xid_idx) */
 -- Partitions touched by commits that the last fan-out did not see, with the events each brought: $1 first transaction that was
 -- yet to come then, $2 those that were running, $3 commits to read at most. The rows carry the snapshot they were read in,
 -- for save_fan_out_state. Costs O(commits since), whatever the number of partitions.

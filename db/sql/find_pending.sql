@@ -1,3 +1,4 @@
+/*+ IndexScan(h topic_partitions_pkey) IndexOnlyScan(e record_batch_events_pkey) */
 -- The sweep: partitions with pending events among the $2 that follow partition id $1, with their number up to $3. Finds
 -- what a lost message left behind; probes the index once or twice for each partition.
 select p.id, p.last_id, n.events

@@ -1,3 +1,4 @@
+/*+ IndexScan(p topic_partitions_pkey) */
 -- Locks partitions in the order of their ids, the one lock order there is: $1 partition ids. A statement of its own, always:
 -- one that waited for a lock and then read events would read them as they were before the wait, and give them offsets
 -- twice. NO KEY UPDATE, so that whatever references a partition is not blocked.

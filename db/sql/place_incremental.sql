@@ -1,11 +1,12 @@
+/*+ IndexScan(p topic_partitions_pkey) IndexScan(l record_batch_events_pkey) IndexScan(m record_batch_events_pkey)
+    IndexOnlyScan(e record_batch_events_pkey) Leading((r (t p))) NestLoop(t p) NestLoop(r t p) Set(enable_material off) */
 -- As place_window, event by event instead of by a running sum: $1 partition ids, $2 events per partition at most.
---
--- Each step of the recursion takes the next event of every partition by an index probe, and adds its records to what
--- came before. A step that finds none left writes a last row, `done`, with the partition's totals. The positions are kept
--- apart: late events are searched from the start, the others from the cursor.
 with recursive running as materialized (
     select array(select pg_snapshot_xip(pg_current_snapshot())) as xids
 ),
+-- Each step of the recursion takes the next event of every partition by an index probe, and adds its records to what
+-- came before. A step that finds none left writes a last row, `done`, with the partition's totals. The positions are kept
+-- apart: late events are searched from the start, the others from the cursor.
 step as (
     select p.id as partition_id, p.in_flight,
            '0'::xid8 as late_xid, (-9223372036854775808)::bigint as late_id, p.seen_xid, p.seen_id,
@@ -58,17 +59,17 @@ last as materialized (
 ),
 moved as (
     update tidemark.topic_partitions p
-    set end_offset = p.end_offset + l.records,
-        byte_size = p.byte_size + l.bytes,
-        seen_xid = l.seen_xid,
-        seen_id = l.seen_id,
+    set end_offset = p.end_offset + t.records,
+        byte_size = p.byte_size + t.bytes,
+        seen_xid = t.seen_xid,
+        seen_id = t.seen_id,
         in_flight = case r.xids
             when '{}' then r.xids
-            else array(select x.xid from unnest(r.xids) x(xid) where x.xid < l.seen_xid)
+            else array(select x.xid from unnest(r.xids) x(xid) where x.xid < t.seen_xid)
         end
-    from last l, running r
-    where p.id = l.partition_id
-    returning p.id, l.events, l.records, l.bytes, p.seen_xid, p.seen_id
+    from last t, running r
+    where p.id = t.partition_id
+    returning p.id, t.events, t.records, t.bytes, p.seen_xid, p.seen_id
 )
 select m.id, m.events, m.records, m.bytes,
        m.events >= $2::int and exists (

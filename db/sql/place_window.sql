@@ -1,11 +1,7 @@
+/*+ IndexScan(p topic_partitions_pkey) IndexScan(l record_batch_events_pkey) IndexScan(m record_batch_events_pkey)
+    IndexOnlyScan(e record_batch_events_pkey) Leading((r (t p))) NestLoop(t p) NestLoop(r t p) Set(enable_material off) */
 -- Gives every pending event of locked partitions its offset: $1 partition ids, $2 events per partition at most.
---
--- Pending is what lies beyond the cursor, and the events of the transactions that were still running when the cursor
--- passed them. Those are taken whole and first: they sort below the cursor. Everything here, the new in_flight included, is
--- seen by one snapshot. The lateral subquery keeps the index's order, so nothing is sorted whatever the number of partitions.
---
--- The window carries the totals along, so that a partition's last row has all that its head needs; adding them up
--- and looking for that row afterwards takes a second and a third pass over the events.
+-- Everything here, the new in_flight included, is seen by one snapshot.
 with head as materialized (
     select p.id, p.end_offset, p.seen_xid, p.seen_id, p.in_flight
     from tidemark.topic_partitions p
@@ -14,6 +10,12 @@ with head as materialized (
 running as materialized (
     select array(select pg_snapshot_xip(pg_current_snapshot())) as xids
 ),
+-- Pending is what lies beyond the cursor, and the events of the transactions that were still running when the cursor
+-- passed them. Those are taken whole and first: they sort below the cursor. The lateral subquery keeps the index's order, so
+-- nothing is sorted whatever the number of partitions.
+--
+-- The window carries the totals along, so that a partition's last row has all that its head needs; adding them up
+-- and looking for that row afterwards takes a second and a third pass over the events.
 pending as materialized (
     select h.id as partition_id, h.end_offset as base, e.*
     from head h
@@ -53,17 +55,17 @@ last as materialized (
 -- The heads are locked, so their values are those read above. A partition with nothing but late events keeps its position.
 moved as (
     update tidemark.topic_partitions p
-    set end_offset = p.end_offset + l.records,
-        byte_size = p.byte_size + l.bytes,
-        seen_xid = greatest(p.seen_xid, l.xid),
-        seen_id = case when (l.xid, l.id) > (p.seen_xid, p.seen_id) then l.id else p.seen_id end,
+    set end_offset = p.end_offset + t.records,
+        byte_size = p.byte_size + t.bytes,
+        seen_xid = greatest(p.seen_xid, t.xid),
+        seen_id = case when (t.xid, t.id) > (p.seen_xid, p.seen_id) then t.id else p.seen_id end,
         in_flight = case r.xids
             when '{}' then r.xids
-            else array(select x.xid from unnest(r.xids) x(xid) where x.xid < greatest(p.seen_xid, l.xid))
+            else array(select x.xid from unnest(r.xids) x(xid) where x.xid < greatest(p.seen_xid, t.xid))
         end
-    from last l, running r
-    where p.id = l.partition_id
-    returning p.id, l.events, l.records, l.bytes, p.seen_xid, p.seen_id
+    from last t, running r
+    where p.id = t.partition_id
+    returning p.id, t.events, t.records, t.bytes, p.seen_xid, p.seen_id
 )
 select m.id, m.events, m.records, m.bytes,
        m.events >= $2::int and exists (

@@ -278,6 +278,13 @@ def test_defaults_of_roles_and_databases(conn: Connection[Any], connect: Connect
 # --- the server and what goes on in it
 
 
+def test_a_server_without_pg_hint_plan(conn: Connection[Any]) -> None:
+    # Anybody may set what a library that is not loaded would read. With the library: test_hints.
+    conn.execute("set pg_hint_plan.enable_hint = on")
+    findings = {finding.check: finding for finding in check_server(read_server(conn))}
+    assert findings["pg_hint_plan"].found == "not loaded, nor needed: settings pin the plans"
+
+
 def test_server_facts(conn: Connection[Any]) -> None:
     server = read_server(conn)
     assert bad(check_server(server)) == []

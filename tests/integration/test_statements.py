@@ -14,6 +14,7 @@ from config.embedded.postgres import PostgresServer
 from config.embedded.wheels import postgres_bin as wheel_bin
 from db.statements import routine_files, statement
 from db.topics import create_topic, partition_ids
+from tests.support_hints import HINTED, phrases, scans, split, with_a_hint
 
 SQL = Path(db.__file__).parent / "sql"
 
@@ -116,16 +117,56 @@ def test_runs_in_psql(name: str, database_url: str, partition_id: int) -> None:
 
 @pytest.mark.parametrize("file", sorted(SQL.rglob("*.sql")), ids=lambda file: file.stem)
 def test_starts_with_its_purpose(file: Path) -> None:
-    first, *rest = file.read_text("utf-8").splitlines()
+    text = file.read_text("utf-8")
+    # A hint is only found at the very front.
+    first, *rest = re.sub(r"\A/\*\+.*?\*/\n", "", text, flags=re.DOTALL).splitlines()
     assert re.match(r"-- \S+ \S+", first)
     assert any(line and not line.startswith("--") for line in rest)
-    assert all(len(line) <= 130 for line in (first, *rest))
+    assert all(len(line) <= 130 for line in text.splitlines())
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_parameters_are_numbered_without_gaps(name: str) -> None:
     code = re.sub(r"--.*", "", statement(name).decode())
     assert {int(number) for number in re.findall(r"\$(\d+)", code)} == set(range(1, len(PARAMETERS[name]) + 1))
+
+
+def test_the_hot_statements_have_hints() -> None:
+    assert with_a_hint() == HINTED
+
+
+@pytest.mark.parametrize("name", HINTED)
+def test_pg_hint_plan_will_read_the_hint(name: str) -> None:
+    """The whole of it, with each version: some stop at any other character, some refuse a second hint."""
+    hint, rest = split(name)
+    assert statement(name).startswith(b"/*+")
+    assert re.fullmatch(r"[A-Za-z0-9_,()\s]+", hint)
+    assert re.sub(r"[A-Z]\w+\([^A-Z]+\)", "", hint).strip() == ""
+    assert hint.count("(") == hint.count(")")
+    assert "/*" not in rest
+
+
+@pytest.mark.parametrize("name", HINTED)
+def test_a_hint_names_what_is_there(name: str, database_url: str) -> None:
+    """Each alias of a table, with an index of that table; and joins of what the statement joins."""
+    _, text = split(name)
+    code = re.sub(r"--.*", "", text)
+    tables: dict[str, set[str]] = {}
+    for table, alias in re.findall(r"tidemark\.(\w+) (\w+)", code):
+        tables.setdefault(alias, set()).add(table)
+    assert scans(name).keys() == tables.keys()
+    with psycopg.connect(database_url) as conn:
+        rows = conn.execute("select indexname, tablename from pg_indexes where schemaname = 'tidemark'").fetchall()
+        indexes: dict[str, str] = dict(rows)
+    for alias, index in scans(name).items():
+        # An alias of two tables could have only one hint.
+        assert tables[alias] == {indexes[index]} if index else len(tables[alias]) == 1
+    # What stands in a list of tables: with a name before it, or a query in parentheses.
+    aliases = set(re.findall(r"(?:\b(?:from|join|using|update)\s+|,\s*)[\w.]+ (\w+)|\) (\w+)$", code, re.MULTILINE))
+    for keyword, words in phrases(name):
+        if keyword in {"Leading", "NestLoop"}:
+            assert set(words) <= {alias for pair in aliases for alias in pair}
+            assert len(words) == len(set(words)) > 1
 
 
 def test_routines_come_before_views_and_grants() -> None:

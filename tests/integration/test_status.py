@@ -127,6 +127,8 @@ def test_what_a_partition_waits_for(cli: Cli, conn: Connection[Any], connect: Co
         assert (wait["pid"], wait["blocker_pid"]) == (waiter.info.backend_pid, blocker.info.backend_pid)
         assert (wait["topic"], wait["partition"]) == ("orders", 1)
         assert (wait["blocker_state"], wait["blocker_gid"]) == ("idle in transaction", None)
+        # Not what its first line is, for pg_hint_plan.
+        assert read_status(conn).lock_waits[0].query.startswith("-- Locks partitions")
         words = cli(status, "--interval", "0", "--after", "0").words
         assert f"pid {wait['pid']} has waited" in words
         assert f"select pg_terminate_backend({wait['blocker_pid']});" in words
