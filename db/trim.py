@@ -14,6 +14,8 @@ from db.translate import domain_errors
 
 # Below every event.
 _BEGINNING = ("0", -(2**63))
+# A transaction looks at no more partitions, also where none of them has anything to delete.
+_PARTITIONS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,33 +36,26 @@ def trim(
     after_partition_id: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> TrimResult:
-    """Delete consumed events, partition by partition after `after_partition_id`, at most `delete_batch` per
-    transaction.
+    """Delete consumed events of the partitions after `after_partition_id`, at most `delete_batch` per transaction.
 
-    Visits only partitions that have event rows. Asks `stop` after each transaction. The connection must be in
+    Visits only partitions that have event rows. Asks `stop` between transactions. The connection must be in
     autocommit mode.
     """
     deleted = partitions = 0
+    # Ids begin at 1; whoever starts anywhere may start behind the last one there can be.
+    position: tuple[int, str, int] = (min(after_partition_id + 1, 2**31 - 1), *_BEGINNING)
     while True:
-        with domain_errors():
-            row = run(conn, "next_partition_with_events", (after_partition_id,)).fetchone()
-        if row is None or row[0] is None:
+        first, *place = position
+        with domain_errors(), conn.transaction():
+            pin_plans(conn)
+            row = run(conn, "delete_consumed", (first, delete_batch, *place, _PARTITIONS), prepare=True).fetchone()
+        assert row is not None  # noqa: S101 - an aggregate returns a row
+        gone, visited, *following = row
+        deleted += gone
+        partitions += visited
+        if following[0] is None:
             return TrimResult(deleted=deleted, partitions=partitions, next_partition_id=None)
-        partition_id: int = row[0]
-        partitions += 1
-        position: tuple[str, int] = _BEGINNING
-        while True:
-            with domain_errors(), conn.transaction():
-                pin_plans(conn)
-                row = run(conn, "delete_consumed", (partition_id, delete_batch, *position)).fetchone()
-            assert row is not None  # noqa: S101 - an aggregate returns a row
-            gone, found, last_xid, last_id = row
-            deleted += gone
-            if found:
-                position = (last_xid, last_id)
-            if stop():
-                # The partition that may not be finished comes again.
-                return TrimResult(deleted=deleted, partitions=partitions, next_partition_id=partition_id - 1)
-            if found < delete_batch:
-                break
-        after_partition_id = partition_id
+        position = tuple(following)
+        if stop():
+            # The partition that may not be finished comes again.
+            return TrimResult(deleted=deleted, partitions=partitions, next_partition_id=following[0] - 1)

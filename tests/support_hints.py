@@ -16,7 +16,6 @@ HINTED = [
     "find_committed",
     "find_pending",
     "lock_partitions",
-    "next_partition_with_events",
     "place_incremental",
     "place_window",
 ]

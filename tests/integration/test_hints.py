@@ -158,12 +158,11 @@ def explain(conn: Connection[Any], name: str, values: Sequence[object]) -> Expla
 
 def values(name: str, ids: list[int]) -> tuple[object, ...]:
     return {
-        "delete_consumed": (ids[0], 100, "0", 0),
+        "delete_consumed": (ids[0], 100, "0", 0, 10),
         "delete_expired": (ids, 100),
         "find_committed": ("3", ["4"], 100),
         "find_pending": (0, 100, 100),
         "lock_partitions": (ids,),
-        "next_partition_with_events": (0,),
         "place_incremental": (ids, EACH - 1),
         "place_window": (ids, EACH - 1),
     }[name]

@@ -207,28 +207,25 @@ def test_find_pending(page: int, mode: str, data: Data, worker: Connection[Tuple
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_next_partition_with_events(mode: str, data: Data, worker: Connection[TupleRow]) -> None:
-    plan = explain(worker, "next_partition_with_events", "int", (data.ids[3],), mode)
-    assert plan.sequential == set()
-    assert plan.indexes == {"record_batch_events_pkey"}
-    assert plan.rows_read("record_batch_events") == 1
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("page", [1, PARTITIONS])
 @pytest.mark.parametrize("partition", [0, 1])
-def test_delete_consumed(partition: int, mode: str, data: Data, worker: Connection[TupleRow]) -> None:
-    """Both a partition with much to delete and, in the skewed case, one with little."""
+def test_delete_consumed(partition: int, page: int, mode: str, data: Data, worker: Connection[TupleRow]) -> None:
+    """Both a partition with much to delete and, in the skewed case, one with little; alone and with those behind it."""
+    visited = data.ids[partition : partition + page]
     row = worker.execute(
         "select count(*) from tidemark.record_batch_events e join tidemark.topic_partitions p on p.id = e.partition_id "
-        "where p.id = %s and (e.xid, e.id) <= (p.seen_xid, p.seen_id)",
-        (data.ids[partition],),
+        "where p.id = any (%s) and (e.xid, e.id) <= (p.seen_xid, p.seen_id)",
+        (visited,),
     ).fetchone()
     assert row
     worker.execute(statement("transaction_settings"))
     batch = min(row[0], 300)
-    plan = explain(worker, "delete_consumed", "int, int, xid8, bigint", (data.ids[partition], 300, "0", 0), mode)
+    values = (data.ids[partition], 300, "0", 0, page)
+    plan = explain(worker, "delete_consumed", "int, int, xid8, bigint, int", values, mode)
     assert plan.sequential & GROWING == set()
-    assert plan.rows_read("record_batch_events") <= 2 * batch
+    # A probe for each partition and what is deleted, which is read again to delete it.
+    assert plan.rows_read("record_batch_events") <= 2 * batch + len(visited)
+    assert plan.rows_read("topic_partitions") <= len(visited)
 
 
 def test_the_keys_of_other_tables_are_not_read(data: Data, worker: Connection[TupleRow]) -> None:

@@ -22,7 +22,7 @@ SQL = Path(db.__file__).parent / "sql"
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "audit_left": ("orders",),
     "commit_object": ("a key", "{{{p}}}", "{{1}}", "{{0}}", "{{10}}", "{{0}}"),
-    "delete_consumed": ("{p}", "100", "0", "0"),
+    "delete_consumed": ("{p}", "100", "0", "0", "10"),
     "describe_partitions": ("{{orders}}", "100", "true"),
     "describe_topics": ("{{orders}}",),
     "doctor_clock": (),
@@ -40,7 +40,6 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "find_lock_waits": ("10",),
     "find_pending": ("0", "100", "100"),
     "lock_partitions": ("{{{p}}}",),
-    "next_partition_with_events": ("0",),
     "figures_audit": (),
     "figures_backlog": ("200", "1000", "60"),
     "figures_connections": (),

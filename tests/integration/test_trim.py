@@ -8,6 +8,7 @@ import pytest
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
+import db.trim
 from db.commit import commit_object
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids
@@ -39,7 +40,7 @@ def test_consumed_events_go(conn: Connection[TupleRow], ids: list[int]) -> None:
     commit(conn, "a", [ids[0]] * 3 + [ids[2]])
     materialize(conn, ids)
     commit(conn, "b", ids[1:2])
-    assert trim(conn) == TrimResult(deleted=4, partitions=3, next_partition_id=None)
+    assert trim(conn) == TrimResult(deleted=4, partitions=2, next_partition_id=None)
     assert left(conn) == ["b"]
     assert conn.execute("select count(*) from tidemark.record_batches").fetchone() == (4,)
 
@@ -84,13 +85,43 @@ def test_work_is_bounded_and_resumed(conn: Connection[TupleRow], ids: list[int])
     materialize(conn, ids)
     stops = iter([False, False, True])
     first = trim(conn, delete_batch=2, stop=lambda: next(stops))
-    assert (first.deleted, first.partitions) == (5, 1)
-    assert len(left(conn)) == 10
-    second = trim(conn, delete_batch=2, after_partition_id=ids[0], stop=lambda: True)
-    assert (second.deleted, second.partitions) == (2, 1)
-    assert second.next_partition_id is not None
-    assert trim(conn, delete_batch=2, after_partition_id=ids[0]).deleted == 8
+    # The third batch ends in the second partition, so that one comes again.
+    assert first == TrimResult(deleted=6, partitions=2, next_partition_id=ids[1] - 1)
+    assert len(left(conn)) == 9
+    second = trim(conn, delete_batch=2, after_partition_id=ids[1] - 1, stop=lambda: True)
+    assert second == TrimResult(deleted=2, partitions=1, next_partition_id=ids[1] - 1)
+    assert trim(conn, delete_batch=2, after_partition_id=ids[1] - 1) == TrimResult(
+        deleted=7, partitions=2, next_partition_id=None
+    )
     assert left(conn) == []
+
+
+def test_thin_partitions_share_transactions(conn: Connection[TupleRow]) -> None:
+    """10,000 of them, one a transaction, take ten seconds."""
+    create_topic(conn, "thin", 300)
+    ids = partition_ids(conn, "thin")
+    commit(conn, "a", [i for i in ids for _ in range(2)])
+    materialize(conn, ids)
+    turns = iter([False, False, False])
+    # A fourth question would end the test.
+    result = trim(conn, delete_batch=200, stop=lambda: next(turns))
+    assert (result.deleted, result.partitions, left(conn)) == (600, 300, [])
+
+
+def test_a_transaction_looks_at_a_bounded_number_of_partitions(
+    conn: Connection[TupleRow], ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all of them have nothing but pending events."""
+    monkeypatch.setattr(db.trim, "_PARTITIONS", 2)
+    commit(conn, "a", ids)
+    materialize(conn, ids[2:])
+    first = trim(conn, stop=lambda: True)
+    assert first == TrimResult(deleted=0, partitions=0, next_partition_id=ids[1])
+    assert trim(conn, after_partition_id=ids[1]).deleted == 1
+
+
+def test_starting_behind_the_last_partition_there_can_be(conn: Connection[TupleRow]) -> None:
+    assert trim(conn, after_partition_id=2**31 - 1) == TrimResult(deleted=0, partitions=0, next_partition_id=None)
 
 
 def test_stopping_in_the_middle_of_a_partition_loses_no_place(conn: Connection[TupleRow], ids: list[int]) -> None:
@@ -197,7 +228,7 @@ def test_a_run_does_not_reread_what_it_deleted(connect: Connect, conn: Connectio
     flushed()
     trim(worker, delete_batch=100, stop=flushed)
     batches = [after - before for before, after in pairwise(touched)]
-    assert len(batches) == 401
+    assert len(batches) == 400
     early, late = sum(batches[10:20]), sum(batches[380:390])
     assert late < 1.5 * early, f"ten batches touched {early} pages, ten later ones {late}"
     reader.rollback()
