@@ -19,6 +19,8 @@ select pg_current_snapshot()::text as snapshot,
        coalesce(array_agg(t.events), '{}') as events
 from (
     select u.id, sum(u.events)::int as events
-    from fresh f, unnest(f.partition_ids, f.batch_counts) u(id, events)
+    -- In the list of columns, row by row; as a table, unnest would first store what each object has. The arrays are as long as
+    -- each other by constraint.
+    from (select unnest(f.partition_ids) as id, unnest(f.batch_counts) as events from fresh f) u
     group by u.id
 ) t

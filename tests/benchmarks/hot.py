@@ -18,7 +18,7 @@ PARTITIONS = 16
 # The fastest bare form there is: one statement, prepared, binary arrays; only what the table itself demands is checked.
 BARE_INSERT = b"""
 insert into bench_limit.events (object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp)
-select $1::bigint, b.* from unnest($2::int[], $3::int[], $4::bigint[], $5::int[], $6::bigint[]) b
+select $1::bigint, unnest($2::int[]), unnest($3::int[]), unnest($4::bigint[]), unnest($5::int[]), unnest($6::bigint[])
 """
 
 

@@ -44,12 +44,11 @@ begin
             object_key, partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps);
     end if;
 
-    digest := sha256(array_send(partition_ids) || array_send(n_records) || array_send(byte_offsets)
-                     || array_send(byte_lengths) || array_send(max_timestamps));
+    digest := sha256(record_send(row(partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps)));
 
     select array_agg(t.id order by t.id), array_agg(t.batches order by t.id)
     into touched, counts
-    from (select u.id, count(*)::int as batches from unnest(partition_ids) u(id) group by u.id) t;
+    from (select u.id, count(*)::int as batches from (select unnest(partition_ids) as id) u group by u.id) t;
 
     -- No foreign key and no row lock: either would make commits write to the head rows that materialization updates.
     if (select count(*) from tidemark.topic_partitions p where p.id = any (touched)) <> cardinality(touched) then
@@ -84,9 +83,9 @@ begin
 
     insert into tidemark.record_batch_events
         (object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp)
-    select new_id, b.partition_id, b.n_records, b.byte_offset, b.byte_length, b.max_timestamp
-    from unnest(partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps)
-        as b(partition_id, n_records, byte_offset, byte_length, max_timestamp);
+    -- In the list of columns, all in step, for the arrays are of one length; as a table, unnest would store the rows first.
+    select new_id, unnest(partition_ids), unnest(n_records), unnest(byte_offsets), unnest(byte_lengths),
+           unnest(max_timestamps);
     return new_id;
 end
 $$;
