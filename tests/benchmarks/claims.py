@@ -3,15 +3,12 @@
 In these entries `ours` is the rate with the optimization and `baseline` the rate without it, on the same system.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import psycopg
-from psycopg_pool import ConnectionPool
 
 from config.strategy import Strategy
 from db.arrays import Int4Array
@@ -19,16 +16,17 @@ from db.commit import commit_object
 from db.execute import run
 from db.materialize import materialize
 from tests.benchmarks.baseline import system
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, Share, drain, shares
 from tests.benchmarks.crew import Crew
-from tests.benchmarks.entry import Entry, compare
 from tests.benchmarks.hot import PARTITIONS, Production, produce
-from tests.benchmarks.measure import Sample, interleave
+from tests.benchmarks.measure import Sample
+from tests.benchmarks.plan import Arm, Measurement, compared, seconds_for
+from tests.benchmarks.retries import plan_retries
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, load
 
 Conn = psycopg.Connection[Any]
-Arm = Callable[[], Sample]
 
 _DEEP = Backlog(partitions=16, events_each=6_250, group=1)
 _THIN = Backlog(partitions=2_000, events_each=10, group=200)
@@ -47,7 +45,6 @@ _DEFAULTS = {
     "random_page_cost": "4",
     "autovacuum_naptime": "1min",
 }
-_THREADS = 8
 
 
 def drain_with(conn: Conn, work: tuple[Strategy, Share]) -> int:
@@ -97,92 +94,73 @@ def produce_and_place(conn: Conn, work: Production) -> int:
     return work.commits * work.batches
 
 
-def _seed(conn: Conn, crew: Crew, indexes: system.Indexes, form: system.Form) -> Sample:
-    system.create(conn, 5, 4, indexes=indexes)
-    system.load(conn, 4, _SEED_EVENTS, (100, 1_000))
-    return crew.run(system.drain, [system.SeedShare(batch=500, form=form)] * crew.size)
+def _seed(bench: Bench, events: int, workers: int, indexes: system.Indexes, form: system.Form) -> Sample:
+    system.create(bench.conn, 5, 4, indexes=indexes)
+    system.load(bench.conn, 4, events, (100, 1_000))
+    return bench.crew(workers).run(system.drain, [system.SeedShare(batch=500, form=form)] * workers)
 
 
-def _cold(conn: Conn, crew: Crew, backlog: Backlog, job: Callable[[Conn, Any], int], *arguments: Any) -> Sample:
+def _drained(conn: Conn, crew: Crew, backlog: Backlog, job: Callable[[Conn, Any], int], *arguments: Any) -> Sample:
     fresh(conn, backlog.partitions)
     load(conn, backlog.partitions, backlog.events_each)
     work: list[Any] = [(*arguments, share) if arguments else share for share in shares(backlog, crew.size)]
     return crew.run(job, work)
 
 
-def _hot(conn: Conn, crew: Crew, job: Callable[[Conn, Any], int]) -> Sample:
-    fresh(conn, PARTITIONS)
-    return crew.run(job, [Production(producer=n, commits=60, batches=100) for n in range(crew.size)])
+def _cold(bench: Bench, backlog: Backlog, job: Callable[[Conn, Any], int], *arguments: Any) -> Sample:
+    return _drained(bench.conn, bench.crew(1), backlog, job, *arguments)
 
 
-def _pooled(conn: Conn, url: str, size: int) -> Sample:
-    """Eight threads that share a pool of `size` connections."""
-    fresh(conn, _THIN.partitions)
-    load(conn, _THIN.partitions, _THIN.events_each)
-    groups = shares(_THIN, _THIN.partitions // 50)
-    with (
-        ConnectionPool(url, min_size=size, max_size=size, kwargs={"autocommit": True}, open=True) as pool,
-        ThreadPoolExecutor(_THREADS) as threads,
-    ):
-        pool.wait()
-
-        def one(share: Share) -> int:
-            with pool.connection() as own:
-                return drain(own, share)
-
-        begin = perf_counter()
-        events = sum(threads.map(one, groups))
-        return Sample(seconds=perf_counter() - begin, cpu_seconds=0.0, units=events)
+def _default(bench: Bench) -> Sample:
+    """Claim 7's other arm: a server that has nothing but PostgreSQL's own settings."""
+    return _drained(*bench.keep("default server", _default_server), _DEEP, drain)
 
 
-def run_claims(url: str, conn: Conn, rounds: int, *, quick: bool, tick: Callable[[str], object]) -> list[Entry]:
-    entries: list[Entry] = []
+def _hot(bench: Bench, job: Callable[[Conn, Any], int]) -> Sample:
+    fresh(bench.conn, PARTITIONS)
+    return bench.crew(4).run(job, [Production(producer=n, commits=60, batches=100) for n in range(4)])
 
-    def measure(claim: str, what: str, on: Arm, off: Arm) -> None:
-        tick(claim)
-        results = interleave({"ours": on, "baseline": off}, rounds)
-        entries.append(compare(f"claim {claim[0]}", f"{claim}: {what}", results, note="with / without"))
 
-    with Crew(url, 1) as one, Crew(url, 4) as four:
-        bare = partial(_seed, conn, one, "bare", "materialize")
-        page = partial(_seed, conn, one, "page", "materialize")
-        measure("1 index", "the page's index, seed", page, bare)
-        measure("1 index", "a partial index, seed", partial(_seed, conn, one, "partial", "materialize"), bare)
+def plan_claims(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
+    plan: list[Measurement] = []
 
-        aware = partial(_seed, conn, four, "page", "aware")
-        measure("2 batching", "by partition, seed", aware, partial(_seed, conn, four, "page", "materialize"))
-        alone = Backlog(partitions=_THIN.partitions, events_each=_THIN.events_each, group=1)
-        grouped = partial(_cold, conn, one, _THIN, drain)
-        measure("2 batching", "200 thin partitions or 1", grouped, partial(_cold, conn, one, alone, drain))
+    def add(claim: str, what: str, on: Arm, off: Arm, seconds: float) -> None:
+        arms = {"ours": on, "baseline": off}
+        scenario = f"{claim}: {what}"
+        plan.append(compared(f"claim {claim[0]}", scenario, arms, rounds, seconds=seconds, note="with / without"))
 
-        for name, backlog in (("deep", _DEEP), ("thin", _THIN)):
-            recursion = partial(_cold, conn, one, backlog, drain_with, "incremental")
-            measure("3 incremental", name, recursion, partial(_cold, conn, one, backlog, drain_with, "window"))
+    seed = partial(_seed, bench, _SEED_EVENTS // (2 if quick else 1))
+    bare, page = (partial(seed, 1, indexes, "materialize") for indexes in ("bare", "page"))
+    add("1 index", "the page's index, seed", page, bare, 2.0)
+    add("1 index", "a partial index, seed", partial(seed, 1, "partial", "materialize"), bare, 2.0)
 
-        small = Backlog(partitions=16, events_each=6_250, group=1, events_per_partition=500)
-        deep = partial(_cold, conn, one, _DEEP, drain)
-        measure("4 batch size", "20,000 events or 500", deep, partial(_cold, conn, one, small, drain))
+    aware, unaware = (partial(seed, 4, "page", form) for form in ("aware", "materialize"))
+    add("2 batching", "by partition, seed", aware, unaware, 2.0)
+    alone = Backlog(partitions=_THIN.partitions, events_each=_THIN.events_each, group=1)
+    grouped = partial(_cold, bench, _THIN, drain)
+    add("2 batching", "200 thin partitions or 1", grouped, partial(_cold, bench, alone, drain), 1.5)
 
-        measure(
-            "5 hot and cold", "commit alone or with offsets", partial(_hot, conn, four, produce),
-            partial(_hot, conn, four, produce_and_place),
-        )  # fmt: skip
+    for name, backlog in (("deep", _DEEP), ("thin", _THIN)):
+        recursion, window = (partial(_cold, bench, backlog, drain_with, form) for form in ("incremental", "window"))
+        add("3 incremental", name, recursion, window, seconds_for(backlog.events))
 
-        unpinned = partial(_cold, conn, one, _THIN, drain_unpinned)
-        measure("6 plans", "pinned or not, thin", grouped, unpinned)
-        measure("6 plans", "pinned or not, deep", deep, partial(_cold, conn, one, _DEEP, drain_unpinned))
+    small = Backlog(partitions=16, events_each=6_250, group=1, events_per_partition=500)
+    deep = partial(_cold, bench, _DEEP, drain)
+    add("4 batch size", "20,000 events or 500", deep, partial(_cold, bench, small, drain), seconds_for(_DEEP.events))
 
-        with _plain_server() as (plain_conn, plain):
-            measure("7 configuration", "shipped or default", deep, partial(_cold, plain_conn, plain, _DEEP, drain))
+    together, apart = partial(_hot, bench, produce_and_place), partial(_hot, bench, produce)
+    add("5 hot and cold", "commit alone or with offsets", apart, together, 0.6)
 
-    pooled = partial(_pooled, conn, url)
-    for size in (2, 25) if quick else (2, 4, 8, 25):
-        measure("8 pool", f"{size} connections or 1", partial(pooled, size), partial(pooled, 1))
-    return entries
+    for name, backlog in (("thin", _THIN), ("deep", _DEEP)):
+        pinned, unpinned = (partial(_cold, bench, backlog, job) for job in (drain, drain_unpinned))
+        add("6 plans", f"pinned or not, {name}", pinned, unpinned, seconds_for(backlog.events))
+
+    add("7 configuration", "shipped or default", deep, partial(_default, bench), seconds_for(_DEEP.events))
+    return plan + plan_retries(bench, rounds, quick=quick)
 
 
 @contextmanager
-def _plain_server() -> Any:
+def _default_server() -> Iterator[tuple[Conn, Crew]]:
     with (
         running_server(_DEFAULTS) as url,
         psycopg.connect(url, autocommit=True) as conn,

@@ -1,32 +1,25 @@
 """The hot path against a bare insert."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import psycopg
-
-from tests.benchmarks.crew import Crew
-from tests.benchmarks.entry import Entry, compare
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.hot import run_hot
-from tests.benchmarks.measure import interleave
+from tests.benchmarks.measure import Sample
+from tests.benchmarks.plan import Measurement, compared
 
 COMMITS = ((1, 400), (100, 200), (1_500, 60))
 
 
-def run_commits(
-    url: str, conn: psycopg.Connection[Any], rounds: int, *, quick: bool, tick: Callable[[str], object]
-) -> list[Entry]:
-    entries: list[Entry] = []
+def _run(bench: Bench, producers: int, commits: int, batches: int, *, limit: bool) -> Sample:
+    return run_hot(bench.conn, bench.crew(producers), commits, batches, limit=limit)
+
+
+def plan_commits(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
+    plan: list[Measurement] = []
     for producers in (1, 4):
         for batches, commits in COMMITS:
-            tick(f"commits of {batches:,}")
-            with Crew(url, producers) as crew:
-                arms = {
-                    "ours": partial(run_hot, conn, crew, commits // (4 if quick else 1), batches, limit=False),
-                    "limit": partial(run_hot, conn, crew, commits // (4 if quick else 1), batches, limit=True),
-                }
-                entries.append(
-                    compare("commit", f"{batches:,} a commit, {producers} producers", interleave(arms, rounds))
-                )
-    return entries
+            run = partial(_run, bench, producers, commits // (4 if quick else 1), batches)
+            arms = {"ours": partial(run, limit=False), "limit": partial(run, limit=True)}
+            scenario = f"{batches:,} a commit, {producers} producers"
+            plan.append(compared("commit", scenario, arms, rounds, seconds=0.5 if quick else 1.0))
+    return plan

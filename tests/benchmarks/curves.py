@@ -3,42 +3,43 @@
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import Any
-
-import psycopg
 
 from db.commit import commit_object
 from db.discover import find_committed, save_seen
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, copy, drain, run_cold, shares
-from tests.benchmarks.crew import Crew, cpu_seconds
-from tests.benchmarks.entry import Entry, compare
-from tests.benchmarks.measure import Sample, interleave
-from tests.benchmarks.tables import fresh, history, load
+from tests.benchmarks.crew import cpu_seconds
+from tests.benchmarks.measure import Sample
+from tests.benchmarks.plan import Measurement, compared, seconds_for
+from tests.benchmarks.tables import fresh, history, limit_history, load
 
-Conn = psycopg.Connection[Any]
 _ACTIVE = 100
 _FAN_OUTS = 20
 
 
-def _pair(conn: Conn, crew: Crew, backlog: Backlog, rounds: int) -> dict[str, Any]:
-    return interleave(
-        {
-            "ours": partial(run_cold, conn, crew, backlog, limit=False),
-            "limit": partial(run_cold, conn, crew, backlog, limit=True),
-        },
-        rounds,
-    )
+def _run(bench: Bench, workers: int, backlog: Backlog, *, limit: bool) -> Sample:
+    return run_cold(bench.conn, bench.crew(workers), backlog, limit=limit)
 
 
-def _aged(conn: Conn, crew: Crew, batches: int, backlog: Backlog, *, limit: bool) -> Sample:
+def _aged(bench: Bench, batches: int, backlog: Backlog, *, limit: bool) -> Sample:
+    conn, crew = bench.conn, bench.crew(1)
     fresh(conn, backlog.partitions)
     history(conn, backlog.partitions, batches)
+    if limit:
+        # A log with a history is dearer for whoever inserts into it: the index is deeper, and with as little as a
+        # thousand batches in each partition hardly an insert goes to its right edge, where Postgres keeps a fast path.
+        # Against a limit on an empty table that would look like a cost of ours.
+        limit_history(conn)
     load(conn, backlog.partitions, backlog.events_each)
-    return crew.run(copy if limit else drain, shares(backlog, crew.size))
+    sample = crew.run(copy if limit else drain, shares(backlog, crew.size))
+    if sample.units != backlog.events:
+        raise RuntimeError(f"{sample.units} of {backlog.events} events were taken")
+    return sample
 
 
-def _fan_out(conn: Conn, partitions: int) -> Sample:
+def _fan_out(bench: Bench, partitions: int) -> Sample:
     """Fan-outs after 100 commits to 100 partitions among `partitions`; a unit is one fan-out."""
+    conn = bench.conn
     fresh(conn, partitions)
     step = partitions // _ACTIVE
     ids = [n * step + 1 for n in range(_ACTIVE)]
@@ -56,38 +57,30 @@ def _fan_out(conn: Conn, partitions: int) -> Sample:
     return Sample(seconds=seconds, cpu_seconds=cpu, units=_FAN_OUTS)
 
 
-def run_curves(url: str, conn: Conn, rounds: int, *, quick: bool, tick: Callable[[str], object]) -> list[Entry]:
-    entries: list[Entry] = []
-    with Crew(url, 1) as crew:
-        for events in (1_000, 100_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
-            tick(f"backlog of {events:,}")
-            backlog = Backlog(partitions=16, events_each=events // 16, group=1)
-            entries.append(compare("backlog", f"{events:,} events", _pair(conn, crew, backlog, rounds), x=events))
-        for partitions in (1, 10_000) if quick else (1, 100, 10_000, 100_000):
-            tick(f"{partitions:,} partitions")
-            backlog = Backlog(partitions=partitions, events_each=200_000 // partitions, group=2_000)
-            entries.append(
-                compare("partitions", f"{partitions:,} partitions", _pair(conn, crew, backlog, rounds), x=partitions)
-            )
-        backlog = Backlog(partitions=16, events_each=6_250, group=1)
-        for batches in (0, 200_000) if quick else (0, 1_000_000, 5_000_000):
-            tick(f"history of {batches:,}")
-            results = interleave(
-                {
-                    "ours": partial(_aged, conn, crew, batches, backlog, limit=False),
-                    "limit": partial(_aged, conn, crew, batches, backlog, limit=True),
-                },
-                rounds,
-            )
-            entries.append(compare("history", f"{batches:,} batches", results, x=batches))
+def plan_curves(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
+    plan: list[Measurement] = []
+
+    def pair(group: str, scenario: str, x: int, run: Callable[..., Sample], seconds: float) -> None:
+        arms = {"ours": partial(run, limit=False), "limit": partial(run, limit=True)}
+        plan.append(compared(group, scenario, arms, rounds, seconds=seconds, x=x))
+
+    for events in (1_000, 100_000) if quick else (1_000, 10_000, 100_000, 1_000_000):
+        backlog = Backlog(partitions=16, events_each=events // 16, group=1)
+        pair("backlog", f"{events:,} events", events, partial(_run, bench, 1, backlog), seconds_for(events))
+    total = 100_000 if quick else 200_000
+    for partitions in (1, 10_000) if quick else (1, 100, 10_000, 100_000):
+        backlog = Backlog(partitions=partitions, events_each=total // partitions, group=2_000)
+        seconds = seconds_for(total + partitions)
+        pair("partitions", f"{partitions:,} partitions", partitions, partial(_run, bench, 1, backlog), seconds)
+    backlog = Backlog(partitions=16, events_each=6_250, group=1)
+    for batches in (0, 200_000) if quick else (0, 16_000, 1_000_000, 5_000_000):
+        seconds = seconds_for(backlog.events + batches)
+        pair("history", f"{batches:,} batches", batches, partial(_aged, bench, batches, backlog), seconds)
+    backlog = Backlog(partitions=16, events_each=total // 16, group=1)
     for workers in (1, 2) if quick else (1, 2, 4, 8):
-        tick(f"{workers} workers")
-        with Crew(url, workers) as crew:
-            results = _pair(conn, crew, Backlog(partitions=16, events_each=12_500, group=1), rounds)
-        entries.append(compare("workers", f"{workers} workers", results, x=workers))
+        pair("workers", f"{workers} workers", workers, partial(_run, bench, workers, backlog), seconds_for(total))
     for partitions in (1_000, 100_000):
-        tick(f"fan-out over {partitions:,}")
-        results = interleave({"ours": partial(_fan_out, conn, partitions)}, rounds)
         scenario = f"fan-out, {partitions:,} partitions, {_ACTIVE} active"
-        entries.append(compare("fan-out", scenario, results, x=partitions, unit="fan-outs/s"))
-    return entries
+        arms = {"ours": partial(_fan_out, bench, partitions)}
+        plan.append(compared("fan-out", scenario, arms, rounds, seconds=4.0, x=partitions, unit="fan-outs/s"))
+    return plan

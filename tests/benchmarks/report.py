@@ -96,7 +96,11 @@ def write(entries: Sequence[Entry], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.json").write_text(json.dumps([entry.as_dict() for entry in entries], indent=1) + "\n")
     (directory / "results.md").write_text(markdown(entries))
+
+
+def draw(entries: Sequence[Entry], directory: Path) -> None:
+    """A chart for each group."""
     for group, members in groupby(entries, key=lambda entry: entry.group):
         found = list(members)
-        draw = _curve if all(entry.x is not None for entry in found) else _bars
-        draw(found, directory / f"{group}.svg")
+        form = _curve if all(entry.x is not None for entry in found) else _bars
+        form(found, directory / f"{group}.svg")

@@ -123,3 +123,20 @@ def history(conn: psycopg.Connection[Any], partitions: int, batches: int) -> Non
     conn.execute("reset synchronous_commit")
     conn.execute("vacuum analyze tidemark.record_batches")
     conn.execute("checkpoint")
+
+
+def limit_history(conn: psycopg.Connection[Any]) -> None:
+    """The same history for the limit's table, which has to be there already; below whatever offsets it inserts."""
+    conn.execute("set synchronous_commit = off")
+    conn.execute(
+        """
+        insert into bench_limit.batches
+            (start_offset, object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
+        select b.start_offset - 1000000000, b.object_id, b.byte_offset, b.max_timestamp, b.partition_id, b.n_records,
+               b.byte_length
+        from tidemark.record_batches b
+        """
+    )
+    conn.execute("reset synchronous_commit")
+    conn.execute("vacuum analyze bench_limit.batches")
+    conn.execute("checkpoint")

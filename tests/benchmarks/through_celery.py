@@ -1,4 +1,6 @@
-"""The same backlog drained by real workers and by a bare loop: `python -m tests.benchmarks.through_celery`.
+"""The same backlog drained by real workers and by a bare loop.
+
+A part of all benchmarks, and a program of its own: `python -m tests.benchmarks.through_celery`.
 
 Two workers that lease the shards, against two processes that call `db.materialize` in a loop. The clock starts when the
 fan-out is called, and ends when the last event has its offset.
@@ -8,22 +10,26 @@ import argparse
 import signal
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 
 from config.embedded.redis import RedisServer
+from config.queues import shard_of_queue
 from config.settings import Settings
 from tasks import discovery, maintenance, materialization
 from tasks.application import TidemarkApp
 from tasks.discovery import fan_out_once
 from tests.acceptance.nodes import Process, celery_argv
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, drain, shares
 from tests.benchmarks.crew import Crew
-from tests.benchmarks.measure import Sample, interleave, share
+from tests.benchmarks.measure import Sample
+from tests.benchmarks.plan import Measurement, compared, seconds_for
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, list_objects, load
 
@@ -31,10 +37,9 @@ _WORKERS = 2
 _DEADLINE = 120.0
 # Each look costs the server a part of a millisecond, on the cores that are measured.
 _LOOK_SECONDS = 0.02
-_BACKLOGS = {
-    "16 partitions x 12,500": Backlog(partitions=16, events_each=12_500, group=1),
-    "2,000 partitions x 100": Backlog(partitions=2_000, events_each=100, group=200),
-}
+_REHEARSALS = 3
+_REHEARSED = Backlog(partitions=16, events_each=1_000, group=1)
+_NOTE = f"limit: {_WORKERS} processes that call db.materialize in a loop"
 
 
 def _reset(conn: psycopg.Connection[Any], backlog: Backlog) -> int:
@@ -58,32 +63,33 @@ def _wait(conn: psycopg.Connection[Any], records: int) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _through_celery(conn: psycopg.Connection[Any], app: TidemarkApp, backlog: Backlog) -> Sample:
-    records = _reset(conn, backlog)
-    begin = time.perf_counter()
-    fan_out_once(app)
-    _wait(conn, records)
-    return Sample(seconds=time.perf_counter() - begin, cpu_seconds=0.0, units=backlog.events)
+def _await_workers(app: TidemarkApp) -> None:
+    """Until the workers are up and have shared the shards: before, one would drain everything."""
+    deadline = time.perf_counter() + _DEADLINE
+    while True:
+        consumed = app.control.inspect(limit=_WORKERS, timeout=1.0).active_queues() or {}
+        counts = [sum(shard_of_queue(q["name"]) is not None for q in queues) for queues in consumed.values()]
+        if counts == [app.settings.shards // _WORKERS] * _WORKERS:
+            return
+        if time.perf_counter() > deadline:
+            raise RuntimeError(f"the workers have not shared the shards after {_DEADLINE:g} s: {counts}")
 
 
-def _bare(conn: psycopg.Connection[Any], crew: Crew, backlog: Backlog) -> Sample:
-    _reset(conn, backlog)
-    return crew.run(drain, shares(backlog, crew.size))
+class Rig:
+    """A server, Redis, two workers, and two processes that do without them."""
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind (default: %(default)s)")
-    rounds = parser.parse_args().rounds
-    with ExitStack() as stack:
+    def __init__(self, stack: ExitStack) -> None:
         url = stack.enter_context(running_server())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-celery-")))
         directory.chmod(0o711)
         redis = stack.enter_context(RedisServer.start(directory / "redis"))
-        app = TidemarkApp("tidemark-bench", set_as_current=False)
-        app.settings = Settings(database_url=url, broker_url=redis.url, data_dir=directory)
+        self.conn: psycopg.Connection[Any] = stack.enter_context(psycopg.connect(url, autocommit=True))
+        self.crew = stack.enter_context(Crew(url, _WORKERS))
+        self._app = TidemarkApp("tidemark-bench", set_as_current=False)
+        self._app.settings = Settings(database_url=url, broker_url=redis.url, data_dir=directory)
         for module in (materialization, discovery, maintenance):
-            module.register(app)
+            module.register(self._app)
+        stack.callback(self._app.database.close)
         env = {
             "TIDEMARK_DATABASE_URL": url,
             "TIDEMARK_BROKER_URL": redis.url,
@@ -92,25 +98,61 @@ def main() -> None:
         for number in range(_WORKERS):
             name = f"w{number}"
             worker = Process(celery_argv("worker", "-n", f"{name}@bench", "-l", "INFO"), env, directory / f"{name}.log")
-            stack.callback(worker.end)
-        conn = stack.enter_context(psycopg.connect(url, autocommit=True))
-        crew = stack.enter_context(Crew(url, _WORKERS))
-        stack.callback(app.database.close)
-        # The first drain waits for the workers to be up and to have shared the shards.
-        _through_celery(conn, app, next(iter(_BACKLOGS.values())))
-        for name, backlog in _BACKLOGS.items():
-            results = interleave(
-                {
-                    "celery": partial(_through_celery, conn, app, backlog),
-                    "bare": partial(_bare, conn, crew, backlog),
-                },
-                rounds,
-            )
-            celery, bare = results["celery"], results["bare"]
-            print(  # noqa: T201 -- what this program is for
-                f"{name:<26} through Celery {celery.rate:>9,.0f}/s   bare loop {bare.rate:>9,.0f}/s   "
-                f"share {share(celery, bare):.2f}"
-            )
+            stack.callback(worker.close)
+
+    @classmethod
+    @contextmanager
+    def running(cls) -> Iterator[Self]:
+        with ExitStack() as stack:
+            rig = cls(stack)
+            _await_workers(rig._app)
+            # Connections, caches and prepared statements are then those of processes that have been running.
+            for _ in range(_REHEARSALS):
+                rig.through_celery(_REHEARSED)
+                rig.bare(_REHEARSED)
+            yield rig
+
+    def through_celery(self, backlog: Backlog) -> Sample:
+        records = _reset(self.conn, backlog)
+        begin = time.perf_counter()
+        fan_out_once(self._app)
+        _wait(self.conn, records)
+        return Sample(seconds=time.perf_counter() - begin, cpu_seconds=0.0, units=backlog.events)
+
+    def bare(self, backlog: Backlog) -> Sample:
+        _reset(self.conn, backlog)
+        return self.crew.run(drain, shares(backlog, self.crew.size))
+
+
+def plan_celery(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
+    def through_celery(backlog: Backlog) -> Sample:
+        return bench.keep("celery", Rig.running).through_celery(backlog)
+
+    def bare(backlog: Backlog) -> Sample:
+        return bench.keep("celery", Rig.running).bare(backlog)
+
+    plan: list[Measurement] = []
+    for partitions, events_each, group in ((16, 12_500, 1), (2_000, 100, 200)):
+        backlog = Backlog(partitions=partitions, events_each=events_each // (2 if quick else 1), group=group)
+        arms = {"ours": partial(through_celery, backlog), "limit": partial(bare, backlog)}
+        scenario = f"{partitions:,} partitions x {backlog.events_each:,}"
+        # The workers have to start, too.
+        seconds = 2.0 + seconds_for(backlog.events)
+        plan.append(compared("celery", scenario, arms, rounds, seconds=seconds, note=_NOTE))
+    return plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind (default: %(default)s)")
+    rounds = parser.parse_args().rounds
+    with Bench() as bench, bench.part():
+        for measurement in plan_celery(bench, rounds, quick=False):
+            for entry in measurement.take(lambda: None):
+                print(  # noqa: T201 -- what this program is for
+                    f"{entry.scenario:<26} through Celery {entry.ours:>9,.0f}/s   "
+                    f"bare loop {entry.limit:>9,.0f}/s   share {entry.vs_limit:.2f}"
+                )
 
 
 if __name__ == "__main__":
