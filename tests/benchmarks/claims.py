@@ -3,8 +3,7 @@
 In these entries `ours` is the rate with the optimization and `baseline` the rate without it, on the same system.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,17 +12,16 @@ import psycopg
 from config.strategy import Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
-from db.execute import run
+from db.execute import pin_plans, run
 from db.materialize import materialize
 from tests.benchmarks.baseline import system
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, Share, drain, shares
-from tests.benchmarks.crew import Crew
+from tests.benchmarks.configuration import plan_configuration
 from tests.benchmarks.hot import PARTITIONS, Production, produce
 from tests.benchmarks.measure import Sample
 from tests.benchmarks.plan import Arm, Measurement, compared, seconds_for
 from tests.benchmarks.retries import plan_retries
-from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, load
 
 Conn = psycopg.Connection[Any]
@@ -31,20 +29,6 @@ Conn = psycopg.Connection[Any]
 _DEEP = Backlog(partitions=16, events_each=6_250, group=1)
 _THIN = Backlog(partitions=2_000, events_each=10, group=200)
 _SEED_EVENTS = 20_000
-# What PostgreSQL sets by itself.
-_DEFAULTS = {
-    "shared_buffers": "128MB",
-    "effective_cache_size": "4GB",
-    "work_mem": "4MB",
-    "maintenance_work_mem": "64MB",
-    "max_wal_size": "1GB",
-    "min_wal_size": "80MB",
-    "checkpoint_timeout": "5min",
-    "wal_compression": "off",
-    "jit": "on",
-    "random_page_cost": "4",
-    "autovacuum_naptime": "1min",
-}
 
 
 def drain_with(conn: Conn, work: tuple[Strategy, Share]) -> int:
@@ -60,15 +44,19 @@ def drain_with(conn: Conn, work: tuple[Strategy, Share]) -> int:
     return events
 
 
-def drain_unpinned(conn: Conn, share: Share) -> int:
-    """As `drain`, with the planner left to itself."""
+def drain_planned(conn: Conn, work: tuple[bool, Share]) -> int:
+    """As `drain`, with the plans pinned or the planner left to itself."""
+    pinned, share = work
     events = 0
     for first in range(share.first, share.last + 1, share.group):
         left = list(range(first, min(first + share.group, share.last + 1)))
         while left:
-            with conn.transaction():
-                run(conn, "lock_partitions", (Int4Array(left),))
-                moved = run(conn, "place_window", (Int4Array(left), share.events_per_partition)).fetchall()
+            with conn.pipeline(), conn.transaction():
+                if pinned:
+                    pin_plans(conn)
+                run(conn, "lock_partitions", (Int4Array(left),), prepare=True)
+                placing = run(conn, "place_window", (Int4Array(left), share.events_per_partition), prepare=True)
+                moved = placing.fetchall()
             events += sum(row[1] for row in moved)
             left = [row[0] for row in moved if row[4]]
     return events
@@ -100,20 +88,12 @@ def _seed(bench: Bench, events: int, workers: int, indexes: system.Indexes, form
     return bench.crew(workers).run(system.drain, [system.SeedShare(batch=500, form=form)] * workers)
 
 
-def _drained(conn: Conn, crew: Crew, backlog: Backlog, job: Callable[[Conn, Any], int], *arguments: Any) -> Sample:
-    fresh(conn, backlog.partitions)
-    load(conn, backlog.partitions, backlog.events_each)
+def _cold(bench: Bench, backlog: Backlog, job: Callable[[Conn, Any], int], *arguments: Any) -> Sample:
+    fresh(bench.conn, backlog.partitions)
+    load(bench.conn, backlog.partitions, backlog.events_each)
+    crew = bench.crew(1)
     work: list[Any] = [(*arguments, share) if arguments else share for share in shares(backlog, crew.size)]
     return crew.run(job, work)
-
-
-def _cold(bench: Bench, backlog: Backlog, job: Callable[[Conn, Any], int], *arguments: Any) -> Sample:
-    return _drained(bench.conn, bench.crew(1), backlog, job, *arguments)
-
-
-def _default(bench: Bench) -> Sample:
-    """Claim 7's other arm: a server that has nothing but PostgreSQL's own settings."""
-    return _drained(*bench.keep("default server", _default_server), _DEEP, drain)
 
 
 def _hot(bench: Bench, job: Callable[[Conn, Any], int]) -> Sample:
@@ -152,18 +132,8 @@ def plan_claims(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
     add("5 hot and cold", "commit alone or with offsets", apart, together, 0.6)
 
     for name, backlog in (("thin", _THIN), ("deep", _DEEP)):
-        pinned, unpinned = (partial(_cold, bench, backlog, job) for job in (drain, drain_unpinned))
+        pinned, unpinned = (partial(_cold, bench, backlog, drain_planned, pin) for pin in (True, False))
         add("6 plans", f"pinned or not, {name}", pinned, unpinned, seconds_for(backlog.events))
 
-    add("7 configuration", "shipped or default", deep, partial(_default, bench), seconds_for(_DEEP.events))
+    plan += plan_configuration(bench, rounds, quick=quick)
     return plan + plan_retries(bench, rounds, quick=quick)
-
-
-@contextmanager
-def _default_server() -> Iterator[tuple[Conn, Crew]]:
-    with (
-        running_server(_DEFAULTS) as url,
-        psycopg.connect(url, autocommit=True) as conn,
-        Crew(url, 1) as crew,
-    ):
-        yield conn, crew
