@@ -156,7 +156,7 @@ class Settings(BaseSettings):
         4, ge=0, le=20, description="A task repeats a transaction so often after a transient database error."
     )
     retry_seconds: Seconds = Field(
-        0.1, description="First pause before a repetition; it doubles each time, with jitter, up to 5 s."
+        0.02, description="First pause before a repetition; it doubles each time, with jitter, up to 5 s."
     )
 
     lease_seconds: Annotated[float, Field(ge=2, le=3600)] = Field(

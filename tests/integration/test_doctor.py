@@ -201,7 +201,7 @@ SERVER_SETTINGS = [
     ("checkpoint_completion_target", "0.5", Level.WARN),
     ("checkpoint_timeout", "60s", Level.WARN),
     ("effective_cache_size", "1MB", Level.WARN),
-    ("wal_compression", "off", Level.WARN),
+    ("wal_compression", "pglz", Level.WARN),
     ("autovacuum", "off", Level.FAIL),
     ("full_page_writes", "off", Level.FAIL),
     ("fsync", "off", Level.FAIL),
