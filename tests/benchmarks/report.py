@@ -103,4 +103,4 @@ def draw(entries: Sequence[Entry], directory: Path) -> None:
     for group, members in groupby(entries, key=lambda entry: entry.group):
         found = list(members)
         form = _curve if all(entry.x is not None for entry in found) else _bars
-        form(found, directory / f"{group}.svg")
+        form(found, directory / f"{group.replace(' ', '-')}.svg")
