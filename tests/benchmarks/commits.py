@@ -20,6 +20,6 @@ def plan_commits(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]
         for batches, commits in COMMITS:
             run = partial(_run, bench, producers, commits // (4 if quick else 1), batches)
             arms = {"ours": partial(run, limit=False), "limit": partial(run, limit=True)}
-            scenario = f"{batches:,} a commit, {producers} producers"
+            scenario = f"{batches:,} a commit, {producers} producer{'s'[: producers - 1]}"
             plan.append(compared("commit", scenario, arms, rounds, seconds=0.5 if quick else 1.0))
     return plan
