@@ -71,14 +71,16 @@ def plan_curves(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
     for partitions in (1, 10_000) if quick else (1, 100, 10_000, 100_000):
         backlog = Backlog(partitions=partitions, events_each=total // partitions, group=2_000)
         seconds = seconds_for(total + partitions)
-        pair("partitions", f"{partitions:,} partition{'s'[: partitions - 1]}", partitions, partial(_run, bench, 1, backlog), seconds)
+        name = f"{partitions:,} partition{'s'[: partitions - 1]}"
+        pair("partitions", name, partitions, partial(_run, bench, 1, backlog), seconds)
     backlog = Backlog(partitions=16, events_each=6_250, group=1)
     for batches in (0, 200_000) if quick else (0, 16_000, 1_000_000, 5_000_000):
         seconds = seconds_for(backlog.events + batches)
         pair("history", f"{batches:,} batches", batches, partial(_aged, bench, batches, backlog), seconds)
     backlog = Backlog(partitions=16, events_each=total // 16, group=1)
     for workers in (1, 2) if quick else (1, 2, 4, 8):
-        pair("workers", f"{workers} worker{'s'[: workers - 1]}", workers, partial(_run, bench, workers, backlog), seconds_for(total))
+        name = f"{workers} worker{'s'[: workers - 1]}"
+        pair("workers", name, workers, partial(_run, bench, workers, backlog), seconds_for(total))
     for partitions in (1_000, 100_000):
         scenario = f"fan-out, {partitions:,} partitions, {_ACTIVE} active"
         arms = {"ours": partial(_fan_out, bench, partitions)}
