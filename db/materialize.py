@@ -23,7 +23,7 @@ from psycopg.pq import TransactionStatus
 from config.errors import UnknownPartitionError
 from config.strategy import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
-from db.execute import pin_plans, run
+from db.execute import pin_plans, pipelined, run
 from db.translate import domain_errors
 
 # Heap tuple (24 bytes header, 44 of columns, padded to 72, 4 of line pointer) and its entry in the primary key (8 bytes
@@ -133,9 +133,8 @@ def materialize(
     if ids[0] < 0 or ids[-1] >= 2**31:
         raise UnknownPartitionError(f"partition id {ids[0] if ids[0] < 0 else ids[-1]} does not exist")
     start = perf_counter()
-    # All of it is sent at once and answered at once, for small transactions consist of round trips. The server still
-    # runs one statement after the other, and none after one that failed.
-    with domain_errors(), conn.pipeline(), conn.transaction():
+    # Two round trips: up to the answers of the statements, and the commit. Small transactions are little else.
+    with domain_errors(), pipelined(conn):
         pin_plans(conn)
         locking = run(conn, "lock_partitions", (Int4Array(ids),), prepare=True)
         placing = run(conn, f"place_{strategy}", (Int4Array(ids), events_per_partition), prepare=True)

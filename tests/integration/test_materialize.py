@@ -1,5 +1,6 @@
 """The cold path, one interleaving at a time."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import Connection, IsolationLevel, errors
+from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow, dict_row
 
 from config.embedded.postgres import PostgresServer
@@ -482,13 +484,18 @@ def test_commits_and_foreign_keys_do_not_wait_for_a_materializer(
     materializer.rollback()
 
 
-def test_a_lock_that_is_not_given_in_time(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:
+def test_a_lock_that_is_not_given_in_time(
+    connect: Connect, conn: Connection[TupleRow], ids: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One error, and no complaint of psycopg's about the statement that was not run for it."""
     commit(conn, "a", ids)
     blocker = connect()
     lock(blocker, ids[:1])
     conn.execute("set lock_timeout = '50ms'")
     with pytest.raises(errors.LockNotAvailable):
         materialize(conn, ids)
+    assert conn.info.transaction_status == TransactionStatus.IDLE
+    assert [record.getMessage() for record in caplog.records] == []
     blocker.rollback()
     assert materialize(conn, ids).events_processed == 3
 
@@ -532,3 +539,18 @@ def test_the_planner_settings_end_with_the_transaction(conn: Connection[TupleRow
     conn.execute("set enable_seqscan = on")
     materialize(conn, ids)
     assert conn.execute("show enable_seqscan").fetchone() == ("on",)
+
+
+def test_a_transaction_takes_two_round_trips(conn: Connection[TupleRow], ids: list[int], tmp_path: Path) -> None:
+    """A small transaction consists of little else; and nothing is planned anew, whatever was committed meanwhile."""
+    materialize(conn, ids)
+    commit(conn, "a", ids)
+    with (tmp_path / "trace").open("wb") as file:
+        conn.pgconn.trace(file.fileno())
+        done = materialize(conn, ids)
+        conn.pgconn.untrace()
+    assert done.events_processed == 3
+    messages = [line.split(b"\t") for line in (tmp_path / "trace").read_bytes().splitlines()]
+    directions = b"".join(fields[1] for fields in messages)
+    assert len(re.findall(b"F+B+", directions)) == 2
+    assert not [fields for fields in messages if fields[3] == b"Parse"]
