@@ -181,13 +181,6 @@ def test_trouble_upon_trouble_ends_at_the_least() -> None:
 # --- Settings
 
 
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for field in Settings.model_fields:
-        monkeypatch.delenv(f"TIDEMARK_{field.upper()}", raising=False)
-    return monkeypatch
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -94,13 +94,6 @@ def test_without_a_candidate_there_is_one_side() -> None:
     assert split([5, 3], Settings(strategy="incremental")) == [Side(strategy="incremental", partition_ids=[5, 3])]
 
 
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for field in Settings.model_fields:
-        monkeypatch.delenv(f"TIDEMARK_{field.upper()}", raising=False)
-    return monkeypatch
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

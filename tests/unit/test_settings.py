@@ -12,11 +12,7 @@ from db.pool import session_settings
 PASSWORD = "open-sesame"
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for field in Settings.model_fields:
-        monkeypatch.delenv(f"TIDEMARK_{field.upper()}", raising=False)
-    return monkeypatch
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 @pytest.mark.parametrize("name", ["shards", "database_url"])
