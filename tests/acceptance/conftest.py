@@ -39,8 +39,8 @@ from tests.acceptance.producers import Producers, backlog
 from tests.support import wait_until
 from tests.support_oracle import Ledger, check_log
 
-# pytest looks for fixtures in pytest-celery's modules, too, and some hold shared tasks: the first look at one configures
-# the current app. That of `tasks` would start embedded servers in this machine's own data directory.
+# pytest looks for fixtures in pytest-celery's modules, too. Some hold shared tasks, and the first look at one
+# configures the current app: that of `tasks` would start embedded servers in this machine's own data directory.
 celery.Celery("tests").set_current()
 
 # Everything a production default makes slow: these tests wait for sweeps, restores and retries to happen.
