@@ -106,7 +106,6 @@ def _schedule(settings: Settings) -> dict[str, Any]:
     intervals = {
         "tasks.fan_out": settings.fan_out_interval,
         "tasks.sweep": settings.sweep_interval,
-        "tasks.trim": settings.trim_interval,
         "tasks.retain": settings.retention_interval,
         "tasks.audit": settings.audit_interval,
     }

@@ -76,6 +76,18 @@ class InvalidFetchError(TidemarkError):
     code = "TM009"
 
 
+class CommitTooLargeError(TidemarkError):
+    """A commit brings more batches than one call may; nothing was written."""
+
+    code = "TM010"
+
+
+class OffsetNotAvailableError(TidemarkError):
+    """A standby was asked for an offset that has not arrived there; the next attempt may succeed."""
+
+    code = "TM011"
+
+
 class SchemaVersionError(TidemarkError):
     """The database's schema is not the one this program needs."""
 

@@ -2,7 +2,7 @@
 
 # Fan-out and ad-hoc jobs: short, and what latency depends on.
 CONTROL = "control"
-# Sweep, trim, retention, audit: seconds each, so they must not stand in the way of fan-out.
+# Sweep, retention, audit: seconds each, so they must not stand in the way of fan-out.
 MAINTENANCE = "maintenance"
 
 _SHARD_PREFIX = "materialize."

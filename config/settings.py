@@ -122,17 +122,16 @@ class Settings(BaseSettings):
     sweep_interval: Seconds = Field(
         30, description="Every partition is probed this often, to find what a lost message left behind."
     )
-    trim_interval: Seconds = Field(10, description="Consumed events are deleted this often.")
     retention_interval: Seconds = Field(60, description="Topics' retention limits are applied this often.")
     audit_interval: Seconds = Field(600, description="The invariants are checked on a stretch of the log this often.")
     maintenance_seconds: Seconds = Field(
-        5, description="A trim, retention or audit task stops after this time and goes on at its next turn."
+        5, description="A retention or audit task stops after this time and goes on at its next turn."
     )
     delete_batch: int = Field(
         5_000,
         ge=1,
         le=1_000_000,
-        description="Trim and retention delete at most so many rows in one transaction.",
+        description="Retention deletes at most so many batches in one transaction.",
     )
     queued_seconds: Seconds = Field(
         60,
@@ -149,7 +148,10 @@ class Settings(BaseSettings):
     pool_lifetime: Seconds = Field(3600, description="A connection is replaced after this time.")
     pool_wait: Seconds = Field(10, description="Waiting for a free connection ends with an error after this time.")
 
-    lock_timeout: Seconds = Field(5, description="Postgres gives up waiting for a partition's lock after this time.")
+    lock_timeout: Seconds = Field(
+        1,
+        description="Postgres gives up waiting for a lock after this time. A task waits once, after all others.",
+    )
     statement_timeout: Seconds = Field(60, description="Postgres cancels a statement after this time.")
     transaction_timeout: Seconds = Field(120, description="Postgres (17 and later) ends a transaction after this time.")
     retries: int = Field(

@@ -9,4 +9,4 @@ Strategy = Literal["window", "incremental"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 # The faster one on deep and on thin backlogs: `python -m tests.benchmarks --only claims`.
-DEFAULT_STRATEGY: Strategy = "window"
+DEFAULT_STRATEGY: Strategy = "incremental"

@@ -3,21 +3,24 @@
 Each stretch is one read-only repeatable read transaction, so everything in it is seen at one moment: what it finds is
 wrong, not in motion. `Violation.invariant` says which rule was broken:
 
-- `start_offset`: the first batch starts at the start offset, or spans it.
-- `end_offset`: the last batch ends at the end offset, which never goes back.
-- `gap`, `overlap`, `records`: each batch starts where the one before it ends, and has records.
-- `byte_size`: it is the sum over the batches. Checked where one call read the log from its first batch to its end, in
-  however many stretches: batches never change, so the sum holds as long as the start offset did not move meanwhile.
+- `start_offset`: a run holds the start offset, or the log is empty.
+- `end_offset`: the end offset never goes back.
+- `gap`, `overlap`: each run starts where the one before it ends.
+- `batches`, `records`, `byte_size`, `max_timestamp`: a run says what its events add up to, each of them read again.
+- `position`: a run begins behind the position of the one before it, and a late transaction's does not move it; so no
+  event is in two runs.
+- `unplaced`: every event below the position is in a run, or pending. Of a transaction that is still running when a run
+  is audited, an audit `from_scratch` tells.
+- `cursor`, `in_flight`: the cursor's transaction is over; those that ran when it was made are in order.
 - `object`: the object of every batch and of every pending event exists.
 - `batch_count`: a partition has no more batches of an object than the commit brought: none was placed twice.
-- `live_batches`: no object counts fewer batches than were seen of it, or is in dead_objects. Exactly as many as it has
-  batches and pending events, where the stretch holds the whole logs of all its partitions: none was lost.
-- `unplaced`: every consumed event that is not trimmed yet has its batch (as many of the newest as a stretch may read).
-- `cursor`, `in_flight`: the cursor's transaction is over; those it waits for lie below it.
+- `dead_object`: an object of which a batch was seen is not in dead_objects.
+- `object_count`: those deleted and those seen of an object are no more than it brought. Exactly as many, where the
+  stretch holds the whole logs of all its partitions: none was lost.
 
-What an audit leaves behind is `audit_progress`, written between the stretches, so a crash costs one of them. Batches
-that were audited are not read again; `from_scratch` forgets the progress. A partition whose batches break a rule keeps
-none: the next audit finds the same again.
+What an audit leaves behind is `audit_progress`, written between the stretches, so a crash costs one of them. Runs that
+were audited are not read again; `from_scratch` forgets the progress. A partition whose runs break a rule keeps none:
+the next audit finds the same again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -64,9 +67,6 @@ class _Position:
     partition_id: int
     offset: int | None
     saved: int | None
-    # Of what this call read, when it began with the first batch: the start offset it saw then, and the sum.
-    start_offset: int | None = None
-    bytes: int = 0
     broken: bool = False
 
 
@@ -78,7 +78,7 @@ class _Findings:
     batches: int = 0
     violations: list[Violation] = field(default_factory=list)
 
-    def add(self, invariant: str, partition_id: int, offset: int | None, detail: str) -> None:
+    def add(self, partition_id: int, invariant: str, offset: int | None, detail: str) -> None:
         self.violations.append(Violation(invariant=invariant, partition_id=partition_id, offset=offset, detail=detail))
 
     def result(self, *, complete: bool) -> AuditResult:
@@ -98,8 +98,8 @@ def audit(
     batch_limit: int = 100_000,
     stop: Callable[[], bool] = lambda: False,
 ) -> AuditResult:
-    """Audit all partitions, or those of a topic, from where their last audit stopped; at most `batch_limit` batches per
-    transaction.
+    """Audit all partitions, or those of a topic, from where their last audit stopped; about `batch_limit` batches per
+    transaction, for whole runs are read.
 
     Goes round: begins after the partition that was audited last. `from_scratch` begins with the first, and with the
     first batch of each. Asks `stop` after each transaction; the next call goes on from there. To read everything again
@@ -114,13 +114,11 @@ def audit(
         with domain_errors():
             run(conn, "forget_audit_progress", (None if ids is None else Int4Array(ids),))
     findings = _Findings()
-    for page in _pages(conn, ids, size=min(_GROUP, batch_limit)):
+    for page in _pages(conn, topic, size=min(_GROUP, batch_limit)):
         group = page
         findings.partitions += len(page)
-        first = True
         while group:
-            group = _stretch(conn, group, batch_limit // len(group), findings, first=first)
-            first = False
+            group = _stretch(conn, group, batch_limit // len(group), findings)
             if len(findings.violations) >= _VIOLATIONS:
                 return findings.result(complete=False)
             if stop():
@@ -130,23 +128,16 @@ def audit(
     return findings.result(complete=True)
 
 
-def _pages(conn: psycopg.Connection[Any], ids: Sequence[int] | None, *, size: int) -> Iterator[list[_Position]]:
+def _pages(conn: psycopg.Connection[Any], topic: str | None, *, size: int) -> Iterator[list[_Position]]:
     """Partitions in groups, each once: after the one that was audited last, then from the first up to that."""
     with domain_errors():
         row = run(conn, "audit_last_partition").fetchone()
     last: int = row[0] if row else 0
-    if ids is not None:
-        turned = [i for i in sorted(ids) if i > last] + [i for i in sorted(ids) if i <= last]
-        for start in range(0, len(turned), size):
-            with domain_errors():
-                rows = run(conn, "audit_partitions_of", (Int4Array(turned[start : start + size]),)).fetchall()
-            yield [_Position(partition_id=row[0], offset=row[1], saved=row[1]) for row in rows]
-        return
     for after, upto in ((last, None), (0, last)):
         position = after
         while upto is None or position < upto:
             with domain_errors():
-                rows = run(conn, "audit_partitions", (position, size)).fetchall()
+                rows = run(conn, "audit_partitions", (position, size, topic)).fetchall()
             if not rows:
                 break
             position = rows[-1][0]
@@ -156,103 +147,31 @@ def _pages(conn: psycopg.Connection[Any], ids: Sequence[int] | None, *, size: in
 
 
 def _stretch(
-    conn: psycopg.Connection[Any],
-    group: Sequence[_Position],
-    quota: int,
-    findings: _Findings,
-    *,
-    first: bool,
+    conn: psycopg.Connection[Any], group: Sequence[_Position], quota: int, findings: _Findings
 ) -> list[_Position]:
     """Audit the next `quota` batches of each partition, in one snapshot; returns those that have more."""
     positions = {position.partition_id: position for position in group}
-    ids = Int4Array(positions)
+    more = []
     with domain_errors(), conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
-        # One scan per partition along the key, whatever the statistics say.
-        conn.execute("set local enable_seqscan = off")
-        conn.execute("set local enable_bitmapscan = off")
-        conn.execute("set local jit = off")
-        if first:
-            for partition_id, invariant, offset, detail in run(conn, "audit_heads", (ids,)).fetchall():
-                findings.add(invariant, partition_id, offset, detail)
-            _check_events(conn, ids, quota, findings)
-        offsets = [position.offset for position in group]
-        rows = run(conn, "audit_batches", (ids, offsets, quota)).fetchall()
-        more, whole = [], []
-        for row in rows:
-            position = positions[row[0]]
-            has_more = row[6] >= quota
-            if _check_batches(position, row, findings, has_more=has_more) and not has_more:
-                whole.append(row[0])
-            if has_more:
-                more.append(position)
-        starts = (Int4Array(row[0] for row in rows), [row[4] for row in rows])
-        for partition_id, invariant, offset, detail, count in run(
-            conn, "audit_objects", (*starts, quota, Int4Array(whole))
-        ).fetchall():
-            findings.add(invariant, partition_id, offset, _counted(detail, count))
-            positions[partition_id].broken = True
+        run(conn, "transaction_settings")
+        rows = run(conn, "audit_runs", (Int4Array(positions), [p.offset for p in group], quota)).fetchall()
+        for partition_id, invariant, offset, detail, count, has_more in rows:
+            position = positions[partition_id]
+            if invariant is None:
+                position.offset = offset
+                findings.batches += count
+                if has_more:
+                    more.append(position)
+            else:
+                counted = detail if count == 1 else f"{detail} (the first of {count})"
+                findings.add(partition_id, invariant, offset, counted)
+                position.broken = True
+        ended = Int4Array(positions.keys() - {position.partition_id for position in more})
+        for violation in run(conn, "audit_heads", (ended,)).fetchall():
+            findings.add(*violation)
     _save(conn, group)
     return more
-
-
-def _check_batches(position: _Position, row: tuple[Any, ...], findings: _Findings, *, has_more: bool) -> bool:
-    """Take in a row of audit_batches; returns whether it began with the first batch of the log."""
-    (partition_id, start_offset, _, byte_size, _, whole, batches, size, next_offset, *offences) = row
-    for invariant, count, batch, what in (
-        ("gap", *offences[0:2], "starts after {2}, the end of the one before"),
-        ("overlap", *offences[2:4], "starts before {2}, the end of the one before"),
-        ("records", *offences[4:6], "has no records"),
-    ):
-        if count:
-            detail = ("batch [{0}, {1}) of object {3} " + what).format(*batch)
-            findings.add(invariant, partition_id, batch[0], _counted(detail, count))
-            position.broken = True
-    findings.batches += batches
-    if whole:
-        position.start_offset, position.bytes = start_offset, 0
-    position.bytes += size
-    position.offset = next_offset
-    if not has_more and position.start_offset == start_offset and position.bytes != byte_size:
-        findings.add(
-            "byte_size",
-            partition_id,
-            start_offset,
-            f"byte_size is {byte_size}, the batches from offset {start_offset} to {next_offset} have {position.bytes}",
-        )
-        position.broken = True
-    return bool(whole)
-
-
-def _check_events(conn: psycopg.Connection[Any], ids: Int4Array, limit: int, findings: _Findings) -> None:
-    suspects: dict[int, tuple[list[str], list[int]]] = {}
-    orphans: dict[int, tuple[str, int]] = {}
-    for partition_id, xid, event_id, object_id, consumed in run(conn, "audit_events", (ids, limit)).fetchall():
-        if consumed:
-            xids, event_ids = suspects.setdefault(partition_id, ([], []))
-            xids.append(xid)
-            event_ids.append(event_id)
-        else:
-            detail, count = orphans.get(
-                partition_id,
-                (f"pending event ({xid}, {event_id}) refers to object {object_id}, which does not exist", 0),
-            )
-            orphans[partition_id] = (detail, count + 1)
-    for partition_id, (detail, count) in orphans.items():
-        findings.add("object", partition_id, None, _counted(detail, count))
-    for partition_id, (xids, event_ids) in suspects.items():
-        row = run(conn, "audit_unplaced", (partition_id, xids, event_ids)).fetchone()
-        if row is not None:
-            xid, event_id, object_id, n_records, count = row
-            detail = (
-                f"event ({xid}, {event_id}) of object {object_id} with {n_records} records lies below the cursor "
-                f"and has no batch"
-            )
-            findings.add("unplaced", partition_id, None, _counted(detail, count))
-
-
-def _counted(detail: str, count: int) -> str:
-    return detail if count == 1 else f"{detail} (the first of {count})"
 
 
 def _save(conn: psycopg.Connection[Any], group: Sequence[_Position], *, always: bool = False) -> None:

@@ -41,8 +41,11 @@ def commit_object(
     returns the first id. On an autocommit connection the commit is durable when this returns; otherwise it is part
     of the caller's transaction.
 
-    Raises InvalidCommitError, CommitConflictError, UnknownPartitionError and ForeignClusterError; each leaves the
-    database as it was.
+    Its offsets are higher than those of all that was committed before its transaction wrote anything: that is before
+    this call, unless the caller's transaction had written already.
+
+    Raises InvalidCommitError, CommitTooLargeError (beyond 65,536 batches), CommitConflictError, UnknownPartitionError
+    and ForeignClusterError; each leaves the database as it was.
     """
     try:
         parameters = (

@@ -3,8 +3,14 @@
 Fan-out looks at the commits since the last one, and costs as much as there are of them. The sweep looks at every
 partition, and finds what fan-out handed to a message that was lost.
 
-Crash between finding and `save_seen`: the same commits are found again. Two fan-outs at once: both find them. Either
-way a partition is dispatched twice, which costs one empty transaction.
+Crash between finding and saving: the same commits are found again. Two at once: both find them. Either way a partition
+is dispatched twice, which costs one empty transaction.
+
+A full round of the sweep also settles transactions. Settled is one that was over when the round began and of which the
+round met no pending event in any partition: what it committed has its offsets. So nobody needs to look for late
+events of it any more, and passes that met only such transactions are deleted. It holds against passes that run beside
+the round: one that still saw the transaction running has its partition locked since before, so the round, which sees
+the partition as it was before that pass, meets the transaction's events there as pending.
 """
 
 from collections.abc import Iterator
@@ -16,10 +22,15 @@ import psycopg
 from db.execute import run
 from db.translate import domain_errors
 
-# Counting further costs more than it tells: a task can take two such partitions.
-_COUNT_LIMIT = 20_000
-# Partitions per statement of the sweep: some milliseconds.
-_SWEEP_PAGE = 10_000
+# Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.
+_BATCHES = 2_000_000
+# Counting further costs more than it tells: a task can take ten such partitions.
+_COUNT_LIMIT = 5_000
+# Partitions and events per statement of the sweep: some ten milliseconds, also with a large backlog.
+_SWEEP_PAGE = 1_000
+_SWEEP_EVENTS = 100_000
+# Passes deleted in one transaction.
+_COLLECT = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,44 +43,69 @@ class Pending:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
-    """What the commits since the last fan-out touched, read in `snapshot`; incomplete at the limit of commits."""
+    """What the commits since the last fan-out touched, up to `seen_tx` but for `in_flight`; not complete, and then
+    without partitions, where there are more of them than a limit.
+    """
 
     partitions: tuple[Pending, ...]
     commits: int
-    snapshot: str
+    seen_tx: int
+    in_flight: list[int]
     complete: bool
 
 
 def find_committed(conn: psycopg.Connection[Any], *, limit: int = 50_000) -> Committed:
-    """Partitions of at most `limit` commits that the last fan-out did not see."""
+    """Partitions of the commits that the last fan-out did not see, where these are fewer than `limit`."""
     with domain_errors():
-        state = run(conn, "read_fan_out_state").fetchone()
-        assert state is not None  # noqa: S101 - the migration puts the row there
+        state = run(conn, "read_fan_out").fetchone()
+        assert state is not None  # noqa: S101 - the migration puts a row there
         # Planned for the values at hand: a generic plan would expect a third of all commits to be new.
-        row = run(conn, "find_committed", (state[0], state[1], limit), prepare=False).fetchone()
+        row = run(conn, "find_committed", (*state, limit, _BATCHES), prepare=False).fetchone()
     assert row is not None  # noqa: S101 - an aggregate returns a row
-    snapshot, commits, ids, events = row
+    seen_tx, in_flight, commits, complete, ids, events = row
     return Committed(
         partitions=tuple(Pending(partition_id=i, events=e) for i, e in zip(ids, events, strict=True)),
         commits=commits,
-        snapshot=snapshot,
-        complete=commits < limit,
+        seen_tx=seen_tx,
+        in_flight=in_flight,
+        complete=complete,
     )
 
 
-def save_seen(conn: psycopg.Connection[Any], snapshot: str) -> None:
-    """Remember that the commits visible in `snapshot` are dispatched."""
+def save_fan_out(conn: psycopg.Connection[Any], found: Committed) -> None:
+    """Remember that these commits are dispatched."""
     with domain_errors():
-        run(conn, "save_fan_out_state", (snapshot,))
+        run(conn, "save_fan_out", (found.seen_tx, found.in_flight))
 
 
 def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
-    """Every partition with pending events, by id; a page of partitions at a time."""
-    after = 0
-    while True:
-        with domain_errors():
-            rows = run(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT)).fetchall()
-        if not rows:
-            return
-        yield from (Pending(partition_id=row[0], events=row[2]) for row in rows if row[2])
-        after = rows[-1][1]
+    """Every partition with pending events, by id; some hundred partitions at a time.
+
+    Who reads to the end has made a full round, which settles transactions (see the module).
+    """
+    with domain_errors():
+        row = run(conn, "begin_sweep").fetchone()
+        assert row is not None  # noqa: S101 - the migration puts a row there
+        settled_tx, running, collected_tx = row
+        unsettled = set(running)
+        after = 0
+        while rows := run(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS)).fetchall():
+            for partition_id, events, first_tx, late in rows:
+                if first_tx is not None:
+                    settled_tx = min(settled_tx, first_tx)
+                unsettled.update(late or ())
+                if events:
+                    yield Pending(partition_id=partition_id, events=events)
+            after = rows[-1][0]
+        _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
+
+
+def _settle(conn: psycopg.Connection[Any], settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
+    floor = min(settled_tx, *unsettled) if unsettled else settled_tx
+    deleted = _COLLECT
+    while deleted == _COLLECT:
+        row = run(conn, "collect_passes", (collected_tx, floor, _COLLECT)).fetchone()
+        assert row is not None  # noqa: S101 - an aggregate returns a row
+        deleted = row[0]
+        collected_tx = row[1] or collected_tx
+    run(conn, "save_sweep", (settled_tx, unsettled, collected_tx))

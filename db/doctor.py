@@ -16,9 +16,11 @@ from db.doctor_schema import check_functions, check_privileges, check_rules, che
 from db.doctor_settings import check_defaults, check_settings
 from db.execute import run
 from db.findings import Finding, Level, quote_identifier, quote_literal
+from db.status import find_holders, read_dispatch
 
 _OLDEST, _NEWEST = 15, 18
 _MAJOR = 10_000
+_ROWS = 100
 _LONG_SECONDS = 60.0
 _TOO_LONG_SECONDS = 3600.0
 _SKEW_WARN, _SKEW_FAIL = 2.0, 30.0
@@ -106,7 +108,14 @@ def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple
 
 
 # Without a schema, one finding says so; twenty would say it no better.
-_NEED_SCHEMA = {"tables", "constraints and indexes", "functions", "privileges", "cluster and fan-out"}
+_NEED_SCHEMA = {
+    "tables",
+    "constraints and indexes",
+    "functions",
+    "privileges",
+    "cluster and fan-out",
+    "transactions",
+}
 
 
 def _has_schema(conn: psycopg.Connection[Any]) -> bool:
@@ -197,18 +206,17 @@ def judge_clock(server: str, theirs: float, before: float, after: float) -> Find
 
 
 def check_dispatch(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
-    """Whether the cursors belong to this cluster, and fan-out keeps up."""
-    row = run(conn, "read_dispatch", prepare=False).fetchone()
-    assert row is not None  # noqa: S101 - the migration puts both rows there
-    last, undispatched, own = row
-    finding = Finding(area="schema", check="cluster identifier", level=Level.OK, found="the cursors' own")
-    if not own:
+    """Whether the log belongs to this cluster, and fan-out keeps up."""
+    dispatch = read_dispatch(conn)
+    undispatched = dispatch.undispatched
+    finding = Finding(area="schema", check="cluster identifier", level=Level.OK, found="the log's own")
+    if not dispatch.own_cluster:
         finding = Finding(area="schema", check="cluster identifier", level=Level.OK, found="another cluster's")
         why = "The database was restored or moved; commits and workers refuse to work here."
         yield _worse(finding, Level.FAIL, why, "stop all brokers and workers", "celery -A tasks rebase")
     else:
         yield finding
-    found = f"saw something new {last:.0f} s ago" if undispatched is None else f"{undispatched:.0f} s behind"
+    found = f"saw something new {dispatch.last:.0f} s ago" if undispatched is None else f"{undispatched:.0f} s behind"
     finding = Finding(area="activity", check="fan-out", level=Level.OK, found=found)
     patience = max(_LONG_SECONDS / 2, 20 * settings.fan_out_interval)
     if undispatched is None or undispatched < patience:
@@ -220,31 +228,33 @@ def check_dispatch(conn: psycopg.Connection[Any], settings: Settings) -> Iterato
 
 
 def check_transactions(conn: psycopg.Connection[Any]) -> Iterator[Finding]:
-    """Transactions and slots that hold vacuum back."""
-    rows = run(conn, "doctor_transactions", (_LONG_SECONDS,)).fetchall()
-    mend: tuple[str, ...]
-    for kind, name, user, database, state, age in rows:
-        level = Level.FAIL if (age or 0.0) >= _TOO_LONG_SECONDS else Level.WARN
-        if kind == "session":
-            found = f"pid {name} of {user} in {database}, {state}, for {age:.0f} s"
-            mend = (f"select pg_terminate_backend({name});",)
-        elif kind == "prepared":
-            found = f"{name} of {user} in {database}, for {age:.0f} s"
-            mend = (f"commit prepared {quote_literal(name)};", f"or: rollback prepared {quote_literal(name)};")
-        else:
-            found = f"{name} has no reader"
-            mend = (f"select pg_drop_replication_slot({quote_literal(name)});",)
-        yield Finding(
-            area="activity",
-            check={"session": "long transaction", "prepared": "prepared transaction", "slot": "replication slot"}[kind],
-            level=level,
-            found=found,
-            why="It keeps dead rows from vacuum, and what it wrote from its offsets."
-            if kind != "slot"
-            else "It keeps the write-ahead log, and perhaps dead rows, for ever.",
-            mend=mend,
-        )
-    if not rows:
+    """What has been open too long, and slots that nobody reads."""
+    good = True
+    for holder in find_holders(conn, _ROWS):
+        seconds, name = holder.seconds or 0.0, holder.name
+        if seconds < _LONG_SECONDS and holder.state != "inactive":
+            continue
+        good = False
+        whose = f"of {holder.user} in {holder.database}, for {seconds:.0f} s"
+        behind = f"{holder.state}" + f", {seconds:.0f} s behind" * bool(seconds)
+        found, mend = {
+            "session": (f"pid {name} {whose}, {holder.state}", (f"select pg_terminate_backend({name});",)),
+            "standby": (f"pid {name} ({holder.application}), {behind}", ("end the query that runs there",)),
+            "prepared transaction": (
+                f"{name} {whose}",
+                (f"commit prepared {quote_literal(name)};", f"or: rollback prepared {quote_literal(name)};"),
+            ),
+            "replication slot": (f"{name}, {behind}", (f"select pg_drop_replication_slot({quote_literal(name)});",)),
+        }[holder.kind]
+        why = "It keeps dead rows from vacuum"
+        if holder.has_id:
+            why += ", and what it commits from its offsets"
+        elif holder.state == "inactive":
+            why = "It keeps the write-ahead log, and perhaps dead rows, for ever"
+        level = Level.FAIL if seconds >= _TOO_LONG_SECONDS else Level.WARN
+        check = "long transaction" if holder.kind == "session" else holder.kind
+        yield Finding(area="activity", check=check, level=level, found=found, why=f"{why}.", mend=mend)
+    if good:
         yield Finding(
             area="activity", check="transactions", level=Level.OK, found=f"none older than {_LONG_SECONDS:.0f} s"
         )

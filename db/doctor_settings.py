@@ -83,13 +83,6 @@ def _above_shared_buffers(setting: Setting, every: dict[str, Setting]) -> Level:
     return Level.WARN if buffers and (setting.number or 0) < (buffers.number or 0) else Level.OK
 
 
-def _synchronous(setting: Setting, every: dict[str, Setting]) -> Level:
-    if setting.value == "off":
-        return Level.FAIL
-    standbys = every.get("synchronous_standby_names")
-    return Level.WARN if setting.value == "local" and standbys and standbys.value else Level.OK
-
-
 RULES = (
     Rule(
         name="fsync",
@@ -104,16 +97,10 @@ RULES = (
         why="A crash in the middle of a page's write corrupts it.",
     ),
     Rule(
-        name="synchronous_commit",
-        wanted="on",
-        judge=_synchronous,
-        why="A crash loses commits that were acknowledged. Tidemark's own connections set it, brokers' may not.",
-    ),
-    Rule(
         name="autovacuum",
         wanted="on",
         judge=_is("on", otherwise=Level.FAIL),
-        why="Events are deleted and partition rows updated all the time: without vacuum every read gets slower.",
+        why="Rows are not frozen, so Postgres stops one day; what retention deletes stays; statistics get old.",
     ),
     Rule(
         name="default_transaction_isolation",
@@ -132,7 +119,7 @@ RULES = (
         wanted="1GB",
         judge=_at_least(256 * _MIB),
         size=True,
-        why="Events in flight, partition rows and the right edge of the indexes should fit; a quarter of memory.",
+        why="Pending events, partitions and the newest runs should fit; a quarter of memory.",
     ),
     Rule(
         name="effective_cache_size",
@@ -171,12 +158,6 @@ RULES = (
         wanted="off",
         judge=_is("off", "lz4", "zstd", otherwise=Level.WARN),
         why="pglz takes 40 % of the throughput after a checkpoint; lz4, where the build has it, a tenth.",
-    ),
-    Rule(
-        name="autovacuum_naptime",
-        wanted="5s",
-        judge=_at_most(60),
-        why="The hot tables turn over within seconds; waiting to look at them is waiting for bloat.",
     ),
     Rule(
         name="jit",
@@ -222,11 +203,8 @@ RULES = (
     ),
 )
 
-_ALSO_READ = ("synchronous_standby_names",)
-
 # What a role or a database must not bring along, whoever connects.
 _DEFAULTS = {
-    "synchronous_commit": ({"off"}, Level.FAIL),
     "default_transaction_read_only": ({"on", "true", "1", "yes"}, Level.WARN),
     "default_transaction_isolation": ({"serializable", "repeatable read"}, Level.WARN),
 }
@@ -234,7 +212,7 @@ _DEFAULTS = {
 
 def read_settings(conn: psycopg.Connection[Any]) -> dict[str, Setting]:
     """Every setting a rule speaks of, and that this server has."""
-    names = [*(rule.name for rule in RULES), *_ALSO_READ]
+    names = [rule.name for rule in RULES]
     return {
         row[0]: Setting(
             name=row[0],

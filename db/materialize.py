@@ -1,15 +1,16 @@
 """The cold path: gives committed events their permanent offsets.
 
-Invariants: the batches of a partition are contiguous in every snapshot; every committed event becomes one batch;
-commits keep their real-time order.
+Invariants: the runs of a partition are contiguous in every snapshot; every committed event is in one run; commits keep
+their real-time order.
 
-How. A partition's cursor is a position `(seen_xid, seen_id)` in the order of its events, and the transactions that were
-still running below it (`in_flight`). Pending is what lies beyond the position, and whatever those transactions turn
-out to have committed. Ids alone would lose events, because a lower one can become visible later.
+How. The newest run of a partition is its end and its cursor: a position in the order of the events, and the
+transactions that were still running below it. Pending is what lies beyond the position, and whatever those
+transactions turn out to have committed (`db/sql/functions/cursors.sql`). Ids alone would lose events, because a lower
+one can become visible later. A pass inserts runs and changes nothing.
 
 Lock order: topic_partitions by ascending id, in a statement of its own before anything is read.
 
-After a crash at any step nothing is left behind: cursor, end offset and batches move in one transaction.
+After a crash at any step nothing is left behind: the runs of a pass appear in one transaction.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,11 +25,12 @@ from config.errors import UnknownPartitionError
 from config.strategy import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.execute import pin_plans, pipelined, run
+from db.topics import names_of
 from db.translate import domain_errors
 
-# Heap tuple (24 bytes header, 44 of columns, padded to 72, 4 of line pointer) and its entry in the primary key (8 bytes
-# header, 12 of columns, padded to 24, 4 of line pointer) of one row of record_batches.
-ROW_BYTES = 76 + 28
+# Heap tuple (32 bytes header with the bitmap of nulls, 64 to 80 of columns, 4 of line pointer) and its entry in the
+# primary key (8 bytes header, 12 of columns, padded to 24, 4 of line pointer) of one row of runs.
+RUN_BYTES = 112 + 28
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,15 +41,16 @@ class Moved:
     events: int
     records: int
     log_bytes: int
+    runs: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaterializationMetrics:
     """What one or several materializing transactions did.
 
-    The first six are the seed's. `transaction_size_bytes` is what the transaction added to the table and its index;
+    The first six are the seed's. `transaction_size_bytes` is what the transaction added to `runs` and its index;
     `error_rate` is the share of attempts that failed and were repeated. `batch_events` is how many events the last
-    transaction would have taken at most, those of late commits aside.
+    transaction would have taken at most.
     """
 
     processing_time_ms: float = 0.0
@@ -62,13 +65,17 @@ class MaterializationMetrics:
     errors: int = 0
     # Partitions that had events left when the transaction ended.
     backlog_partition_ids: tuple[int, ...] = ()
+    # Partitions that were passed over because somebody else has them locked.
+    busy_partition_ids: tuple[int, ...] = ()
+    # Partitions whose transaction fails, also alone.
+    stuck_partition_ids: tuple[int, ...] = ()
     strategy: Strategy | Literal["several"] = DEFAULT_STRATEGY
     batch_events: int = 0
     # One transaction's share of each partition; not kept in sums.
     moved: tuple[Moved, ...] = ()
 
     def __add__(self, other: Self) -> Self:
-        """Both together; the backlog is the later one's."""
+        """Both together; the backlog and what was busy are the later one's."""
         attempts = self.transactions + self.errors + other.transactions + other.errors
         errors = self.errors + other.errors
         return type(self)(
@@ -83,6 +90,8 @@ class MaterializationMetrics:
             transactions=self.transactions + other.transactions,
             errors=errors,
             backlog_partition_ids=other.backlog_partition_ids,
+            busy_partition_ids=other.busy_partition_ids,
+            stuck_partition_ids=self.stuck_partition_ids + other.stuck_partition_ids,
             strategy=other.strategy if other.transactions else self.strategy,
             batch_events=other.batch_events or self.batch_events,
         )
@@ -93,13 +102,16 @@ class MaterializationMetrics:
             self + other,
             partitions_processed=self.partitions_processed + other.partitions_processed,
             backlog_partition_ids=self.backlog_partition_ids + other.backlog_partition_ids,
+            busy_partition_ids=self.busy_partition_ids + other.busy_partition_ids,
             strategy=self.strategy if self.strategy == other.strategy else "several",
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: times rounded to microseconds, the backlog as a number of partitions."""
+        """For JSON: times rounded to microseconds, lists of partitions as their numbers."""
         values = asdict(self)
         values["backlog_partitions"] = len(values.pop("backlog_partition_ids"))
+        values["busy_partitions"] = len(values.pop("busy_partition_ids"))
+        values["stuck_partitions"] = len(values.pop("stuck_partition_ids"))
         del values["moved"]
         for name in ("processing_time_ms", "lock_wait_time_ms", "error_rate"):
             values[name] = round(values[name], 3)
@@ -112,15 +124,19 @@ def materialize(
     *,
     events_per_partition: int = 20_000,
     strategy: Strategy = DEFAULT_STRATEGY,
+    wait: bool = True,
 ) -> MaterializationMetrics:
     """Materialize pending events of these partitions, in one transaction.
 
-    At most `events_per_partition` of each (and all those of transactions that were late); partitions with more are in
-    `backlog_partition_ids`. `strategy` changes the speed and nothing else.
+    At most `events_per_partition` of each; partitions with more are in `backlog_partition_ids`. `strategy` changes the
+    speed and nothing else. What is reported is durable: `synchronous_commit` is on for the transaction where the
+    connection has less.
+
+    Waits for partitions that others have locked as long as the connection's `lock_timeout`; without `wait` it passes
+    them over, and they are in `busy_partition_ids`.
 
     Raises ValueError when a transaction is open on the connection already, UnknownPartitionError for an id that does
-    not exist, ForeignClusterError in a restored database; each changes nothing. Waits for locks as long as the
-    connection's `lock_timeout`.
+    not exist, ForeignClusterError in a restored database; each changes nothing.
     """
     ids = sorted(set(partition_ids))
     if not ids or events_per_partition < 1:
@@ -136,28 +152,34 @@ def materialize(
     # Two round trips: up to the answers of the statements, and the commit. Small transactions are little else.
     with domain_errors(), pipelined(conn):
         pin_plans(conn)
-        locking = run(conn, "lock_partitions", (Int4Array(ids),), prepare=True)
-        placing = run(conn, f"place_{strategy}", (Int4Array(ids), events_per_partition), prepare=True)
-        locked, waited = locking.fetchall()[0]
-        if locked != ids:
-            missing = sorted(set(ids) - set(locked or ()))
+        lock = "lock_partitions" if wait else "lock_free_partitions"
+        locking = run(conn, lock, (Int4Array(ids),), prepare=True)
+        placing = run(conn, f"place_{strategy}", (events_per_partition,), prepare=True)
+        locked, waited, _ = locking.fetchall()[0]
+        missing = sorted(set(ids) - set(locked))
+        if missing and not wait:
+            missing = sorted(set(missing) - names_of(conn, missing).keys())
+        if missing:
             raise UnknownPartitionError(
                 f"partition id {missing[0]} does not exist ({len(missing)} of {len(ids)} asked for). "
                 f"Read the ids of a topic's partitions with tidemark.partition_ids(topic)."
             )
-        rows: Sequence[tuple[int, int, int, int, bool]] = placing.fetchall()
-    moved = tuple(Moved(partition_id=row[0], events=row[1], records=int(row[2]), log_bytes=int(row[3])) for row in rows)
-    events = sum(m.events for m in moved)
+        rows: Sequence[tuple[int, int, int, int, int, bool]] = placing.fetchall()
+    moved = tuple(
+        Moved(partition_id=row[0], events=row[1], records=int(row[2]), log_bytes=int(row[3]), runs=row[4])
+        for row in rows
+    )
     return MaterializationMetrics(
         processing_time_ms=(perf_counter() - start) * 1000,
-        events_processed=events,
+        events_processed=sum(m.events for m in moved),
         partitions_processed=len(moved),
         lock_wait_time_ms=waited * 1000,
-        transaction_size_bytes=events * ROW_BYTES,
+        transaction_size_bytes=sum(m.runs for m in moved) * RUN_BYTES,
         records=sum(m.records for m in moved),
         log_bytes=sum(m.log_bytes for m in moved),
         transactions=1,
-        backlog_partition_ids=tuple(row[0] for row in rows if row[4]),
+        backlog_partition_ids=tuple(sorted(row[0] for row in rows if row[5])),
+        busy_partition_ids=tuple(sorted(set(ids) - set(locked))),
         strategy=strategy,
         batch_events=events_per_partition * len(ids),
         moved=moved,

@@ -12,10 +12,12 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import Connection, create_engine, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from config.errors import SchemaVersionError
+from config.errors import SchemaVersionError, TransientDatabaseError
 from db.schema import SCHEMA
 from db.statements import routine_files
 from db.translate import domain_errors
@@ -23,7 +25,7 @@ from db.translate import domain_errors
 # Any number, as long as it is always the same: the advisory lock migrations queue behind.
 _LOCK_KEY = 0x7469646D61726B
 # A migration that waits for a lock makes everything behind it wait too; better to fail and be tried again.
-_LOCK_TIMEOUT = "10s"
+LOCK_TIMEOUT = "10s"
 
 
 def _config() -> Config:
@@ -50,7 +52,7 @@ def upgrade(database_url: str) -> tuple[str | None, str]:
     """Migrate the database; returns the versions before and after.
 
     Safe to repeat and to run from several processes. Raises SchemaVersionError when the schema is newer than this
-    program.
+    program, TransientDatabaseError when it does not get its turn within `LOCK_TIMEOUT`.
     """
 
     def connect() -> psycopg.Connection:
@@ -58,8 +60,17 @@ def upgrade(database_url: str) -> tuple[str | None, str]:
 
     engine = create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool)
     with domain_errors(), engine.begin() as connection:
-        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
-        connection.execute(text(f"set local lock_timeout = '{_LOCK_TIMEOUT}'"))
+        # First, for it holds for the advisory lock as well, which any session could keep.
+        connection.execute(text(f"set local lock_timeout = '{LOCK_TIMEOUT}'"))
+        try:
+            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
+        except OperationalError as error:
+            if not isinstance(error.orig, LockNotAvailable):
+                raise
+            raise TransientDatabaseError(
+                f"another session has held the lock that migrations queue for longer than {LOCK_TIMEOUT}; try again "
+                f"when it is done, or find it in pg_locks, locktype 'advisory'"
+            ) from error
         connection.execute(text(f"create schema if not exists {SCHEMA}"))
         before = _version(connection)
         config = _config()

@@ -26,8 +26,12 @@ class Head:
 def observe_heads(conn: psycopg.Connection[Any], known_end_offsets: Mapping[int, int]) -> list[Head]:
     """Heads of the partitions in `known_end_offsets`, all in one snapshot."""
     with domain_errors():
+        # Planned each time: a plan kept from an empty log would scan a full one.
         rows = run(
-            conn, "observe_heads", (Int4Array(known_end_offsets), Int8Array(known_end_offsets.values()))
+            conn,
+            "observe_heads",
+            (Int4Array(known_end_offsets), Int8Array(known_end_offsets.values())),
+            prepare=False,
         ).fetchall()
     return [
         Head(
@@ -42,9 +46,9 @@ def observe_heads(conn: psycopg.Connection[Any], known_end_offsets: Mapping[int,
 
 
 def read_log(conn: psycopg.Connection[Any], partition_id: int) -> list[FetchedBatch]:
-    """Every batch of a partition by offset, straight from the table."""
+    """Every batch of a partition by offset, straight from its runs and events."""
     with domain_errors():
-        rows = run(conn, "read_log", (partition_id,)).fetchall()
+        rows = run(conn, "read_log", (partition_id,), prepare=False).fetchall()
     return [
         FetchedBatch(
             start_offset=row[0],

@@ -54,8 +54,6 @@ def session_settings(settings: Settings, server_version: int) -> dict[str, str]:
         "statement_timeout": f"{settings.statement_timeout * 1000:.0f}ms",
         # A client that is gone must not hold a partition's lock.
         "idle_in_transaction_session_timeout": f"{settings.statement_timeout * 1000:.0f}ms",
-        # Invariant 4, whatever the role's or database's default: an offset that was seen must survive a crash.
-        "synchronous_commit": "on",
     }
     if server_version >= _TRANSACTION_TIMEOUT_SINCE:
         values["transaction_timeout"] = f"{settings.transaction_timeout * 1000:.0f}ms"

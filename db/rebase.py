@@ -1,43 +1,65 @@
-"""Gives the cursors a meaning again after the database was restored into another cluster.
+"""Lets a database go on in the cluster it was restored into.
 
-Transaction ids are a cluster's own: after a dump and restore, the ids in cursors and events stand for nothing, and new
-commits would sort before old ones. All in one transaction: a crash leaves the database as it was, still refusing to
-run.
+Transaction ids are a cluster's own, and new ones may be lower than those in the log: what is added to them is raised,
+so that new commits come after all that is there. Nothing else changes. What was pending stays pending, in its order.
+Transactions that were running when the backup was taken run nowhere now, so what the backup holds of them is late,
+as after any other commit.
+
+All in one transaction: a crash leaves the database as it was, still refusing to run.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+from psycopg.errors import LockNotAvailable
 
-from db.statements import statement
+from config.errors import TransientDatabaseError
+from db.execute import run
 from db.translate import domain_errors
+
+LOCK_TIMEOUT = "10s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RebaseResult:
-    """Which cluster the database came from, where it is, and the events that still wait for an offset."""
+    """Which cluster the database came from (None where nothing says it), and where it is."""
 
-    was: int
+    was: int | None
     now: int
-    pending_events: int
 
 
 def rebase(conn: psycopg.Connection[Any], *, force: bool = False) -> RebaseResult | None:
-    """Rebase the cursors; None when the database is in its own cluster already and `force` is not given."""
+    """Rebase the log; None when the database is in its own cluster already and `force` is not given.
+
+    Raises TransientDatabaseError while commits, workers or a backup are under way.
+    """
     with domain_errors(), conn.transaction():
-        # What it classifies must be read after the locks were waited for.
+        # Each reading must see what was written while this waited for the lock.
         conn.execute("set transaction isolation level read committed")
-        conn.execute("set local lock_timeout = '10s'")
-        row = conn.execute(
-            "select c.system_identifier, s.system_identifier "
-            "from tidemark.cluster c, pg_control_system() s for update of c"
-        ).fetchone()
-        assert row is not None  # noqa: S101 - the migration puts the row there
-        was, now = row
+        conn.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'".encode())
+        was, now, _ = _read(conn)
         if was == now and not force:
             return None
-        conn.execute(statement("rebase"))
-        left = conn.execute("select count(*) from tidemark.record_batch_events").fetchone()
-    assert left is not None  # noqa: S101 - an aggregate returns a row
-    return RebaseResult(was=was, now=now, pending_events=left[0])
+        try:
+            # Commits and passes have read it, so they are waited for; those that come wait for us.
+            conn.execute("lock table tidemark.cluster in access exclusive mode")
+        except LockNotAvailable as error:
+            raise TransientDatabaseError(
+                f"commits, workers or a backup have been under way for {LOCK_TIMEOUT}: stop them, then try again"
+            ) from error
+        was, now, base = _read(conn)
+        if was == now and not force:
+            return None
+        run(conn, "raise_sequences")
+        # Not updated: a snapshot from before would go on with the old base. From a truncated table it gets no row, also
+        # not the old one, and tx_base() refuses.
+        conn.execute("truncate tidemark.cluster")
+        conn.execute("insert into tidemark.cluster (system_identifier, tx_base) values (%s, %s)", (now, base))
+    return RebaseResult(was=was, now=now)
+
+
+def _read(conn: psycopg.Connection[Any]) -> tuple[int | None, int, int]:
+    row = run(conn, "rebase").fetchone()
+    assert row is not None  # noqa: S101 - a row of scalars
+    return row[0], row[1], row[2]

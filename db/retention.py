@@ -1,18 +1,21 @@
-"""Applies the topics' retention limits: deletes the oldest batches of a log, in bounded transactions.
+"""Applies the topics' retention limits: deletes the oldest runs of a log, whole, in bounded transactions.
 
-The rule is Kafka's, with batches in the place of segments. By time: from the start, up to the first batch whose newest
-record is not older than `retention_ms` (a batch without timestamps, -1, is as old as its commit). By size: as long as
-what is left after deleting one more batch is still `retention_bytes` or more; so a log keeps at least its limit, and
-exceeds it by less than its oldest batch.
+The rule is Kafka's, with runs in the place of segments; it stands in `db/sql/functions/runs_to_delete.sql`. By time:
+from the start, up to the first run with a batch that is not older than `retention_ms`. By size: as long as what is left
+after deleting one more run is still `retention_bytes` or more; so a log keeps at least its limit, and exceeds it by
+less than its oldest run.
 
-Invariants: what is left is contiguous in every snapshot, because batches, start offset and byte size change in one
-transaction, and only ever a prefix goes. The start offset never goes back.
+Invariants: what is left is contiguous in every snapshot, because runs, their events and the start offset change in one
+transaction, and only ever a prefix goes. The start offset never goes back. The newest run stays, for it is the cursor;
+where its events are deleted, it goes with the next runs.
 
-Lock order: topic_partitions by ascending id, in a statement of its own before anything is read; then objects by
-ascending id. Materialization takes the first kind only, a commit neither.
+Nothing is updated: the new start is appended, like what was deleted of an object (`deleted_batches`).
 
-After a crash at any step nothing is left behind: one transaction deletes the batches, moves the head, counts the
-objects down and puts those without batches into dead_objects.
+Lock order: topic_partitions by ascending id, in a statement of its own before anything is read; partitions that others
+have locked are passed over. Then objects by ascending id, again before they are counted. Materialization takes the
+first kind only, a commit neither.
+
+After a crash at any step nothing is left behind: it is one transaction.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +25,14 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int4Array
-from db.execute import pin_plans, run
+from db.execute import pin_plans, pipelined, run
 from db.translate import domain_errors
 
 # Partitions looked at in one statement: some milliseconds.
 _PAGE = 1_000
-# Partitions that share a transaction. One transaction each falls behind with many thin partitions; many more would keep
-# materialization of all of them waiting.
-_GROUP = 200
+# Batches of a partition that a transaction deletes at least, where there are as many: those of a full run. Many
+# thin partitions share a transaction, up to `delete_batch` divided by this; one each would fall behind.
+_SHARE = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,62 +55,63 @@ def retain(
     after_partition_id: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> RetentionResult:
-    """Delete what the topics' limits let go, at most `delete_batch` batches per transaction.
+    """Delete what the topics' limits let go, at most `delete_batch` batches per transaction, or else one run.
 
-    Goes through the partitions of topics with limits in the order of (topic, partition), from the one after
-    `after_partition_id` on; from the first one when there is no such partition. Asks `stop` after each transaction and
-    each page. The connection must be in autocommit mode.
+    Goes through the partitions in the order of their ids, from the one after `after_partition_id` on. One that somebody
+    has locked is left for the next time. Asks `stop` after each transaction and each page. The connection must be in
+    autocommit mode.
 
-    Raises ForeignClusterError in a restored database, and the driver's CheckViolation where a counter is so wrong that
-    it would fall below zero (see `db.audit`): nothing is deleted on the strength of it.
+    Raises ForeignClusterError in a restored database.
     """
     if delete_batch < 1:
         raise ValueError(f"retention with {delete_batch} batches per transaction: pass at least one")
-    deleted = log_bytes = objects_freed = partitions = 0
+    deleted = log_bytes = objects_freed = 0
+    touched: set[int] = set()
 
     def result(next_partition_id: int | None) -> RetentionResult:
         return RetentionResult(
             deleted=deleted,
             log_bytes=log_bytes,
             objects_freed=objects_freed,
-            partitions=partitions,
+            partitions=len(touched),
             next_partition_id=next_partition_id,
         )
 
     while True:
-        with domain_errors():
-            page = run(conn, "find_expired", (after_partition_id, _PAGE)).fetchall()
-        if not page:
+        with domain_errors(), pipelined(conn):
+            pin_plans(conn)
+            last, expired = run(conn, "find_expired", (after_partition_id, _PAGE), prepare=True).fetchall()[0]
+        if last is None:
             return result(None)
-        expired: list[int] = [row[0] for row in page if row[1]]
-        size = min(_GROUP, delete_batch)
-        for start in range(0, len(expired), size):
-            group: Sequence[int] = expired[start : start + size]
-            touched: set[int] = set()
-            while group:
-                quota = delete_batch // len(group)
-                rows = _delete(conn, group, quota)
-                deleted += sum(row[1] for row in rows)
-                log_bytes += int(sum(row[2] for row in rows))
-                objects_freed += rows[0][3] if rows else 0
-                partitions += len({row[0] for row in rows} - touched)
-                touched.update(row[0] for row in rows)
-                group = [row[0] for row in rows if row[1] == quota]
-                if stop():
-                    # This page comes again; what is finished in it costs a probe each.
-                    return result(after_partition_id)
-        after_partition_id = page[-1][0]
-        if not expired and stop():
-            return result(after_partition_id)
+        size = max(1, delete_batch // _SHARE)
+        while expired:
+            group, expired = expired[:size], expired[size:]
+            batches, taken, in_partitions, unfinished, freed = _delete(conn, group, delete_batch // len(group))
+            deleted += batches
+            log_bytes += taken
+            objects_freed += freed
+            touched.update(in_partitions)
+            expired = sorted(unfinished) + expired
+            if stop():
+                return result(expired[0] - 1 if expired else last)
+        after_partition_id = last
+        if stop():
+            return result(last)
 
 
 def _delete(
-    conn: psycopg.Connection[Any], partition_ids: Sequence[int], quota: int
-) -> Sequence[tuple[int, int, int, int]]:
-    """One transaction: at most `quota` batches of each partition. Rows: partition id, batches, bytes, objects freed."""
-    with domain_errors(), conn.transaction():
+    conn: psycopg.Connection[Any], partition_ids: Sequence[int], share: int
+) -> tuple[int, int, list[int], list[int], int]:
+    """One transaction: at most `share` batches of each partition, or one run.
+
+    Returns batches, bytes, the partitions they were in, those of them that have more to delete, and objects freed.
+    """
+    with domain_errors(), pipelined(conn):
         pin_plans(conn)
-        ids = Int4Array(sorted(partition_ids))
-        run(conn, "lock_partitions", (ids,))
-        rows: Sequence[tuple[int, int, int, int]] = run(conn, "delete_expired", (ids, quota)).fetchall()
-    return rows
+        run(conn, "lock_free_partitions", (Int4Array(partition_ids),), prepare=True)
+        deleting = run(conn, "delete_expired", (share,), prepare=True)
+        run(conn, "lock_spent_objects", prepare=True)
+        freeing = run(conn, "free_spent_objects", prepare=True)
+        batches, log_bytes, touched, unfinished, _ = deleting.fetchall()[0]
+        freed: int = freeing.fetchall()[0][0]
+    return batches, log_bytes, touched, unfinished, freed

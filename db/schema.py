@@ -5,8 +5,6 @@ in the order of their width, widest first, so that no row carries padding. Const
 interface: `db.translate` turns them into domain errors.
 """
 
-from typing import Any
-
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -27,27 +25,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
-from sqlalchemy.types import UserDefinedType
 
 SCHEMA = "tidemark"
-
-
-class Xid8(UserDefinedType[str]):
-    """A transaction id with its epoch: never wraps, so old rows stay comparable."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "xid8"
-
-
-class PgSnapshot(UserDefinedType[str]):
-    """`pg_snapshot`: which transactions were finished, running and yet to come at one moment."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "pg_snapshot"
 
 
 metadata = MetaData(schema=SCHEMA)
@@ -79,46 +58,28 @@ topics = Table(
 topic_partitions = Table(
     "topic_partitions",
     metadata,
+    # Identity and nothing else: written when a topic is created. Commits validate against these rows and materializing
+    # locks them, so what changes (end, start, cursor) is appended to tables of its own: a row that is updated while a
+    # snapshot is held grows a version that every reader passes.
     Column("topic_id", Uuid, ForeignKey(topics.c.id, name="topic_partitions_topic_id_fkey"), nullable=False),
-    Column("start_offset", BigInteger, server_default=text("0"), nullable=False),
-    Column("end_offset", BigInteger, server_default=text("0"), nullable=False),
-    Column("byte_size", BigInteger, server_default=text("0"), nullable=False),
-    # The cursor: every event at or below (seen_xid, seen_id) is materialized, except those of the
-    # transactions in `in_flight`, which were still running when the cursor passed them.
-    Column("seen_xid", Xid8, server_default=text("'0'"), nullable=False),
-    Column("seen_id", BigInteger, server_default=text("0"), nullable=False),
     # Given at creation, never reused: a broker's cached id can become unknown, never another partition's.
     Column("id", Integer, Identity(always=True), nullable=False),
     Column("partition", Integer, nullable=False),
-    Column("in_flight", ARRAY(Xid8), server_default=text("'{}'"), nullable=False),
     # The lock order of everything that locks partitions.
     PrimaryKeyConstraint("id", name="topic_partitions_pkey"),
     # A topic has each partition number once; resolves (topic, partition).
     UniqueConstraint("topic_id", "partition", name="topic_partitions_topic_id_partition_key"),
     CheckConstraint("partition >= 0", name="topic_partitions_partition_not_negative"),
-    # Invariant 1: the log is [start_offset, end_offset).
-    CheckConstraint("0 <= start_offset and start_offset <= end_offset", name="topic_partitions_offsets_ordered"),
-    # Retention by size subtracts what materialization added, never more.
-    CheckConstraint("byte_size >= 0", name="topic_partitions_byte_size_not_negative"),
-    # Updated by every materialization, a whole page of neighbours in one transaction: room for a second version of each
-    # row, so that all of these updates are HOT. And vacuum before they pile up (the defaults wait for a fifth of the
-    # table and then sleep between pages).
-    postgresql_with={
-        "fillfactor": "45",
-        "autovacuum_vacuum_threshold": "1000",
-        "autovacuum_vacuum_scale_factor": "0.02",
-        "autovacuum_vacuum_cost_delay": "0",
-    },
 )
 
 objects = Table(
     "objects",
     metadata,
     Column("id", BigInteger, Identity(always=True), nullable=False),
-    Column("xid", Xid8, server_default=text("pg_current_xact_id()"), nullable=False),
+    # The order of commits, see `cluster`.
+    Column("tx", BigInteger, nullable=False),
     Column("committed_at", _timestamp, server_default=_now, nullable=False),
-    # Batches of this object that are not deleted; at zero the object can go from storage.
-    Column("live_batches", Integer, nullable=False),
+    Column("batches", Integer, nullable=False),
     Column("key", Text(collation="C"), nullable=False),
     Column("content_hash", LargeBinary, nullable=False),
     # The partitions the commit touched, each once, and how many batches it brought to each: fan-out sizes
@@ -129,19 +90,17 @@ objects = Table(
     # Invariant 6: one key is one commit, also when two replays run at the same moment.
     UniqueConstraint("key", name="objects_key_key"),
     # Fan-out reads the commits since its last snapshot, and only those (invariant 7).
-    Index("objects_xid_idx", "xid"),
-    CheckConstraint("live_batches >= 0", name="objects_live_batches_not_negative"),
+    Index("objects_tx_idx", "tx"),
     CheckConstraint("octet_length(key) between 1 and 1024", name="objects_key_length"),
     CheckConstraint("cardinality(partition_ids) = cardinality(batch_counts)", name="objects_counts_match_partitions"),
-    # Retention counts live_batches down in place: leave room for HOT updates.
-    postgresql_with={"fillfactor": "90"},
 )
 
 record_batch_events = Table(
     "record_batch_events",
     metadata,
-    Column("xid", Xid8, server_default=text("pg_current_xact_id()"), nullable=False),
-    # Orders the events of one transaction; order between transactions is xid's. So a session may hold a
+    # The log. Rows are inserted by commits and deleted by retention, never updated or moved.
+    Column("tx", BigInteger, nullable=False),
+    # Orders the events of one transaction; order between transactions is tx's. So a session may hold a
     # range of ids in cache, which spares a WAL record in most commits.
     Column("id", BigInteger, Identity(always=True, cache=1000), nullable=False),
     Column("object_id", BigInteger, nullable=False),
@@ -151,64 +110,136 @@ record_batch_events = Table(
     Column("n_records", Integer, nullable=False),
     Column("byte_length", Integer, nullable=False),
     # The order of offsets, and the only index: each further one costs the hot path 15 to 30 per cent. No
-    # foreign keys either: one to topic_partitions would lock the head row in every commit.
-    PrimaryKeyConstraint("partition_id", "xid", "id", name="record_batch_events_pkey"),
+    # foreign keys either: one to topic_partitions would lock the partition's row in every commit.
+    PrimaryKeyConstraint("partition_id", "tx", "id", name="record_batch_events_pkey"),
     # A batch without records would have no offset (invariant 1).
     CheckConstraint("n_records >= 1", name="record_batch_events_n_records_positive"),
     CheckConstraint("byte_offset >= 0 and byte_length >= 0", name="record_batch_events_range_not_negative"),
-    # Insert-and-delete only: vacuum by inserts would read all of it for nothing, so it goes by the deletes
-    # of trim, early and without pauses.
-    postgresql_with={
-        "autovacuum_vacuum_threshold": "10000",
-        "autovacuum_vacuum_scale_factor": "0.05",
-        "autovacuum_vacuum_cost_delay": "0",
-        "autovacuum_analyze_scale_factor": "0.2",
-    },
 )
 
-record_batches = Table(
-    "record_batches",
+runs = Table(
+    "runs",
     metadata,
+    # What materializing writes, and all it writes: neighbouring events that were given neighbouring offsets. The newest
+    # run of a partition is its end offset and its cursor. How to read one: db/sql/functions/run_events.sql.
     Column("start_offset", BigInteger, nullable=False),
-    Column("object_id", BigInteger, nullable=False),
-    Column("byte_offset", BigInteger, nullable=False),
+    Column("end_offset", BigInteger, nullable=False),
+    # Bytes in object storage of all batches up to here, since the partition exists: a size is a difference of two.
+    Column("end_bytes", BigInteger, nullable=False),
+    # The greatest of all batches up to here, so it never falls along the offsets: a time is found by search.
     Column("max_timestamp", BigInteger, nullable=False),
+    # The run's events are those from (first_tx, first_id) to (last_tx, last_id), both included. No id: all of the
+    # transaction's, from its first or to its last.
+    Column("first_tx", BigInteger, nullable=False),
+    Column("last_tx", BigInteger, nullable=False),
+    Column("first_id", BigInteger),
+    Column("last_id", BigInteger),
+    # Of a run of one late transaction: the position, which such a run does not move. Others stand at their last event.
+    Column("seen_tx", BigInteger),
+    Column("seen_id", BigInteger),
+    # Of a pass's last run, where it met transactions that were running: the row of `passes`.
+    Column("pass_tx", BigInteger),
     Column("partition_id", Integer, nullable=False),
-    Column("n_records", Integer, nullable=False),
-    Column("byte_length", Integer, nullable=False),
-    # No offset twice (invariant 4); fetch reads along it. A second index would cost a quarter of the
-    # materializer's throughput. What the rows hold was checked when they were events.
-    PrimaryKeyConstraint("partition_id", "start_offset", name="record_batches_pkey"),
+    Column("batches", Integer, nullable=False),
+    # Transactions between the first and the last that were running when the run was made: their events are not in it.
+    # Empty: there are none, but some ran between the last run and this one, whose events lie between both in the key.
+    Column("skipped", ARRAY(BigInteger)),
+    # Of a pass's last run: late transactions that were visible, and are not placed (to their end).
+    Column("late", ARRAY(BigInteger)),
+    # No offset twice (invariant 4); fetch reads along it.
+    PrimaryKeyConstraint("partition_id", "start_offset", name="runs_pkey"),
+    # Fetch finds the next run that is apart, whose events or those before it do not follow each other in the key. Up to
+    # it the runs need not be read, however thin they are.
+    Index(
+        "runs_apart_idx",
+        "partition_id",
+        "start_offset",
+        postgresql_where=text("seen_tx is not null or skipped is not null"),
+    ),
+    # Invariant 1: a run has records. Overflow of a bigint is an error of its own.
+    CheckConstraint("0 <= start_offset and start_offset < end_offset", name="runs_offsets_ordered"),
+)
+
+passes = Table(
+    "passes",
+    metadata,
+    # The transactions that were running when a pass placed, ascending: what they commit below the position is late. A
+    # row for all runs of a pass; one in each of them made passes under many open transactions 25 times as slow. The
+    # sweep deletes rows whose transactions are settled in every partition: then no row means that none is late.
+    Column("tx", BigInteger, autoincrement=False, nullable=False),
+    Column("in_flight", ARRAY(BigInteger), nullable=False),
+    PrimaryKeyConstraint("tx", name="passes_pkey"),
+)
+
+log_starts = Table(
+    "log_starts",
+    metadata,
+    # Where a log starts, once something was deleted from it: the row with the highest offset. Beside the partition, not
+    # in it: retention would leave a version behind that every commit reads.
+    Column("start_offset", BigInteger, nullable=False),
+    # Bytes of the batches before it.
+    Column("start_bytes", BigInteger, nullable=False),
+    # The run before it, where that was the newest: it stayed as the cursor. The next deletion finds it by this, without
+    # a search among deleted ones.
+    Column("stale_run", BigInteger),
+    Column("partition_id", Integer, nullable=False),
+    PrimaryKeyConstraint("partition_id", "start_offset", name="log_starts_pkey"),
 )
 
 cluster = Table(
     "cluster",
     metadata,
-    # The cluster whose transaction ids the cursors speak of. In another cluster they mean nothing, so
-    # commit and materialize refuse to run there until `celery -A tasks rebase`.
+    # The cluster whose transaction ids the log speaks of. In another cluster they mean nothing, so commit and
+    # materialize refuse to run there until `celery -A tasks rebase`.
     Column("system_identifier", BigInteger, nullable=False),
+    # The order of commits is tx = tx_base + the id of the committing transaction. Rebase raises it, so that new
+    # ones lie above all that are there.
+    Column("tx_base", BigInteger, nullable=False),
     Column("singleton", Boolean, server_default=text("true"), nullable=False),
     PrimaryKeyConstraint("singleton", name="cluster_pkey"),
     CheckConstraint("singleton", name="cluster_one_row"),
 )
 
-fan_out_state = Table(
-    "fan_out_state",
+fan_outs = Table(
+    "fan_outs",
     metadata,
+    # The newest row is how far fan-out got: all commits up to seen_tx but those of the transactions in_flight.
+    Column("id", BigInteger, Identity(always=True), nullable=False),
+    Column("seen_tx", BigInteger, nullable=False),
     Column("seen_at", _timestamp, server_default=_now, nullable=False),
-    Column("singleton", Boolean, server_default=text("true"), nullable=False),
-    # Commits visible in this snapshot are dispatched.
-    Column("seen", PgSnapshot, server_default=text("pg_current_snapshot()"), nullable=False),
-    PrimaryKeyConstraint("singleton", name="fan_out_state_pkey"),
-    CheckConstraint("singleton", name="fan_out_state_one_row"),
-    postgresql_with={"fillfactor": "50"},
+    Column("in_flight", ARRAY(BigInteger), nullable=False),
+    PrimaryKeyConstraint("id", name="fan_outs_pkey"),
+)
+
+sweeps = Table(
+    "sweeps",
+    metadata,
+    # The newest row is what the last full round of the sweep found: the transactions below settled_tx but those in
+    # unsettled were over, and all that they committed had its offsets. Nobody looks for late events of theirs any more.
+    Column("id", BigInteger, Identity(always=True), nullable=False),
+    Column("settled_tx", BigInteger, nullable=False),
+    # Rows of `passes` below it are deleted.
+    Column("collected_tx", BigInteger, nullable=False),
+    Column("swept_at", _timestamp, server_default=_now, nullable=False),
+    Column("unsettled", ARRAY(BigInteger), nullable=False),
+    PrimaryKeyConstraint("id", name="sweeps_pkey"),
+)
+
+deleted_batches = Table(
+    "deleted_batches",
+    metadata,
+    # How many batches of an object a transaction deleted. Appended: counting down in the object would leave a version
+    # of its row behind for each of its partitions.
+    Column("object_id", BigInteger, nullable=False),
+    Column("tx", BigInteger, nullable=False),
+    Column("batches", Integer, nullable=False),
+    PrimaryKeyConstraint("object_id", "tx", name="deleted_batches_pkey"),
 )
 
 dead_objects = Table(
     "dead_objects",
     metadata,
-    # Objects whose last batch was deleted, for the broker that removes them from storage. A table of its own,
-    # so that `objects` needs no index on live_batches, which would forbid HOT updates of it.
+    # Objects whose last batch was deleted, for the broker that removes them from storage.
     Column(
         "object_id",
         BigInteger,

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 import psycopg
 
@@ -17,6 +17,9 @@ from db.partitions import PartitionState, TopicState, describe_partitions, descr
 from db.translate import domain_errors
 
 _ROWS = 20
+
+HolderKind = Literal["session", "standby", "prepared transaction", "replication slot"]
+HOLDER_KINDS: tuple[HolderKind, ...] = get_args(HolderKind)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,19 +53,22 @@ class LockWait:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldCursor:
-    """An open transaction that the cursors of `partitions` partitions keep an eye on; a prepared one has a `gid`."""
+class Holder:
+    """What is open and holds something up: vacuum, and with an id also the offsets of what it commits.
 
-    xid: str
-    partitions: int
-    pid: int | None
+    `name` is a process id, the name of a prepared transaction or of a slot. `seconds` is how long it has been open; of
+    a standby and a slot the age of the oldest commit that they do not see.
+    """
+
+    kind: HolderKind
+    name: str
     database: str | None
     user: str | None
     application: str | None
     state: str | None
-    age: float | None
+    has_id: bool
+    seconds: float | None
     query: str | None
-    gid: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +88,7 @@ class Reading:
     topics: tuple[TopicState, ...]
     pending: tuple[PartitionState, ...]
     lock_waits: tuple[LockWait, ...]
-    held_cursors: tuple[HeldCursor, ...]
+    holders: tuple[Holder, ...]
     dispatch: Dispatch
 
     def backlogs(self) -> dict[str, TopicBacklog]:
@@ -116,8 +122,8 @@ def read_status(conn: psycopg.Connection[Any], names: Sequence[str] | None = Non
             topics=topics,
             pending=tuple(describe_partitions(conn, names, only_pending=True)),
             lock_waits=tuple(_lock_waits(conn)),
-            held_cursors=tuple(_held_cursors(conn)),
-            dispatch=_dispatch(conn),
+            holders=tuple(find_holders(conn, _ROWS)),
+            dispatch=read_dispatch(conn),
         )
 
 
@@ -143,21 +149,21 @@ def _lock_waits(conn: psycopg.Connection[Any]) -> list[LockWait]:
     ]
 
 
-def _held_cursors(conn: psycopg.Connection[Any]) -> list[HeldCursor]:
+def find_holders(conn: psycopg.Connection[Any], limit: int) -> list[Holder]:
+    """What is open, the oldest first."""
     return [
-        HeldCursor(
-            xid=row[0],
-            partitions=row[1],
-            pid=row[2],
-            database=row[3],
-            user=row[4],
-            application=row[5],
-            state=row[6],
-            age=row[7],
+        Holder(
+            kind=row[0],
+            name=row[1],
+            database=row[2],
+            user=row[3],
+            application=row[4],
+            state=row[5],
+            has_id=row[6],
+            seconds=row[7],
             query=_without_hint(row[8]),
-            gid=row[9],
         )
-        for row in run(conn, "find_held_cursors", (_ROWS,), prepare=False).fetchall()
+        for row in run(conn, "find_holders", (limit,), prepare=False).fetchall()
     ]
 
 
@@ -170,7 +176,8 @@ def _without_hint(query: str | None) -> str | None:
     return None if query is None else re.sub(r"\A/\*\+.*?\*/\s*", "", query, count=1, flags=re.DOTALL)
 
 
-def _dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
+def read_dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
+    """Read it."""
     row = run(conn, "read_dispatch", prepare=False).fetchone()
-    assert row is not None  # noqa: S101 - the migration puts both rows there
+    assert row is not None  # noqa: S101 - the migration puts the row there, and the newest one stays
     return Dispatch(last=row[0], undispatched=row[1], own_cluster=row[2])

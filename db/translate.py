@@ -11,10 +11,12 @@ from sqlalchemy.exc import DBAPIError
 from config.errors import (
     InvalidCommitError,
     InvalidTopicError,
+    OffsetNotAvailableError,
     SchemaVersionError,
     TidemarkError,
     TopicExistsError,
     TransientDatabaseError,
+    UnknownPartitionError,
 )
 
 # What may succeed when it is simply done again: nothing was committed, or committing twice is harmless.
@@ -30,7 +32,11 @@ TRANSIENT = (
     errors.CannotConnectNow,
     errors.DatabaseDropped,
     errors.TooManyConnections,
+    # What was the primary is a standby now: the next connection may find the new one.
+    errors.ReadOnlySqlTransaction,
     PoolTimeout,
+    OffsetNotAvailableError,
+    TransientDatabaseError,
 )
 
 # What a database that was not migrated answers.
@@ -67,13 +73,36 @@ def is_int(value: object) -> bool:
 def is_transient(error: BaseException) -> bool:
     """Whether doing the same again may succeed.
 
-    A plain OperationalError without an SQLSTATE is a lost or refused connection.
+    A plain OperationalError without an SQLSTATE is a lost or refused connection; so is one of class 08, which is
+    what PgBouncer answers for the server ("server conn crashed?", "query_wait_timeout").
     """
     if isinstance(error, DBAPIError) and error.orig is not None:
         error = error.orig
-    if isinstance(error, (TransientDatabaseError, *TRANSIENT)):
+    if isinstance(error, TRANSIENT):
         return True
-    return isinstance(error, psycopg.OperationalError) and error.sqlstate is None
+    return isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08").startswith("08")
+
+
+# What the work at hand met: a smaller transaction, or one of other partitions, may not.
+_OF_THE_WORK = (
+    errors.DeadlockDetected,
+    errors.SerializationFailure,
+    errors.LockNotAvailable,
+    errors.QueryCanceled,
+    errors.TransactionTimeout,
+    errors.IdleInTransactionSessionTimeout,
+)
+# Out of disk, memory or connections; a failing disk; a privilege that is missing.
+_OF_THE_SERVER = ("53", "58", "42501")
+
+
+def would_meet_all(error: BaseException) -> bool:
+    """Whether any transaction would fail like this: for the connection or the server, not for what it worked on."""
+    if isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(_OF_THE_SERVER):
+        return True
+    if is_transient(error):
+        return not isinstance(error, _OF_THE_WORK)
+    return not isinstance(error, (psycopg.Error, UnknownPartitionError))
 
 
 def to_domain(error: psycopg.Error) -> TidemarkError | None:

@@ -20,11 +20,15 @@ _LONGEST_PAUSE = 5.0
 
 
 def with_retries(
-    settings: Settings, work: Callable[[], _Result], *, on_error: Callable[[BaseException], None] | None = None
+    settings: Settings,
+    work: Callable[[], _Result],
+    *,
+    on_error: Callable[[BaseException], None] | None = None,
+    retry: Callable[[BaseException], bool] = is_transient,
 ) -> _Result:
     """Return `work()`, repeated as the settings allow; TransientDatabaseError when that was not enough.
 
-    `on_error` hears of each failed attempt.
+    `on_error` hears of each failed attempt. An error that `retry` does not admit ends it at once, and stays what it is.
     """
 
     def note(state: RetryCallState) -> None:
@@ -38,7 +42,7 @@ def with_retries(
                 on_error(error)
 
     attempts = Retrying(
-        retry=retry_if_exception(is_transient),
+        retry=retry_if_exception(retry),
         stop=stop_after_attempt(settings.retries + 1),
         wait=wait_random_exponential(multiplier=settings.retry_seconds, max=_LONGEST_PAUSE),
         after=note,
@@ -47,7 +51,7 @@ def with_retries(
     try:
         return attempts(work)
     except Exception as error:
-        if not is_transient(error):
+        if not (retry(error) and is_transient(error)):
             raise
         raise TransientDatabaseError(
             f"Postgres failed {settings.retries + 1} times in a row, at last with {type(error).__name__}: "

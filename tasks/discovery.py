@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from db.discover import Pending, find_committed, save_seen
+from db.discover import Pending, find_committed, save_fan_out
 from db.discover import sweep as sweep_partitions
 from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def fan_out_once(app: TidemarkApp, *, commits_at_most: int = 50_000) -> dict[str, int]:
     """Dispatch the partitions of all commits since the last fan-out; with more of them than that, sweep instead.
 
-    The snapshot is saved after publishing: a crash in between dispatches twice, never not at all.
+    How far it got is saved after publishing: a crash in between dispatches twice, never not at all.
     """
     with app.database.connection() as conn:
         found = find_committed(conn, limit=commits_at_most)
@@ -27,7 +27,7 @@ def fan_out_once(app: TidemarkApp, *, commits_at_most: int = 50_000) -> dict[str
             log.info("too many new commits, sweeping all partitions", extra={"commits": found.commits})
             partitions = tuple(sweep_partitions(conn))
         tasks = dispatch(app, conn, partitions)
-        save_seen(conn, found.snapshot)
+        save_fan_out(conn, found)
     log.info("fanned out", extra={"commits": found.commits, "partitions": len(partitions), "tasks_published": tasks})
     return {"commits": found.commits, "partitions": len(partitions), "tasks": tasks}
 

@@ -1,8 +1,8 @@
 """Prometheus metrics of the whole installation, from one program.
 
-Three sources, read side by side when Prometheus asks: Postgres (backlog, lag, cursors, sizes), Redis (what the workers
-added up, see `tasks.figures`) and the broker (heartbeats of the workers, depth of the queues). A source that does not
-answer in time leaves its metrics out and says so in `tidemark_exporter_source_up`; the others go on.
+Three sources, read side by side when Prometheus asks: Postgres (backlog, lag, what is open, sizes), Redis (what the
+workers added up, see `tasks.figures`) and the broker (heartbeats of the workers, depth of the queues). A source that
+does not answer in time leaves its metrics out and says so in `tidemark_exporter_source_up`; the others go on.
 
 What a scrape costs the servers is bounded: a source is read at most every `metrics_seconds`, and never more than a
 tenth of the time, so that a database where it takes long is asked less often. Labels are bounded as well: topics by
@@ -194,10 +194,7 @@ def overdue_seconds(app: TidemarkApp) -> float:
 def postgres_metrics(found: Figures) -> list[Metric]:
     """Metrics of the database's figures."""
     labels = {(t.name or figures.OTHER,): t for t in found.topics}
-    # A topic where nothing waits has a backlog of 0, not none.
-    nothing: dict[tuple[str, ...], float] = dict.fromkeys(labels, 0.0)
-    backlog = {(b.name or figures.OTHER,): b for b in found.backlog}
-    now = time.time()
+    audited = [t.audited_at for t in found.topics if t.audited_at is not None]
     return [
         _gauge("topics", "Topics.", sum(t.topics for t in found.topics)),
         _gauge("partitions", "Partitions of a topic.", {k: t.partitions for k, t in labels.items()}, "topic"),
@@ -219,34 +216,40 @@ def postgres_metrics(found: Figures) -> list[Metric]:
         _gauge(
             "backlog_events",
             "Committed events that have no offset yet; a lower bound while tidemark_backlog_count_capped is 1.",
-            nothing | {k: b.events for k, b in backlog.items()},
+            {k: t.events for k, t in labels.items()},
             "topic",
         ),
         _gauge(
             "backlog_partitions",
             "Partitions with such events.",
-            nothing | {k: b.partitions for k, b in backlog.items()},
+            {k: t.waiting for k, t in labels.items()},
             "topic",
         ),
         _gauge(
             "backlog_overdue_partitions",
             "Partitions whose oldest such event has waited through two sweeps and a task's time limit.",
-            nothing | {k: b.overdue for k, b in backlog.items()},
+            {k: t.overdue for k, t in labels.items()},
             "topic",
         ),
         _gauge("backlog_count_capped", "Whether counting the backlog stopped at its limit.", found.capped),
         _gauge(
             "lag_seconds",
             "Age of the oldest committed event that has no offset yet.",
-            nothing | {k: b.lag for k, b in backlog.items()},
+            {k: t.lag for k, t in labels.items()},
             "topic",
         ),
         _gauge(
-            "cursor_held_transactions",
-            "Open transactions that cursors have passed and look for in every materialization (counted up to 100).",
-            found.held_transactions,
+            "open_transactions",
+            "Open transactions that have an id: what they commit comes late (counted up to 100).",
+            found.open_transactions,
         ),
-        _gauge("cursor_held_seconds", "Age of the oldest of them.", found.held_seconds),
+        _gauge("open_transaction_seconds", "Age of the oldest of them.", found.open_seconds),
+        _gauge(
+            "vacuum_held_seconds",
+            "How long sessions, standbys, prepared transactions and slots have kept dead rows from vacuum.",
+            {(kind,): seconds for kind, seconds in found.held_seconds.items()},
+            "holder",
+        ),
         _gauge(
             "lock_waiting_sessions", "Database sessions that wait for a lock (counted up to 100).", found.lock_waits
         ),
@@ -254,24 +257,24 @@ def postgres_metrics(found: Figures) -> list[Metric]:
         _gauge(
             "fan_out_last_found_timestamp_seconds",
             "When fan-out last found commits, in seconds since the epoch.",
-            now - found.fan_out_age,
+            time.time() - found.dispatch.last,
         ),
         _gauge(
             "fan_out_waiting_seconds",
             "Age of the oldest commit that fan-out has not seen; 0 where there is none.",
-            found.undispatched_seconds,
+            found.dispatch.undispatched or 0.0,
         ),
         _gauge(
             "cluster_matches",
-            "Whether the database is in the cluster its cursors belong to; after a restore elsewhere it is not.",
-            found.own_cluster,
+            "Whether the database is in the cluster its log belongs to; after a restore elsewhere it is not.",
+            found.dispatch.own_cluster,
         ),
         _gauge(
             "audit_progress_timestamp_seconds",
             "When an audit last read new batches, in seconds since the epoch.",
-            {} if found.audited_at is None else {(): found.audited_at},
+            {(): max(audited)} if audited else {},
         ),
-        _gauge("audit_unread_records", "Records that no audit has read yet.", found.unaudited_records),
+        _gauge("audit_unread_records", "Records that no audit has read yet.", sum(t.unaudited for t in found.topics)),
         _gauge(
             "database_connections",
             "Sessions of the database by state, Tidemark's own and other ones.",

@@ -13,7 +13,7 @@ import logging
 import os
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from time import monotonic, perf_counter, time
@@ -23,7 +23,7 @@ from celery import signals
 from redis import Redis, RedisError
 
 from config.errors import TidemarkError
-from db.materialize import ROW_BYTES, MaterializationMetrics
+from db.materialize import RUN_BYTES, MaterializationMetrics
 from db.translate import TRANSIENT
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 KEY = "tidemark:figures"
 TOPICS_KEY = "tidemark:figures:topics"
+# Partitions that cannot be materialized, by name: when that was found last, and why.
+STUCK_KEY = "tidemark:stuck"
 # No topic can be called so: neither has a legal name.
 OTHER = "(other)"
 SEVERAL = "(several)"
@@ -55,6 +57,10 @@ end
 
 _PAUSE_SECONDS = 10.0
 _REFUSED_SECONDS = 60.0
+# What is kept of partitions that are stuck: so many of a task, so much of the reason, so long after the last of them.
+_STUCK = 20
+_WHY = 300
+_STUCK_SECONDS = 3600
 _KINDS = frozenset(
     {"OperationalError", "InterfaceError"}
     | {kind.__name__ for kind in TRANSIENT}
@@ -96,7 +102,7 @@ FAMILIES = (
     Family(name="materialize_log_bytes", help="Bytes of those events in object storage.", labels=_BY_TOPIC),
     Family(
         name="materialize_transaction_bytes",
-        help="Bytes that materializing transactions added to record_batches and its index, estimated by rows.",
+        help="Bytes that materializing transactions added to runs and its index, estimated by rows.",
         labels=_BY_TOPIC,
     ),
     Family(
@@ -110,12 +116,14 @@ FAMILIES = (
         help="Materializing transactions that failed, by error; most are repeated at once.",
         labels=("kind",),
     ),
+    Family(
+        name="materialize_stuck", help="Partitions that a task could not materialize; the others of it were served."
+    ),
     Family(name="task_runs", help="Tasks that ended, by outcome.", labels=("task", "outcome")),
     Family(name="task_seconds", help="Time tasks ran.", labels=("task",), time=True),
     Family(name="fan_out_commits", help="Commits that fan-out found."),
     Family(name="fan_out_tasks", help="Materialize tasks published by what found the work.", labels=("by",)),
     Family(name="sweep_partitions", help="Partitions with pending events that the sweep met."),
-    Family(name="trim_events", help="Consumed events that were deleted."),
     Family(name="retention_batches", help="Batches that retention deleted."),
     Family(name="retention_log_bytes", help="Their bytes in object storage."),
     Family(name="audit_violations", help="Broken invariants that tasks.audit met."),
@@ -152,6 +160,7 @@ class WorkerFigures:
         self._lock = Lock()
         self._added: dict[tuple[str, ...], int] = defaultdict(int)
         self._set: dict[str, float] = {}
+        self._stuck: dict[str, str] = {}
         self._admitted: set[str] = {SEVERAL, OTHER}
         self._refused: dict[str, float] = {}
         self._silent_until = 0.0
@@ -188,7 +197,7 @@ class WorkerFigures:
             self.add("materialize_events", *own, amount=moved.events)
             self.add("materialize_records", *own, amount=moved.records)
             self.add("materialize_log_bytes", *own, amount=moved.log_bytes)
-            self.add("materialize_transaction_bytes", *own, amount=moved.events * ROW_BYTES)
+            self.add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
         self.add("materialize_attempts")
 
     def failed(self, error: BaseException) -> None:
@@ -197,14 +206,26 @@ class WorkerFigures:
         self.add("materialize_attempts")
         self.add("materialize_errors", kind if kind in _KINDS else "other")
 
+    def stuck(self, ids: Sequence[int], error: BaseException, describe: Callable[[Sequence[int]], str]) -> None:
+        """Report partitions that cannot be materialized by name: in the log, as a metric, and for `status`."""
+        why = f"{type(error).__name__}: {str(error).strip()}"
+        log.error(
+            "partitions cannot be materialized",
+            extra={"partitions": describe(ids), "error": why, "next": "each sweep tries again"},
+        )
+        self.add("materialize_stuck", amount=len(ids))
+        with self._mine():
+            self._stuck.update({describe([i]): f"{time():.0f} {why[:_WHY]}" for i in ids[:_STUCK]})
+
     def flush(self) -> None:
         """Send what was added up; keeps it for the next time when Redis does not take it."""
         redis = self._redis()
         with self._mine():
-            if not (self._added or self._set) or monotonic() < self._silent_until:
+            if not (self._added or self._set or self._stuck) or monotonic() < self._silent_until:
                 return
             added, self._added = self._added, defaultdict(int)
             values, self._set = self._set, {}
+            stuck, self._stuck = self._stuck, {}
         if redis is None:
             return
         try:
@@ -216,6 +237,9 @@ class WorkerFigures:
             for name, value in values.items():
                 arguments += [name, str(value)]
             redis.eval(_SEND, 1, KEY, *arguments)
+            if stuck:
+                redis.hset(STUCK_KEY, mapping=dict[Any, Any](stuck))
+                redis.expire(STUCK_KEY, _STUCK_SECONDS)
         except RedisError as error:
             log.warning("figures are kept until Redis is back", extra={"error": str(error)})
             with self._mine():
@@ -223,6 +247,7 @@ class WorkerFigures:
                 for labels, amount in added.items():
                     self._added[labels] += amount
                 self._set = {**values, **self._set}
+                self._stuck = {**stuck, **self._stuck}
 
     def _admit(self, redis: "Redis", topics: set[str]) -> set[str]:
         """Topics with series of their own. Asks Redis about new ones; two who ask at once may admit one too many."""
@@ -306,8 +331,6 @@ def _count_result(figures: WorkerFigures, task: str, result: Mapping[str, Any]) 
     elif task == "tasks.sweep":
         figures.add("sweep_partitions", amount=_number(result, "partitions"))
         figures.add("fan_out_tasks", "sweep", amount=_number(result, "tasks"))
-    elif task == "tasks.trim":
-        figures.add("trim_events", amount=_number(result, "deleted"))
     elif task == "tasks.retain":
         figures.add("retention_batches", amount=_number(result, "deleted"))
         figures.add("retention_log_bytes", amount=_number(result, "log_bytes"))
@@ -327,3 +350,10 @@ def read(redis: "Redis") -> dict[str, str]:
     """All figures as they stand in Redis."""
     found: Any = redis.hgetall(KEY)
     return dict(found)
+
+
+def read_stuck(redis: "Redis", *, seconds: float) -> dict[str, str]:
+    """Why partitions could not be materialized within the last `seconds`, by name."""
+    found: Any = redis.hgetall(STUCK_KEY)
+    entries = {name: value.partition(" ") for name, value in found.items()}
+    return {name: why for name, (at, _, why) in sorted(entries.items()) if float(at) >= time() - seconds}

@@ -1,4 +1,4 @@
-"""The tasks that keep the tables small, the log within its limits, and an eye on the invariants."""
+"""The tasks that keep the log within its limits, and an eye on the invariants."""
 
 import logging
 import random
@@ -11,7 +11,6 @@ import psycopg
 from db.audit import audit as audit_log
 from db.retention import retain as retain_log
 from db.topics import highest_partition_id
-from db.trim import trim as trim_events
 from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
 
@@ -23,11 +22,6 @@ _VIOLATIONS_SHOWN = 3
 
 def register(app: TidemarkApp) -> None:
     """Make the tasks known to the app. They have no Celery retry: the next tick is one."""
-
-    @app.task(name="tasks.trim", shared=False)
-    def trim() -> dict[str, Any]:
-        """Delete consumed events, for as long as a maintenance task may take."""
-        return with_retries(app.settings, lambda: trim_once(app))
 
     @app.task(name="tasks.retain", shared=False)
     def retain() -> dict[str, Any]:
@@ -48,20 +42,6 @@ def _deadline(app: TidemarkApp) -> Callable[[], bool]:
 def _starts(conn: psycopg.Connection[Any]) -> tuple[int, int]:
     """Where to begin a round: anywhere, then at the first. What is not done in time is another part each time."""
     return random.randint(0, highest_partition_id(conn)), 0  # noqa: S311 - fairness, not secrecy
-
-
-def trim_once(app: TidemarkApp) -> dict[str, int]:
-    """Trim all partitions, as far as the time goes."""
-    stop = _deadline(app)
-    deleted = partitions = 0
-    with app.database.connection() as conn:
-        for after in _starts(conn):
-            result = trim_events(conn, delete_batch=app.settings.delete_batch, after_partition_id=after, stop=stop)
-            deleted += result.deleted
-            partitions += result.partitions
-            if result.next_partition_id is not None:
-                break
-    return {"deleted": deleted, "partitions": partitions}
 
 
 def retain_once(app: TidemarkApp) -> dict[str, int]:

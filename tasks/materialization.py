@@ -1,6 +1,7 @@
 """The tasks that materialize: `materialize` by partition ids, and the ad-hoc jobs that find the ids by name."""
 
 import logging
+from collections import deque
 from dataclasses import replace
 from functools import reduce
 from time import monotonic
@@ -12,6 +13,7 @@ from db.discover import Pending
 from db.materialize import MaterializationMetrics
 from db.materialize import materialize as materialize_partitions
 from db.topics import partition_ids as ids_of_topic
+from db.translate import would_meet_all
 from tasks import comparison
 from tasks.application import TidemarkApp
 from tasks.attempts import with_retries
@@ -46,49 +48,95 @@ def drain_sides(app: TidemarkApp, partition_ids: list[int]) -> list[Materializat
     for number, side in enumerate(sides):
         now = monotonic()
         # Time a side does not use is the next one's.
-        done.append(_drain(app, side, now + max(0.0, until - now) / (len(sides) - number)))
+        done.append(_Drain(app, side).run(now + max(0.0, until - now) / (len(sides) - number)))
     return done
 
 
-def _drain(app: TidemarkApp, side: Side, until: float) -> MaterializationMetrics:
-    controller = app.controllers[side.strategy]
-    total = MaterializationMetrics(strategy=side.strategy)
-    left = side.partition_ids
+# That many fail and none works: the fault is not the partitions'.
+_HOPELESS = 5
 
-    def failed(error: BaseException) -> None:
-        nonlocal total
-        total += MaterializationMetrics(errors=1)
-        controller.failed()
-        app.figures.failed(error)
-        comparison.failed(app, side)
 
-    def once() -> MaterializationMetrics:
-        # Anew for each attempt: the controller has heard of the one before.
-        plan = controller.plan(left, again=total.transactions > 0)
+class _Drain:
+    """One side of a task, one transaction after the other.
+
+    A partition that cannot be placed, or that somebody else has locked, holds up none of the others: a group that fails
+    is halved until the one that makes it fail is alone, and what is locked is passed over, and tried once more at
+    the end.
+    """
+
+    def __init__(self, app: TidemarkApp, side: Side) -> None:
+        self._app = app
+        self._side = side
+        self._controller = app.controllers[side.strategy]
+        self._total = MaterializationMetrics(strategy=side.strategy)
+        # With each group, whether it had more than an earlier transaction took.
+        self._groups = deque([(side.partition_ids, False)])
+        self._busy: list[int] = []
+
+    def run(self, until: float) -> MaterializationMetrics:
+        """Go on until nothing is left or it is time to hand over: what was done, and what is left."""
+        while self._groups and (self._total.transactions == 0 or monotonic() < until):
+            ids, again = self._groups.popleft()
+            self._take(ids, again=again, wait=False)
+        if self._busy:
+            self._take(self._busy, again=False, wait=True)
+        return replace(self._total, backlog_partition_ids=tuple(i for ids, _ in self._groups for i in ids))
+
+    def _take(self, ids: list[int], *, again: bool, wait: bool) -> None:
+        def work() -> MaterializationMetrics:
+            return self._transaction(ids, again=again, wait=wait)
+
+        try:
+            done = with_retries(self._app.settings, work, on_error=self._failed, retry=would_meet_all)
+        except TransientDatabaseError:
+            # Counted attempt by attempt.
+            raise
+        except Exception as error:
+            self._failed(error)
+            if would_meet_all(error):
+                raise
+            if len(ids) > 1 and not wait:
+                half = len(ids) // 2
+                self._groups.extendleft([(ids[half:], again), (ids[:half], again)])
+            elif self._total.transactions == 0 and (
+                not self._groups or len(self._total.stuck_partition_ids) >= _HOPELESS
+            ):
+                raise
+            else:
+                self._app.figures.stuck(ids, error, self._app.names.describe)
+                self._total = replace(self._total, stuck_partition_ids=(*self._total.stuck_partition_ids, *ids))
+        else:
+            self._busy += done.busy_partition_ids
+            self._total += done
+            if done.backlog_partition_ids:
+                self._groups.append((list(done.backlog_partition_ids), True))
+
+    def _transaction(self, ids: list[int], *, again: bool, wait: bool) -> MaterializationMetrics:
+        # Planned for each attempt: the controller has heard of the one before.
+        plan = self._controller.plan(ids, again=again)
+        app = self._app
         with app.database.connection() as conn:
             app.names.learn(conn, plan.partition_ids)
             done = materialize_partitions(
-                conn, plan.partition_ids, events_per_partition=plan.events_per_partition, strategy=side.strategy
+                conn,
+                plan.partition_ids,
+                events_per_partition=plan.events_per_partition,
+                strategy=self._side.strategy,
+                wait=wait,
             )
-        controller.done(done)
+        self._controller.done(done)
         app.figures.materialized(done, app.names.topics(plan.partition_ids), app.names.topic)
-        comparison.materialized(app, side, done)
+        comparison.materialized(app, self._side, done)
         # First what it began: `complete` goes on with one partition to its end.
         taken = set(plan.partition_ids)
-        rest = tuple(i for i in left if i not in taken)
+        rest = tuple(i for i in ids if i not in taken)
         return replace(done, backlog_partition_ids=done.backlog_partition_ids + rest)
 
-    while left and (total.transactions == 0 or monotonic() < until):
-        try:
-            total += with_retries(app.settings, once, on_error=failed)
-        except Exception as error:
-            # What may succeed when it is repeated was counted attempt by attempt.
-            if not isinstance(error, TransientDatabaseError):
-                app.figures.failed(error)
-                comparison.failed(app, side)
-            raise
-        left = list(total.backlog_partition_ids)
-    return total
+    def _failed(self, error: BaseException) -> None:
+        self._total += MaterializationMetrics(errors=1)
+        self._controller.failed()
+        self._app.figures.failed(error)
+        comparison.failed(self._app, self._side)
 
 
 def register(app: TidemarkApp) -> tuple[Any, Any, Any]:
@@ -136,6 +184,7 @@ def describe(app: TidemarkApp, ids: list[int], total: MaterializationMetrics) ->
             "ms": round(total.processing_time_ms, 1),
             "lock_wait_ms": round(total.lock_wait_time_ms, 1),
             "backlog_partitions": len(total.backlog_partition_ids),
+            "stuck_partitions": len(total.stuck_partition_ids),
             "errors": total.errors,
             "strategy": total.strategy,
             "batch_events": total.batch_events,

@@ -11,7 +11,7 @@ from config.errors import InvalidJobError
 from config.queues import CONTROL, MAINTENANCE, shard_queue
 
 MATERIALIZE = "tasks.materialize"
-_MAINTENANCE = {"tasks.sweep", "tasks.trim", "tasks.retain", "tasks.audit"}
+_MAINTENANCE = {"tasks.sweep", "tasks.retain", "tasks.audit"}
 
 
 def shard_of(partition_id: int, shards: int) -> int:

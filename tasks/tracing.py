@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FINDERS = {"tasks.fan_out", "tasks.sweep"}
-_PERIODIC = _FINDERS | {"tasks.trim", "tasks.retain", "tasks.audit"}
+_PERIODIC = _FINDERS | {"tasks.retain", "tasks.audit"}
 _LINKS = 32
 # As long as a commit may wait for its materialization and still be shown with it.
 _NOTED_SECONDS = 600

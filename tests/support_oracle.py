@@ -41,7 +41,7 @@ class Sent:
 
 
 class Sighting(NamedTuple):
-    """A partition's head as one reader saw it."""
+    """Where a partition's log started and ended when one reader looked."""
 
     reader: int
     partition_id: int
@@ -73,9 +73,8 @@ def read_log(conn: psycopg.Connection[Any]) -> Iterator[Placed]:
     with conn.transaction(), conn.cursor("tidemark_oracle") as cursor:
         cursor.itersize = 5_000
         cursor.execute(
-            "select b.partition_id, b.start_offset, b.n_records, o.key, b.byte_offset, b.byte_length, b.max_timestamp "
-            "from tidemark.record_batches b join tidemark.objects o on o.id = b.object_id "
-            "order by b.partition_id, b.start_offset"
+            "select partition_id, start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp_ms "
+            "from tidemark.record_batches order by partition_id, start_offset"
         )
         yield from map(Placed._make, cursor)
 
@@ -103,7 +102,9 @@ class _Check:
         self.found: dict[int, str] = {}
         self._heads: dict[int, tuple[int, int]] = {
             row[0]: (row[1], row[2])
-            for row in conn.execute("select id, start_offset, end_offset from tidemark.topic_partitions").fetchall()
+            for row in conn.execute(
+                "select partition_id, start_offset, end_offset from tidemark.named_partitions"
+            ).fetchall()
         }
         self._with_batches: set[int] = set()
         self._sent = {(s.object_key, s.byte_offset): s for s in ledger.sent}

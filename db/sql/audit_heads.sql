@@ -1,37 +1,44 @@
--- Audit: what is wrong with the heads of partitions $1, seen beside their first and last batch. Three index descents each.
-select p.id, v.invariant, v.at, v.detail
-from tidemark.topic_partitions p
-left join tidemark.audit_progress a on a.partition_id = p.id
+-- Audit: what is wrong with the ends of the logs of partitions $1, and with their cursors. Some index descents each.
+select i.id, v.invariant, v.at, v.detail
+from unnest($1::int[]) i(id)
+left join tidemark.audit_progress a on a.partition_id = i.id
 left join lateral (
-    select b.start_offset, b.start_offset + b.n_records as end_offset
-    from tidemark.record_batches b
-    where b.partition_id = p.id
-    order by b.start_offset
+    select n.*, coalesce(n.seen_tx, n.last_tx) - tidemark.tx_base() as seen_xid
+    from tidemark.runs n
+    where n.partition_id = i.id
+    order by n.start_offset desc
     limit 1
-) f on true
+) n on true
+left join tidemark.passes p on p.tx = n.pass_tx
 left join lateral (
-    select b.start_offset, b.start_offset + b.n_records as end_offset
-    from tidemark.record_batches b
-    where b.partition_id = p.id
-    order by b.start_offset desc
+    select l.start_offset, l.start_bytes
+    from tidemark.log_starts l
+    where l.partition_id = i.id
+    order by l.start_offset desc
     limit 1
 ) l on true
+cross join lateral (select coalesce(l.start_offset, 0) as start_offset, coalesce(n.end_offset, 0) as end_offset) h
+left join lateral (
+    select f.start_offset, f.end_offset
+    from tidemark.runs f
+    where f.partition_id = i.id and f.start_offset <= h.start_offset
+    order by f.start_offset desc
+    limit 1
+) f on true
 cross join lateral (values
-    ('start_offset', p.start_offset < p.end_offset and f.start_offset is null, p.start_offset,
-     format('there is no batch, though the log is [%s, %s)', p.start_offset, p.end_offset)),
-    ('start_offset', p.start_offset < p.end_offset and f.start_offset > p.start_offset, p.start_offset,
-     format('the first batch is [%s, %s), after the start offset %s', f.start_offset, f.end_offset, p.start_offset)),
-    ('start_offset', f.end_offset <= p.start_offset, p.start_offset,
-     format('the first batch is [%s, %s), before the start offset %s', f.start_offset, f.end_offset, p.start_offset)),
-    ('end_offset', l.end_offset <> p.end_offset, p.end_offset,
-     format('the last batch is [%s, %s), the end offset %s', l.start_offset, l.end_offset, p.end_offset)),
-    ('end_offset', a.audited_to > p.end_offset, p.end_offset,
-     format('the end offset %s went back: batches up to %s were audited at %s', p.end_offset, a.audited_to, a.audited_at)),
-    -- The last event that was materialized was committed, so its transaction is over.
-    ('cursor', not pg_visible_in_snapshot(p.seen_xid, pg_current_snapshot()), null,
-     format('seen_xid %s is not over in snapshot %s', p.seen_xid, pg_current_snapshot())),
-    ('in_flight', (select coalesce(bool_or(x.xid is null or x.xid >= p.seen_xid), false) from unnest(p.in_flight) x(xid)),
-     null, format('in_flight %s is not all below seen_xid %s', p.in_flight, p.seen_xid))
+    ('start_offset', h.start_offset > h.end_offset, h.start_offset,
+     format('the start offset %s lies beyond the end offset %s', h.start_offset, h.end_offset)),
+    ('start_offset', h.start_offset < h.end_offset and (f.end_offset > h.start_offset) is not true, h.start_offset,
+     format('no run holds the start offset %s, though the log ends at %s', h.start_offset, h.end_offset)),
+    ('byte_size', l.start_bytes not between 0 and n.end_bytes, h.start_offset,
+     format('%s bytes lie before the start offset %s, but %s before the end', l.start_bytes, h.start_offset, n.end_bytes)),
+    ('end_offset', a.audited_to > h.end_offset, h.end_offset,
+     format('the end offset %s went back: batches up to %s were audited at %s', h.end_offset, a.audited_to, a.audited_at)),
+    -- The last event that was materialized was committed, so its transaction is over. Ids below 1 are from before a rebase.
+    ('cursor', n.seen_xid >= 1 and not pg_visible_in_snapshot(n.seen_xid::text::xid8, pg_current_snapshot()), n.start_offset,
+     format('transaction %s of the cursor is not over in snapshot %s', n.seen_xid, pg_current_snapshot())),
+    ('in_flight', p.in_flight <> array(select distinct x.tx from unnest(p.in_flight) x(tx) order by x.tx), n.start_offset,
+     format('in_flight %s of pass %s is not ascending', p.in_flight, p.tx))
 ) v(invariant, violated, at, detail)
-where p.id = any ($1::int[]) and v.violated
-order by p.id
+where v.violated
+order by i.id

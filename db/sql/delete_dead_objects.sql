@@ -1,14 +1,18 @@
 -- Forgets objects that are dead: $1 object ids. An id that is not, or has batches left, stays. Rows are locked in the order of
--- their ids, as retention does; the row of dead_objects goes by its foreign key. live_batches never rises, so what was zero
--- before a wait is zero after it.
+-- their ids, as retention does; the row of dead_objects goes by its foreign key. What is deleted is never less than before, so
+-- an object without batches before a wait has none after it.
 with dead as materialized (
     select o.id
     from tidemark.objects o
-    where o.id = any ($1::bigint[]) and o.live_batches = 0
+    where o.id = any ($1::bigint[])
       and exists (select from tidemark.dead_objects d where d.object_id = o.id)
+      and o.batches = (select sum(s.batches) from tidemark.deleted_batches s where s.object_id = o.id)
     order by o.id
     for update of o
+),
+counts as (
+    delete from tidemark.deleted_batches b using dead g where b.object_id = g.id
 )
-delete from tidemark.objects o
-using dead
-where o.id = dead.id and o.live_batches = 0
+delete from tidemark.objects k
+using dead g
+where k.id = g.id

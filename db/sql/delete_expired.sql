@@ -1,84 +1,76 @@
-/*+ IndexScan(p topic_partitions_pkey) IndexScan(t topics_pkey) IndexScan(c record_batches_pkey) Set(enable_material off)
-    IndexOnlyScan(f record_batches_pkey) IndexScan(b record_batches_pkey) IndexScan(o objects_pkey)
-    Leading((p t)) NestLoop(p t) Leading((g b)) NestLoop(g b) Leading((g p)) NestLoop(g p) Leading((s o)) NestLoop(s o) */
--- Retention: deletes the expired batches of locked partitions: $1 partition ids, $2 batches of each at most. Which ones they are
--- is decided here, in a snapshot from after the lock was waited for. They are a prefix of the log: up to the first batch that
--- is young enough, or further, for as long as what is left still has retention_bytes.
-with head as materialized (
-    select p.id, p.start_offset, p.end_offset, p.byte_size, t.retention_bytes,
-           (extract(epoch from statement_timestamp()) * 1000)::bigint - t.retention_ms as expires_before
-    from tidemark.topic_partitions p
-    join tidemark.topics t on t.id = p.topic_id
-    where p.id = any ($1::int[]) and (t.retention_ms is not null or t.retention_bytes is not null)
+/*+ IndexScan(n runs_pkey) IndexScan(l log_starts_pkey) IndexScan(v record_batch_events_pkey) IndexScan(u runs_pkey)
+    IndexScan(w log_starts_pkey) Leading((g v)) NestLoop(g v) Leading((q u)) NestLoop(q u) Leading((g w)) NestLoop(g w) */
+-- Retention: deletes the expired runs of locked partitions with their events: whole runs, $1 batches of each partition or less,
+-- but always one run. The partitions are those that lock_free_partitions put into the setting. Which runs they are is decided
+-- here, in a snapshot from after the lock. The objects whose batches are gone are left in a setting for the next statements.
+with pass as materialized (
+    select tidemark.tx_base() + pg_current_xact_id()::text::bigint as tx
 ),
 expired as materialized (
-    select h.id as partition_id, e.start_offset, e.n_records, e.byte_length, e.object_id
-    from head h
+    select r.*, sum(r.batches) over (partition by r.partition_id order by r.start_offset) as batches_to,
+           r.start_offset = h.newest as is_newest, h.log_start, h.stale_run
+    from unnest(current_setting('tidemark.locked')::int[]) i(id)
     cross join lateral (
-        select b.start_offset, b.n_records, b.byte_length, b.object_id,
-               sum(b.byte_length) over prefix as bytes,
-               -- A batch without timestamps is as old as its commit. What cannot be dated stays.
-               bool_and(coalesce(
-                   case when b.max_timestamp >= 0 then b.max_timestamp
-                        else (select (extract(epoch from o.committed_at) * 1000)::bigint
-                              from tidemark.objects o where o.id = b.object_id)
-                   end < h.expires_before, false)) over prefix as too_old
-        from (
-            select c.start_offset, c.n_records, c.byte_length, c.object_id, c.max_timestamp
-            from tidemark.record_batches c
-            where c.partition_id = h.id and c.start_offset < h.end_offset
-              and c.start_offset >= (
-                  select f.start_offset
-                  from tidemark.record_batches f
-                  where f.partition_id = h.id and f.start_offset <= h.start_offset
-                  order by f.start_offset desc
-                  limit 1
-              )
-            order by c.start_offset
-            limit $2::int
-        ) b
-        window prefix as (order by b.start_offset rows unbounded preceding)
-    ) e
-    where e.too_old or h.byte_size - e.bytes >= h.retention_bytes
+        select (select n.start_offset from tidemark.runs n where n.partition_id = i.id order by n.start_offset desc limit 1)
+                   as newest,
+               k.start_offset as log_start, k.stale_run
+        from (select) o
+        left join lateral (
+            select l.start_offset, l.stale_run
+            from tidemark.log_starts l
+            where l.partition_id = i.id
+            order by l.start_offset desc
+            limit 1
+        ) k on true
+    ) h
+    -- One more than can go, so that it is known whether there are more.
+    cross join lateral tidemark.runs_to_delete(i.id, $1::int + 1) r
 ),
 gone as materialized (
-    select e.partition_id, count(*) as batches, sum(e.byte_length) as bytes, min(e.start_offset) as first_start,
-           max(e.start_offset) as last_start, max(e.start_offset + e.n_records) as end_offset
-    from expired e
-    group by e.partition_id
+    select e.* from expired e where e.batches_to <= $1::int or e.batches_to = e.batches
 ),
 deleted as (
-    delete from tidemark.record_batches b
+    delete from tidemark.record_batch_events v
     using gone g
-    where b.partition_id = g.partition_id and b.start_offset between g.first_start and g.last_start
+    where v.partition_id = g.partition_id
+      and (v.tx, v.id) >= (g.first_tx, coalesce(g.first_id, -9223372036854775808))
+      and (v.tx, v.id) <= (g.last_tx, coalesce(g.last_id, 9223372036854775807))
+      and (g.skipped is null or v.tx <> all (g.skipped))
+    returning v.object_id, v.byte_length
+),
+-- The newest run stays, for it is the cursor. It goes with the next ones.
+dropped as (
+    delete from tidemark.runs u
+    using (
+        select g.partition_id, g.start_offset from gone g where not g.is_newest
+        union
+        select g.partition_id, g.stale_run from gone g
+    ) q
+    where u.partition_id = q.partition_id and u.start_offset = q.start_offset
 ),
 moved as (
-    update tidemark.topic_partitions p
-    set start_offset = greatest(p.start_offset, g.end_offset), byte_size = p.byte_size - g.bytes
+    insert into tidemark.log_starts (start_offset, start_bytes, stale_run, partition_id)
+    select max(g.end_offset), max(g.end_bytes), max(g.start_offset) filter (where g.is_newest), g.partition_id
     from gone g
-    where p.id = g.partition_id and p.id = any ($1::int[])
-    returning p.id, g.batches, g.bytes
+    group by g.partition_id
+    returning partition_id
 ),
--- Other partitions' retention counts the same objects down: whoever does locks them in the order of their ids.
-spent as materialized (
-    select o.id, s.batches
-    from (select e.object_id, count(*)::int as batches from expired e group by e.object_id) s
-    join tidemark.objects o on o.id = s.object_id
-    order by o.id
-    for no key update of o
+behind as (
+    delete from tidemark.log_starts w
+    using gone g
+    where w.partition_id = g.partition_id and w.start_offset = g.log_start
 ),
-counted as (
-    update tidemark.objects o
-    set live_batches = o.live_batches - s.batches
-    from spent s
-    where o.id = s.id
-    returning o.id, o.live_batches
-),
-dead as (
-    insert into tidemark.dead_objects (object_id)
-    select c.id from counted c where c.live_batches = 0
-    on conflict on constraint dead_objects_pkey do nothing
+spent as (
+    insert into tidemark.deleted_batches (object_id, tx, batches)
+    select d.object_id, a.tx, count(*)
+    from deleted d
+    cross join pass a
+    group by d.object_id, a.tx
     returning object_id
 )
-select m.id, m.batches, m.bytes, (select count(*) from dead) as objects_freed
-from moved m
+select (select count(*) from deleted) as batches,
+       (select coalesce(sum(d.byte_length), 0)::bigint from deleted d) as bytes,
+       array(select m.partition_id from moved m) as partition_ids,
+       array(select distinct e.partition_id from expired e where e.batches_to > $1::int and e.batches_to <> e.batches)
+           as unfinished,
+       set_config('tidemark.spent', array(select s.object_id from spent s)::text, true)

@@ -4,12 +4,17 @@
 -- twice. NO KEY UPDATE, so that whatever references a partition is not blocked.
 --
 -- One row: the ids that exist, and the seconds that this took. They are told by the server, for a client that sends the next
--- statement along with this one cannot see the moment between them. The check of the cluster runs once.
-select array_agg(l.id) as ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds
-from (
-    select p.id
-    from tidemark.topic_partitions p
-    where p.id = any ($1::int[]) and (select tidemark.require_own_cluster())
-    order by p.id
-    for no key update of p
-) l
+-- statement along with this one cannot see the moment between them. That statement reads the ids from the setting.
+with locked as materialized (
+    select l.id
+    from (
+        select p.id
+        from tidemark.topic_partitions p
+        where p.id = any ($1::int[]) and (select tidemark.tx_base() is not null)
+        order by p.id
+        for no key update of p
+    ) l
+)
+select a.ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
+       set_config('tidemark.locked', a.ids::text, true)
+from (select coalesce(array_agg(k.id order by k.id), '{}') as ids from locked k) a

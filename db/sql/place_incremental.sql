@@ -1,79 +1,96 @@
-/*+ IndexScan(p topic_partitions_pkey) IndexScan(l record_batch_events_pkey) IndexScan(m record_batch_events_pkey)
-    IndexOnlyScan(e record_batch_events_pkey) Leading((r (t p))) NestLoop(t p) NestLoop(r t p) Set(enable_material off) */
--- As place_window, event by event instead of by a running sum: $1 partition ids, $2 events per partition at most.
-with recursive running as materialized (
-    select array(select pg_snapshot_xip(pg_current_snapshot())) as xids
+/*+ IndexScan(m record_batch_events_pkey) IndexOnlyScan(h record_batch_events_pkey)
+    IndexOnlyScan(a record_batch_events_pkey) IndexScan(r runs_pkey) IndexScan(s passes_pkey)
+    IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx) IndexOnlyScan(v record_batch_events_pkey) Set(enable_material off) */
+-- Gives the pending events of locked partitions their offsets: $1 events per partition at most. The partitions are those that
+-- lock_partitions put into the setting. Everything here is seen by one snapshot. One row for each partition that got any.
+with recursive pass as materialized (
+    select c.tx_base + pg_current_xact_id()::text::bigint as tx, tidemark.running_transactions() as running
+    from tidemark.cluster c
 ),
--- Each step of the recursion takes the next event of every partition by an index probe, and adds its records to what
--- came before. A step that finds none left writes a last row, `done`, with the partition's totals. The positions are kept
--- apart: late events are searched from the start, the others from the cursor.
+cursor as materialized (
+    select c.* from tidemark.cursors(current_setting('tidemark.locked')::int[]) c
+),
+-- Run by run: each step takes the next 64 events of every partition by one scan of the index, and adds them up to what came
+-- before. The sources, in their order: each late transaction, then all that lies beyond the position. So nothing beyond it
+-- is taken while a late one is left (invariant 3).
+--
+-- A run that took as many as it might is cut there, at an event, and the next step goes on behind it. Any other one ends with
+-- its last transaction, all of which was taken, and the next step begins with the next source.
 step as (
-    select p.id as partition_id, p.in_flight,
-           '0'::xid8 as late_xid, (-9223372036854775808)::bigint as late_id, p.seen_xid, p.seen_id,
-           p.end_offset, 0::bigint as events, 0::bigint as main_events, 0::bigint as records, 0::bigint as bytes,
-           null::bigint as object_id, null::bigint as byte_offset, null::bigint as max_timestamp,
-           null::int as n_records, null::int as byte_length, false as done
-    from tidemark.topic_partitions p
-    where p.id = any ($1::int[])
+    select c.partition_id, c.late, c.seen_tx, c.seen_id, c.last_tx as resumed_tx, c.last_id as resumed_id,
+           0 as source, false as is_cut, 0 as taken, null::bigint as late_tx, c.seen_tx as from_tx, null::bigint as first_tx,
+           null::bigint as first_id, null::bigint as last_tx, null::bigint as last_id, 0 as batches, 0::bigint as records,
+           c.end_offset, 0::bigint as bytes, c.end_bytes, c.max_timestamp
+    from cursor c
     union all
-    select s.partition_id, s.in_flight,
-           case when e.late then e.xid else s.late_xid end, case when e.late then e.id else s.late_id end,
-           case when e.late is false then e.xid else s.seen_xid end,
-           case when e.late is false then e.id else s.seen_id end,
-           s.end_offset + coalesce(e.n_records, 0), s.events + (e.late is not null)::int,
-           s.main_events + (e.late is false)::int, s.records + coalesce(e.n_records, 0),
-           s.bytes + coalesce(e.byte_length, 0), e.object_id, e.byte_offset, e.max_timestamp, e.n_records,
-           e.byte_length, e.late is null
+    select s.partition_id, s.late, s.seen_tx, s.seen_id, s.resumed_tx, s.resumed_id,
+           n.source, e.batches = n.size, s.taken + e.batches, n.late_tx, n.tx, e.first_tx,
+           case when e.first_tx = n.tx and n.id > -9223372036854775808 then n.id + 1 end, e.last_tx, e.last_id, e.batches,
+           e.records, s.end_offset + e.records, e.bytes, s.end_bytes + e.bytes, greatest(s.max_timestamp, e.max_timestamp)
     from step s
-    left join lateral (
-        (select true as late, l.*
-         from tidemark.record_batch_events l
-         where l.partition_id = s.partition_id and l.xid = any (s.in_flight) and (l.xid, l.id) > (s.late_xid, s.late_id)
-         order by l.xid, l.id
-         limit 1)
-        union all
-        (select false, m.*
-         from tidemark.record_batch_events m
-         where m.partition_id = s.partition_id and (m.xid, m.id) > (s.seen_xid, s.seen_id)
-             and s.main_events < $2::int
-         order by m.xid, m.id
-         limit 1)
-        -- Late events first: they sort below the cursor.
-        order by xid, id
-        limit 1
-    ) e on true
-    where not s.done
+    cross join lateral (
+        select o.source, o.late_tx, least(64, $1::int - s.taken) as size,
+               case when s.is_cut then s.last_tx else coalesce(o.late_tx, s.seen_tx) end as tx,
+               case when s.is_cut then s.last_id
+                    when o.late_tx is null then s.seen_id
+                    when o.late_tx = s.resumed_tx then s.resumed_id
+                    else -9223372036854775808 end as id
+        from (select p.source, s.late[p.source] as late_tx
+              from (select case when s.is_cut then s.source else s.source + 1 end as source) p) o
+        offset 0
+    ) n
+    cross join lateral (
+        select min(b.tx) as first_tx, max(b.tx) as last_tx, (array_agg(b.id order by b.tx, b.id))[n.size] as last_id,
+               count(*)::int as batches, coalesce(sum(b.n_records), 0)::bigint as records,
+               coalesce(sum(b.byte_length), 0)::bigint as bytes, max(b.max_timestamp) as max_timestamp
+        from (
+            select m.tx, m.id, m.n_records, m.byte_length, m.max_timestamp
+            from tidemark.record_batch_events m
+            where m.partition_id = s.partition_id and (m.tx, m.id) > (n.tx, n.id)
+              and m.tx <= coalesce(n.late_tx, 9223372036854775807)
+            order by m.tx, m.id
+            limit n.size
+        ) b
+    ) e
+    where s.taken < $1::int and (s.is_cut or s.source <= coalesce(cardinality(s.late), 0))
 ),
 placed as (
-    insert into tidemark.record_batches
-        (start_offset, object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
-    select s.end_offset - s.n_records, s.object_id, s.byte_offset, s.max_timestamp, s.partition_id, s.n_records,
-           s.byte_length
-    from step s
-    where s.n_records is not null
+    insert into tidemark.runs
+        (start_offset, end_offset, end_bytes, max_timestamp, first_tx, last_tx, first_id, last_id, seen_tx, seen_id, pass_tx,
+         partition_id, batches, skipped, late)
+    select t.end_offset - t.records, t.end_offset, t.end_bytes, t.max_timestamp, t.first_tx, t.last_tx, t.first_id, t.last_id,
+           case when t.late_tx is not null then t.seen_tx end, case when t.late_tx is not null then t.seen_id end,
+           case when p.running[1] < case when t.late_tx is null then t.last_tx else t.seen_tx end then p.tx end,
+           t.partition_id, t.batches,
+           case when t.late_tx is null and width_bucket(t.from_tx, p.running) < width_bucket(t.last_tx, p.running) then
+               p.running[width_bucket(t.first_tx, p.running) + 1:width_bucket(t.last_tx, p.running)] end,
+           case when t.taken = $1::int then
+               nullif(t.late[case when t.is_cut then t.source else t.source + 1 end:], '{}') end
+    from step t
+    cross join pass p
+    where t.batches > 0
+    returning pass_tx
 ),
-last as materialized (
-    select s.partition_id, s.seen_xid, s.seen_id, s.events, s.records, s.bytes
-    from step s
-    where s.done and s.events > 0
-),
-moved as (
-    update tidemark.topic_partitions p
-    set end_offset = p.end_offset + t.records,
-        byte_size = p.byte_size + t.bytes,
-        seen_xid = t.seen_xid,
-        seen_id = t.seen_id,
-        in_flight = case r.xids
-            when '{}' then r.xids
-            else array(select x.xid from unnest(r.xids) x(xid) where x.xid < t.seen_xid)
-        end
-    from last t, running r
-    where p.id = t.partition_id
-    returning p.id, t.events, t.records, t.bytes, p.seen_xid, p.seen_id
+remembered as (
+    insert into tidemark.passes (tx, in_flight)
+    select p.tx, p.running from pass p where exists (select from placed l where l.pass_tx is not null)
 )
-select m.id, m.events, m.records, m.bytes,
-       m.events >= $2::int and exists (
-           select from tidemark.record_batch_events e
-           where e.partition_id = m.id and (e.xid, e.id) > (m.seen_xid, m.seen_id)
-       ) as has_more
-from moved m
+select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as records, sum(t.bytes)::bigint as bytes,
+       count(*)::int as runs,
+       -- A pass that stopped at its limit may have left something; any other one has not.
+       bool_or(t.taken = $1::int and (
+           t.source < coalesce(cardinality(t.late), 0)
+           or exists (
+               select from tidemark.record_batch_events h
+               where h.partition_id = t.partition_id and h.tx = t.late_tx and h.id > t.last_id
+           )
+           or exists (
+               select from tidemark.record_batch_events a
+               where a.partition_id = t.partition_id
+                 and (a.tx, a.id) > (case when t.late_tx is null then t.last_tx else t.seen_tx end,
+                                     case when t.late_tx is null then t.last_id else t.seen_id end)
+           )
+       )) as has_more
+from step t
+where t.batches > 0
+group by t.partition_id

@@ -1,9 +1,10 @@
 """How `status` and `top` show a reading of the database, as text and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from redis import RedisError
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -12,8 +13,11 @@ from rich.text import Text
 from config.queues import CONTROL, shard_queue
 from config.settings import Settings
 from db.partitions import PartitionState
-from db.status import HeldCursor, LockWait, Reading, TopicBacklog
-from tasks.commands.display import NOTHING, count, duration, number, statement, table, text
+from db.status import Holder, LockWait, Reading, TopicBacklog
+from tasks.application import TidemarkApp
+from tasks.commands.display import NOTHING, duration, number, statement, table, text
+from tasks.exporter import overdue_seconds
+from tasks.figures import read_stuck
 from tasks.routing import shard_of
 
 _SHOWN = 10
@@ -28,6 +32,8 @@ class Situation:
 
     reading: Reading
     rates: dict[str, float] | None
+    # Why workers could not materialize partitions, by name.
+    stuck: Mapping[str, str]
     settings: Settings
     # What is shorter than this is everyday life.
     after: float
@@ -43,8 +49,8 @@ class Situation:
         return [w for w in self.reading.lock_waits if w.waited >= self.after]
 
     @property
-    def held_cursors(self) -> list[HeldCursor]:
-        return [h for h in self.reading.held_cursors if (h.age or 0.0) >= self.after]
+    def holders(self) -> list[Holder]:
+        return [h for h in self.reading.holders if (h.seconds or 0.0) >= self.after]
 
     def reason(self, partition: PartitionState) -> str:
         """What a partition waits for, as far as the database knows."""
@@ -53,6 +59,8 @@ class Situation:
         for wait in self.reading.lock_waits:
             if (wait.topic, wait.partition) == (partition.topic, partition.partition):
                 return f"a lock of {_who(wait.blocker_pid, wait.blocker_gid)}"
+        if why := self.stuck.get(f"{partition.topic}/{partition.partition}"):
+            return f"fails with {why}"
         undispatched = self.reading.dispatch.undispatched
         if undispatched is not None and undispatched >= self.after and (partition.lag or 0.0) <= undispatched + 1:
             return f"fan-out: is beat running, and a worker on {CONTROL}?"
@@ -94,7 +102,7 @@ class Situation:
             ],
             "waiting_partitions": len(self.waiting),
             "lock_waits": [asdict(w) for w in self.reading.lock_waits],
-            "held_cursors": [asdict(h) for h in self.reading.held_cursors],
+            "holders": [asdict(h) for h in self.reading.holders],
             "fan_out": {
                 "last_seconds": self.reading.dispatch.last,
                 "undispatched_seconds": self.reading.dispatch.undispatched,
@@ -112,13 +120,10 @@ class Situation:
             parts += [Text(), self._waiting()]
         if self.lock_waits:
             parts += [Text(), text("Waiting for locks", "bold"), *(_lock_wait(w) for w in self.lock_waits)]
-        if self.held_cursors:
-            parts += [
-                Text(),
-                text("Open transactions below cursors (what they commit gets its offsets when they end)", "bold"),
-                *(_held_cursor(h) for h in self.held_cursors),
-            ]
-        queries = [w.blocker_query for w in self.lock_waits] + [h.query for h in self.held_cursors]
+        if self.holders:
+            title = "Open (keeps dead rows from vacuum; with an id, what it commits comes late)"
+            parts += [Text(), text(title, "bold"), *(_holder(h) for h in self.holders)]
+        queries = [w.blocker_query for w in self.lock_waits] + [h.query for h in self.holders]
         if _HIDDEN in queries:
             hint = "Queries of other roles are hidden; a superuser can: grant pg_monitor to <role>"
             parts += [Text(), text(hint, "dim")]
@@ -170,6 +175,16 @@ class Situation:
         return rows
 
 
+def stuck_partitions(app: TidemarkApp) -> dict[str, str]:
+    """What workers said lately of partitions that they could not materialize; nothing without Redis."""
+    if app.redis is None:
+        return {}
+    try:
+        return read_stuck(app.redis, seconds=overdue_seconds(app))
+    except RedisError:
+        return {}
+
+
 def _backlog_json(backlog: TopicBacklog) -> dict[str, Any]:
     return {
         "backlog_events": backlog.events,
@@ -209,13 +224,16 @@ def _lock_wait(wait: LockWait) -> RenderableType:
     )
 
 
-def _held_cursor(held: HeldCursor) -> RenderableType:
-    passed = f"passed by the cursors of {count(held.partitions, 'partition')}"
-    if held.pid is None:
-        what = f"{_who(None, held.gid)} of {held.user} in {held.database}, {duration(held.age)} old, {passed}"
-        return _indented(text(what), text(f"to end it: {_end_prepared(held.gid)}", "dim"))
-    session = _session(held.pid, held.user, held.application, held.state, held.age)
-    return _indented(text(f"{session}, in {held.database}, {passed}"), text(statement(held.query)))
+def _holder(held: Holder) -> RenderableType:
+    with_id = ", with an id" * held.has_id
+    if held.kind == "session":
+        session = _session(int(held.name), held.user, held.application, held.state, held.seconds)
+        return _indented(text(f"{session}{with_id}, in {held.database}"), text(statement(held.query)))
+    if held.kind == "prepared transaction":
+        what = f"{_who(None, held.name)} of {held.user} in {held.database}, {duration(held.seconds)} old{with_id}"
+        return _indented(text(what), text(f"to end it: {_end_prepared(held.name)}", "dim"))
+    who = f"{held.kind} {held.name}" + f" ({held.application})" * bool(held.application)
+    return _indented(text(f"{who}, {held.state}, {duration(held.seconds)} behind"))
 
 
 def _indented(first: Text, *more: Text) -> RenderableType:

@@ -20,7 +20,7 @@ from db.status import read_status
 from tasks.commands.base import app_of, command, json_option
 from tasks.commands.display import NOTHING, console, duration, number, plain, text
 from tasks.commands.parameters import NAME, Seconds
-from tasks.commands.situation import Situation
+from tasks.commands.situation import Situation, stuck_partitions
 from tasks.commands.status import after_option
 
 _END_KEYS = {"q", "Q", "\x03", "\x04", "\x1b"}
@@ -60,7 +60,13 @@ def top(
                 if pause(interval):
                     return
                 reading = read_status(conn, names)
-                yield Situation(reading=reading, rates=reading.rates(before), settings=app.settings, after=after)
+                yield Situation(
+                    reading=reading,
+                    rates=reading.rates(before),
+                    stuck=stuck_partitions(app),
+                    settings=app.settings,
+                    after=after,
+                )
                 before = reading
                 if look == count:
                     return

@@ -19,7 +19,7 @@ from tasks.demonstration.storage import content
 
 
 class PartitionLog(NamedTuple):
-    """A partition when all is done: its name, its head, its batches in the table and those fetched from it."""
+    """A partition when all is done: its name, its head, the batches of its runs and those fetched from it."""
 
     name: str
     start_offset: int
@@ -199,8 +199,8 @@ def _changed(evidence: Evidence) -> Iterator[str]:
     for reading in evidence.readings:
         log = evidence.partitions[reading.partition_id]
         now = stored.get((reading.partition_id, reading.batch.start_offset))
-        trimmed = reading.batch.start_offset + reading.batch.n_records <= log.start_offset
-        if now != reading.batch and not trimmed:
+        deleted = reading.batch.start_offset + reading.batch.n_records <= log.start_offset
+        if now != reading.batch and not deleted:
             yield f"{log.name}: read as {_row(reading.batch)}, now {_row(now) if now else 'nothing starts there'}"
 
 

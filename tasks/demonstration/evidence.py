@@ -40,7 +40,7 @@ def collect(
 
 
 def read_partitions(conn: psycopg.Connection[Any], partition_ids: Sequence[int]) -> Mapping[int, PartitionLog]:
-    """Heads and batches of partitions: what is in the table, and what a consumer gets from start to end."""
+    """Heads and batches of partitions: what its runs have, and what a consumer gets from start to end."""
     names = names_of(conn, partition_ids)
     return {
         head.partition_id: PartitionLog(

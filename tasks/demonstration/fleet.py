@@ -75,7 +75,7 @@ def start_fleet(
         )
         for shard in range(plan.shards)
     ]
-    # Two slots: fan-out must not wait for a trim.
+    # Two slots: fan-out must not wait for maintenance.
     control = programs.start(
         "control worker", _worker(plan, "control", f"{CONTROL},{MAINTENANCE}", "-c", "2"), environment
     )

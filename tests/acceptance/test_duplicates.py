@@ -83,12 +83,12 @@ def test_kill_9_in_mid_task(start: Programs, app: TidemarkApp, log: Log) -> None
     slow = log.partitions[0]
     # The first statement of the task waits until it is killed; what it did before is rolled back.
     with psycopg.connect(log.url) as holder:
-        holder.execute("lock table tidemark.record_batches in exclusive mode")
+        holder.execute("lock table tidemark.runs in exclusive mode")
         app.tasks["tasks.materialize"].apply_async(kwargs={"partition_ids": [slow]})
 
         def the_task_is_about_to_place_batches() -> bool:
             row = log.conn.execute(
-                "select count(*) from pg_locks where not granted and relation = 'tidemark.record_batches'::regclass"
+                "select count(*) from pg_locks where not granted and relation = 'tidemark.runs'::regclass"
             ).fetchone()
             return row == (1,)
 

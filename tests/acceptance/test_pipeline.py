@@ -45,11 +45,6 @@ def test_commits_become_visible_without_anybody_asking(
     checked = log.check()
     assert checked[1] == checked[2] == checked[3] == len(log.ledger.sent)
 
-    def consumed_events_are_trimmed() -> bool:
-        return log.conn.execute("select count(*) from tidemark.record_batch_events").fetchone() == (0,)
-
-    wait_until(consumed_events_are_trimmed)
-
 
 @pytest.fixture
 def three_commits(log: Log) -> Iterator[list[int]]:
@@ -61,7 +56,12 @@ def three_commits(log: Log) -> Iterator[list[int]]:
 
 
 def metrics_of(result: dict[str, object]) -> tuple[object, object]:
-    names = {f.name for f in fields(MaterializationMetrics)} - {"backlog_partition_ids", "moved"}
+    names = {f.name for f in fields(MaterializationMetrics)} - {
+        "backlog_partition_ids",
+        "busy_partition_ids",
+        "stuck_partition_ids",
+        "moved",
+    }
     assert names <= result.keys()
     return result["events_processed"], result["records"]
 

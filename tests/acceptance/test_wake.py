@@ -20,7 +20,9 @@ def test_a_commit_is_visible_without_beat(start: Programs, app: TidemarkApp, log
     start.worker()
     commit(app, log, "bucket/1", log.partitions[0])
     log.wait_until_drained()
-    row = log.conn.execute("select end_offset from tidemark.topic_partitions where id = %s", (log.partitions[0],))
+    row = log.conn.execute(
+        "select end_offset from tidemark.named_partitions where partition_id = %s", (log.partitions[0],)
+    )
     assert row.fetchone() == (3,)
 
 

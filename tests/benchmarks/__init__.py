@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m tests.benchmarks.first` for a first look, `python -m tests.benchmarks` for everything."""
+"""Benchmarks: `python -m tests.benchmarks` for everything, `.editions` and `.sustained` beside the first edition."""

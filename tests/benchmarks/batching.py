@@ -32,7 +32,7 @@ from db.materialize import MaterializationMetrics, materialize
 from tasks.batching import Controller, make_controller
 from tests.benchmarks.crew import cpu_seconds
 from tests.benchmarks.server import running_server
-from tests.benchmarks.tables import fresh, load, wal_position
+from tests.benchmarks.tables import TX, fresh, load, wal_position
 
 Conn = psycopg.Connection[Any]
 
@@ -138,8 +138,8 @@ def thin(conn: Conn, _url: str, settings: Settings, scale: float) -> Run:
     chosen = [i for i in range(1, partitions + 1) if i % 200 < deeper]
     conn.execute(
         "insert into tidemark.record_batch_events "
-        "(object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length) "
-        "select 1, g, 0, p, 1, 1000 from unnest(%s::int[]) p, generate_series(1, %s) g",
+        "(tx, object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length) "
+        f"select {TX}, 1, g, 0, p, 1, 1000 from unnest(%s::int[]) p, generate_series(1, %s) g",
         (chosen, more),
     )
     conn.execute("analyze tidemark.record_batch_events")
@@ -193,16 +193,14 @@ def slow(conn: Conn, url: str, settings: Settings, scale: float) -> Run:
     """The same on a server that takes some 20 µs more for each batch, as one with slow disks does."""
     conn.execute(
         "create or replace function public.burn() returns trigger language plpgsql as "
-        "$$ begin for n in 1..3000 loop end loop; return new; end $$"
+        "$$ begin for n in 1..3000 * new.batches loop end loop; return new; end $$"
     )
-    conn.execute("drop trigger if exists burn on tidemark.record_batches")
-    conn.execute(
-        "create trigger burn before insert on tidemark.record_batches for each row execute function public.burn()"
-    )
+    conn.execute("drop trigger if exists burn on tidemark.runs")
+    conn.execute("create trigger burn before insert on tidemark.runs for each row execute function public.burn()")
     try:
         return hot(conn, url, settings, scale / 4)
     finally:
-        conn.execute("drop trigger burn on tidemark.record_batches")
+        conn.execute("drop trigger burn on tidemark.runs")
 
 
 @contextmanager

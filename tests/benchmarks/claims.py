@@ -3,17 +3,16 @@
 In these entries `ours` is the rate with the optimization and `baseline` the rate without it, on the same system.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import psycopg
 
-from config.strategy import Strategy
+from config.strategy import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
 from db.execute import pin_plans, run
-from db.materialize import materialize
 from tests.benchmarks.baseline import system
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, Share, drain, shares
@@ -29,19 +28,13 @@ Conn = psycopg.Connection[Any]
 _DEEP = Backlog(partitions=16, events_each=6_250, group=1)
 _THIN = Backlog(partitions=2_000, events_each=10, group=200)
 _SEED_EVENTS = 20_000
+_PLACE = f"place_{DEFAULT_STRATEGY}"
 
 
 def drain_with(conn: Conn, work: tuple[Strategy, Share]) -> int:
     """As `drain`, by a strategy."""
     strategy, share = work
-    events = 0
-    for first in range(share.first, share.last + 1, share.group):
-        left: Sequence[int] = range(first, min(first + share.group, share.last + 1))
-        while left:
-            done = materialize(conn, left, events_per_partition=share.events_per_partition, strategy=strategy)
-            events += done.events_processed
-            left = done.backlog_partition_ids
-    return events
+    return drain(conn, share, strategy)
 
 
 def drain_planned(conn: Conn, work: tuple[bool, Share]) -> int:
@@ -55,10 +48,10 @@ def drain_planned(conn: Conn, work: tuple[bool, Share]) -> int:
                 if pinned:
                     pin_plans(conn)
                 run(conn, "lock_partitions", (Int4Array(left),), prepare=True)
-                placing = run(conn, "place_window", (Int4Array(left), share.events_per_partition), prepare=True)
+                placing = run(conn, _PLACE, (share.events_per_partition,), prepare=True)
                 moved = placing.fetchall()
             events += sum(row[1] for row in moved)
-            left = [row[0] for row in moved if row[4]]
+            left = [row[0] for row in moved if row[5]]
     return events
 
 
@@ -78,7 +71,7 @@ def produce_and_place(conn: Conn, work: Production) -> int:
                 [1000] * work.batches,
                 [0] * work.batches,
             )
-            run(conn, "place_window", (Int4Array(range(1, PARTITIONS + 1)), 20_000))
+            run(conn, _PLACE, (20_000,))
     return work.commits * work.batches
 
 

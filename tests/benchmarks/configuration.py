@@ -1,6 +1,5 @@
 """The page's seventh claim: the configuration that is shipped, beside what PostgreSQL sets by itself."""
 
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,15 +8,12 @@ from typing import Any
 import psycopg
 
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.cold import Backlog, drain, shares
+from tests.benchmarks.cold import Backlog, run_cold
 from tests.benchmarks.crew import Crew
-from tests.benchmarks.entry import Entry, compare
-from tests.benchmarks.measure import Sample, interleave
-from tests.benchmarks.plan import Measurement, Tick, seconds_for
+from tests.benchmarks.measure import Sample
+from tests.benchmarks.plan import Measurement, compared, seconds_for
 from tests.benchmarks.server import running_server
-from tests.benchmarks.tables import fresh, history, load, wal_position
 
-_GROUP = "claim 7"
 _DEFAULTS = {
     "shared_buffers": "128MB",
     "effective_cache_size": "4GB",
@@ -30,34 +26,12 @@ _DEFAULTS = {
     "jit": "on",
     "random_page_cost": "4",
 }
-_ARMS = ("ours", "baseline")
 
 
-class _Trial:
-    """One backlog on both servers, on a log that has `batches` already, right after a checkpoint."""
-
-    def __init__(self, bench: Bench, backlog: Backlog, batches: int) -> None:
-        self._bench = bench
-        self._backlog = backlog
-        self._batches = batches
-        self._log: dict[str, list[float]] = {name: [] for name in _ARMS}
-
-    def arm(self, name: str) -> Sample:
-        bench, backlog = self._bench, self._backlog
-        conn, crew = (bench.conn, bench.crew(1)) if name == "ours" else bench.keep("default server", _default_server)
-        fresh(conn, backlog.partitions)
-        if self._batches:
-            history(conn, backlog.partitions, self._batches)
-        load(conn, backlog.partitions, backlog.events_each)
-        before = wal_position(conn)
-        sample = crew.run(drain, shares(backlog, crew.size))
-        self._log[name].append((wal_position(conn) - before) / sample.units)
-        return sample
-
-    def entries(self, scenario: str, rounds: int, tick: Tick) -> list[Entry]:
-        results = interleave({name: partial(self.arm, name) for name in _ARMS}, rounds, tick=tick)
-        written = " / ".join(f"{statistics.median(self._log[name]):,.0f}" for name in _ARMS)
-        return [compare(_GROUP, scenario, results, note=f"with / without; log: {written} bytes an event")]
+def _run(bench: Bench, backlog: Backlog, batches: int, *, shipped: bool) -> Sample:
+    """One backlog on either server, on a log that has `batches` already, right after a checkpoint."""
+    conn, crew = (bench.conn, bench.crew(1)) if shipped else bench.keep("default server", _default_server)
+    return run_cold(conn, crew, backlog, limit=False, history=batches)
 
 
 def plan_configuration(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
@@ -65,16 +39,11 @@ def plan_configuration(bench: Bench, rounds: int, *, quick: bool) -> list[Measur
     wide = Backlog(partitions=10_000, events_each=10, group=2_000)
     plan = []
     for what, backlog, batches in (("deep", deep, 0), ("wide", wide, 50_000 if quick else 500_000)):
+        run = partial(_run, bench, backlog, batches)
+        arms = {"ours": partial(run, shipped=True), "baseline": partial(run, shipped=False)}
         scenario = f"7 configuration: shipped or default, {what}"
-        plan.append(
-            Measurement(
-                group=_GROUP,
-                scenario=scenario,
-                runs=len(_ARMS) * rounds,
-                seconds=seconds_for(backlog.events + batches),
-                take=partial(_Trial(bench, backlog, batches).entries, scenario, rounds),
-            )
-        )
+        seconds = seconds_for(backlog.events + batches)
+        plan.append(compared("claim 7", scenario, arms, rounds, seconds=seconds, note="with / without"))
     return plan
 
 

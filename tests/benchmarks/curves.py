@@ -5,36 +5,20 @@ from functools import partial
 from time import perf_counter
 
 from db.commit import commit_object
-from db.discover import find_committed, save_seen
+from db.discover import find_committed, save_fan_out
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.cold import Backlog, copy, drain, run_cold, shares
+from tests.benchmarks.cold import Backlog, run_cold
 from tests.benchmarks.crew import cpu_seconds
 from tests.benchmarks.measure import Sample
 from tests.benchmarks.plan import Measurement, compared, seconds_for
-from tests.benchmarks.tables import fresh, history, limit_history, load
+from tests.benchmarks.tables import fresh
 
 _ACTIVE = 100
 _FAN_OUTS = 20
 
 
-def _run(bench: Bench, workers: int, backlog: Backlog, *, limit: bool) -> Sample:
-    return run_cold(bench.conn, bench.crew(workers), backlog, limit=limit)
-
-
-def _aged(bench: Bench, batches: int, backlog: Backlog, *, limit: bool) -> Sample:
-    conn, crew = bench.conn, bench.crew(1)
-    fresh(conn, backlog.partitions)
-    history(conn, backlog.partitions, batches)
-    if limit:
-        # A log with a history is dearer for whoever inserts into it: the index is deeper, and with as little as a
-        # thousand batches in each partition hardly an insert goes to its right edge, where Postgres keeps a fast path.
-        # Against a limit on an empty table that would look like a cost of ours.
-        limit_history(conn)
-    load(conn, backlog.partitions, backlog.events_each)
-    sample = crew.run(copy if limit else drain, shares(backlog, crew.size))
-    if sample.units != backlog.events:
-        raise RuntimeError(f"{sample.units} of {backlog.events} events were taken")
-    return sample
+def _run(bench: Bench, workers: int, backlog: Backlog, *, limit: bool, history: int = 0) -> Sample:
+    return run_cold(bench.conn, bench.crew(workers), backlog, limit=limit, history=history)
 
 
 def _fan_out(bench: Bench, partitions: int) -> Sample:
@@ -49,7 +33,7 @@ def _fan_out(bench: Bench, partitions: int) -> Sample:
             commit_object(conn, f"object {turn} {number}", [ids[number]], [1], [0], [1], [0])
         before, begin = cpu_seconds(conn), perf_counter()
         found = find_committed(conn)
-        save_seen(conn, found.snapshot)
+        save_fan_out(conn, found)
         seconds += perf_counter() - begin
         cpu += cpu_seconds(conn) - before
         if len(found.partitions) != _ACTIVE:
@@ -74,9 +58,14 @@ def plan_curves(bench: Bench, rounds: int, *, quick: bool) -> list[Measurement]:
         name = f"{partitions:,} partition{'s'[: partitions - 1]}"
         pair("partitions", name, partitions, partial(_run, bench, 1, backlog), seconds)
     backlog = Backlog(partitions=16, events_each=6_250, group=1)
-    for batches in (0, 200_000) if quick else (0, 16_000, 1_000_000, 5_000_000):
+    for batches in (16_000, 200_000) if quick else (16_000, 1_000_000, 5_000_000):
+        arms = {
+            "ours": partial(_run, bench, 1, backlog, limit=False, history=batches),
+            "baseline": partial(_run, bench, 1, backlog, limit=False),
+        }
         seconds = seconds_for(backlog.events + batches)
-        pair("history", f"{batches:,} batches", batches, partial(_aged, bench, batches, backlog), seconds)
+        name = f"{batches:,} batches"
+        plan.append(compared("history", name, arms, rounds, seconds=seconds, x=batches, note="baseline: no history"))
     backlog = Backlog(partitions=16, events_each=total // 16, group=1)
     for workers in (1, 2) if quick else (1, 2, 4, 8):
         name = f"{workers} worker{'s'[: workers - 1]}"

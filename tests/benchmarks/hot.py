@@ -9,6 +9,7 @@ from psycopg import RawCursor
 from db import arrays
 from db.arrays import Int4Array, Int8Array
 from db.commit import commit_object
+from tests.benchmarks.cold import logged
 from tests.benchmarks.crew import Crew
 from tests.benchmarks.measure import Sample
 from tests.benchmarks.tables import fresh
@@ -17,8 +18,9 @@ PARTITIONS = 16
 
 # The fastest bare form there is: one statement, prepared, binary arrays; only what the table itself demands is checked.
 BARE_INSERT = b"""
-insert into bench_limit.events (object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp)
-select $1::bigint, unnest($2::int[]), unnest($3::int[]), unnest($4::bigint[]), unnest($5::int[]), unnest($6::bigint[])
+insert into bench_limit.events (tx, object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp)
+select pg_current_xact_id()::text::bigint, $1::bigint, unnest($2::int[]), unnest($3::int[]), unnest($4::bigint[]),
+       unnest($5::int[]), unnest($6::bigint[])
 """
 
 
@@ -89,7 +91,5 @@ def insert(conn: psycopg.Connection[Any], work: Production) -> int:
 def run_hot(conn: psycopg.Connection[Any], crew: Crew, commits: int, batches: int, *, limit: bool) -> Sample:
     """One measurement on fresh tables."""
     fresh(conn, PARTITIONS)
-    return crew.run(
-        insert if limit else produce,
-        [Production(producer=n, commits=commits, batches=batches) for n in range(crew.size)],
-    )
+    work = [Production(producer=n, commits=commits, batches=batches) for n in range(crew.size)]
+    return logged(conn, crew, insert if limit else produce, work)

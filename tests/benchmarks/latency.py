@@ -59,7 +59,8 @@ class Reader:
 
     def end_offset(self, partition: int) -> int:
         row = self.conn.execute(
-            "select end_offset from tidemark.topic_partitions where id = %s", (partition,)
+            "select end_offset from tidemark.runs where partition_id = %s order by start_offset desc limit 1",
+            (partition,),
         ).fetchone()
         return int(row[0]) if row else 0
 

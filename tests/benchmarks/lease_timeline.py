@@ -27,6 +27,7 @@ from db.topics import create_topic, partition_ids
 from tests.acceptance.nodes import Process, celery_argv
 
 SHARDS = 8
+_ENDS = "select partition_id, end_offset from tidemark.named_partitions"
 _SAMPLE_SECONDS = 0.1
 _SETTLE_SECONDS = 40.0
 
@@ -114,7 +115,7 @@ class Watch:
         with psycopg.connect(self._database_url, autocommit=True) as conn:
             while not self._stop.wait(_SAMPLE_SECONDS):
                 now = self.now
-                for partition, end in conn.execute("select id, end_offset from tidemark.topic_partitions").fetchall():
+                for partition, end in conn.execute(_ENDS).fetchall():
                     if partition % SHARDS not in grown or grown[partition % SHARDS][0] != end:
                         grown[partition % SHARDS] = (end, now)
                 still = {shard: now - at for shard, (_, at) in grown.items()}

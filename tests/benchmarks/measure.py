@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One run: seconds by the clock, CPU seconds of the server's processes, units of work done."""
+    """One run: seconds by the clock, CPU seconds of the server's processes, units of work done, log written."""
 
     seconds: float
     cpu_seconds: float
     units: int
+    # 0 where it was not looked at.
+    log_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +31,11 @@ class Result:
     def cpu_micros(self) -> float:
         """Microseconds of server CPU per unit, the median run."""
         return statistics.median(s.cpu_seconds / s.units for s in self.samples) * 1e6
+
+    @property
+    def log_bytes(self) -> float:
+        """Bytes of log per unit, the median run."""
+        return statistics.median(s.log_bytes / s.units for s in self.samples)
 
 
 def interleave(

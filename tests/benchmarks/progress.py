@@ -116,5 +116,5 @@ class Display:
     def _say(self, what: str) -> None:
         """A line; on a terminal it scrolls away above the bar."""
         assert self._now is not None
-        line = f"{strftime('%H:%M:%S')}  {self._now[0]:<8}{what}"
+        line = f"{strftime('%H:%M:%S')}  {self._now[0]:<10}{what}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Writes results.json, results.md and the charts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -84,6 +84,22 @@ def _curve(entries: Sequence[Entry], path: Path) -> None:
     axes.set_ylabel(entries[0].unit)
     axes.legend()
     _save(figure, path)
+
+
+def draw_backlogs(charts: Mapping[str, Mapping[str, Sequence[tuple[float, int]]]], directory: Path) -> None:
+    """By what is charted and edition: how many events waited for their offsets, and when."""
+    figure, panels = plt.subplots(1, len(charts), figsize=(6 * len(charts), 3.5), squeeze=False)
+    for axes, (title, lines) in zip(panels[0], charts.items(), strict=True):
+        for name, backlog in lines.items():
+            label = {"ours": "Tidemark", "first": "first edition"}[name]
+            axes.plot([at for at, _ in backlog], [waiting for _, waiting in backlog], label=label)
+        axes.set_title(title, fontsize="medium")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("seconds")
+        axes.set_ylabel("events without an offset")
+        axes.legend()
+    directory.mkdir(parents=True, exist_ok=True)
+    _save(figure, directory / "sustained-backlog.svg")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -132,7 +132,7 @@ def _check(conn: psycopg.Connection[Any], backlog: Backlog) -> None:
             window w as (partition by b.partition_id)
         )
         select count(*), count(distinct byte_offset), count(*) filter (where start_offset <> expected),
-               sum(n_records) - (select sum(end_offset) from tidemark.topic_partitions)
+               sum(n_records) - (select sum(end_offset) from tidemark.named_partitions)
         from placed
         """
     ).fetchone()

@@ -9,13 +9,13 @@ import psycopg
 
 from tests.benchmarks.baseline import system
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.cold import Backlog, copy, drain, shares
+from tests.benchmarks.cold import Backlog, drain, shares, summarize
 from tests.benchmarks.crew import Crew
 from tests.benchmarks.entry import Entry, compare
 from tests.benchmarks.measure import Sample, interleave
 from tests.benchmarks.plan import Measurement, Tick
 from tests.benchmarks.scenarios import SCENARIOS, Scenario
-from tests.benchmarks.tables import fresh, load_random
+from tests.benchmarks.tables import begin_at, fresh, load_random
 
 Conn = psycopg.Connection[Any]
 # A run of a hundred events takes milliseconds: more of them, for a median that means something.
@@ -34,12 +34,12 @@ def _checked(sample: Sample, events: int) -> Sample:
 
 
 def ours(conn: Conn, crew: Crew, scenario: Scenario, *, limit: bool) -> Sample:
-    job = copy if limit else drain
+    job = summarize if limit else drain
     partitions = scenario.all_partitions
     # The partitions after the first ones are for warming up.
     fresh(conn, (1 + _REHEARSALS) * partitions)
     if scenario.existing:
-        conn.execute("update tidemark.topic_partitions set end_offset = 100000")
+        begin_at(conn, 100_000)
     shared = shares(Backlog(partitions=partitions, events_each=0, group=2_000), crew.size)
     for turn in range(1, 1 + _REHEARSALS):
         behind = turn * partitions

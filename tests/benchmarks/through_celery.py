@@ -31,7 +31,7 @@ from tests.benchmarks.crew import Crew
 from tests.benchmarks.measure import Sample
 from tests.benchmarks.plan import Measurement, compared, seconds_for
 from tests.benchmarks.server import running_server
-from tests.benchmarks.tables import fresh, list_objects, load
+from tests.benchmarks.tables import fresh, list_objects, load, placed
 
 _WORKERS = 2
 _DEADLINE = 120.0
@@ -56,13 +56,12 @@ def _reset(conn: psycopg.Connection[Any], backlog: Backlog) -> int:
 def _wait(conn: psycopg.Connection[Any], records: int) -> None:
     deadline = time.perf_counter() + _DEADLINE
     while True:
-        row = conn.execute("select sum(end_offset) from tidemark.topic_partitions").fetchone()
-        if row is not None and row[0] == records:
+        done = placed(conn)
+        if done == records:
             return
         if time.perf_counter() > deadline:
-            raise RuntimeError(f"not drained after {_DEADLINE:g} s: {row} of {records} records")
-        nearly = row is not None and row[0] >= _NEARLY * records
-        time.sleep(_LAST_LOOKS_SECONDS if nearly else _LOOK_SECONDS)
+            raise RuntimeError(f"not drained after {_DEADLINE:g} s: {done} of {records} records")
+        time.sleep(_LAST_LOOKS_SECONDS if done >= _NEARLY * records else _LOOK_SECONDS)
 
 
 def _await_workers(app: TidemarkApp) -> None:

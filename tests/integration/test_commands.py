@@ -337,13 +337,13 @@ def test_audit(cli: Cli, conn: Connection[Any]) -> None:
     ids = partition_ids(conn, LONG)
     for key in range(3):
         commit_object(conn, f"k{key}", ids, [2, 3], [0, 1], [1, 1], [0, 0])
-    materialize(conn, ids)
+        materialize(conn, ids)
     assert "2 partitions, 6 new batches read: all invariants hold" in cli(audit).out
     assert "2 partitions, 0 new batches read" in cli(audit, LONG).out
     assert cli(audit, "--from-scratch", "--json").json["batches"] == 6
-    conn.execute("delete from tidemark.record_batches where partition_id = %s and start_offset = 3", (ids[1],))
+    conn.execute("delete from tidemark.runs where partition_id = %s and start_offset = 3", (ids[1],))
     found = cli(audit, "--from-scratch", "--json", code=1).json["violations"]
-    assert (found[0]["topic"], found[0]["partition"]) == (LONG, 1)
+    assert (LONG, 1) in {(violation["topic"], violation["partition"]) for violation in found}
     assert "gap" in {violation["invariant"] for violation in found}
     assert "gap: " in cli(audit, code=1).out
 

@@ -11,8 +11,15 @@ from psycopg import Connection, sql
 from psycopg.rows import TupleRow, dict_row
 
 from config.embedded.postgres import PostgresServer
-from config.errors import CommitConflictError, InvalidCommitError, TidemarkError, UnknownPartitionError
+from config.errors import (
+    CommitConflictError,
+    CommitTooLargeError,
+    InvalidCommitError,
+    TidemarkError,
+    UnknownPartitionError,
+)
 from db.commit import Batch, commit_batches, commit_object
+from db.materialize import materialize
 from db.topics import PartitionIds, create_topic, partition_ids
 from tests.support import Connect, wait_until
 
@@ -68,8 +75,8 @@ def database_url(postgres_server: PostgresServer, template_database: str) -> Ite
 @pytest.fixture(autouse=True)
 def topic(conn: Connection[TupleRow]) -> None:
     conn.execute(
-        "truncate tidemark.topics, tidemark.topic_partitions, tidemark.objects, tidemark.record_batch_events "
-        "restart identity cascade"
+        "truncate tidemark.topics, tidemark.topic_partitions, tidemark.objects, tidemark.record_batch_events, "
+        "tidemark.runs, tidemark.passes restart identity cascade"
     )
     create_topic(conn, "orders", 2)
     assert partition_ids(conn, "orders") == [1, 2]
@@ -83,10 +90,10 @@ def commit(request: pytest.FixtureRequest) -> Commit:
 
 def written(conn: Connection[Any]) -> tuple[list[TupleRow], list[TupleRow]]:
     return (
-        conn.execute("select id, key, live_batches, partition_ids, batch_counts from tidemark.objects").fetchall(),
+        conn.execute("select id, key, batches, partition_ids, batch_counts from tidemark.objects").fetchall(),
         conn.execute(
             "select object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp "
-            "from tidemark.record_batch_events order by xid, id"
+            "from tidemark.record_batch_events order by tx, id"
         ).fetchall(),
     )
 
@@ -105,10 +112,8 @@ def test_what_a_commit_writes(conn: Connection[TupleRow], commit: Commit) -> Non
 def test_events_and_object_carry_the_transaction(conn: Connection[TupleRow], commit: Commit) -> None:
     with conn.transaction():
         commit(conn, Arguments())
-        own = conn.execute("select pg_current_xact_id()::text").fetchone()
-    rows = conn.execute(
-        "select xid::text from tidemark.objects union select xid::text from tidemark.record_batch_events"
-    ).fetchall()
+        own = conn.execute("select tidemark.tx_base() + pg_current_xact_id()::text::bigint").fetchone()
+    rows = conn.execute("select tx from tidemark.objects union select tx from tidemark.record_batch_events").fetchall()
     assert rows == [own]
 
 
@@ -125,7 +130,7 @@ def test_array_order_is_event_order(conn: Connection[TupleRow], commit: Commit) 
         ),
     )
     rows = conn.execute(
-        "select byte_offset from tidemark.record_batch_events where partition_id = 2 order by xid, id"
+        "select byte_offset from tidemark.record_batch_events where partition_id = 2 order by tx, id"
     ).fetchall()
     assert [row[0] for row in rows] == [(i * 7919) % count for i in range(1, count, 2)]
 
@@ -233,6 +238,31 @@ def refused(
     assert written(conn) == before
 
 
+def test_as_many_batches_as_a_commit_may_bring(conn: Connection[TupleRow], commit: Commit) -> None:
+    for count in (65_537, 65_536):
+        arguments = Arguments(
+            partition_ids=[1 + i % 2 for i in range(count)],
+            n_records=[1] * count,
+            byte_offsets=range(count),
+            byte_lengths=[1] * count,
+            max_timestamps=[0] * count,
+        )
+        if count == 65_537:
+            refused(conn, commit, arguments, CommitTooLargeError, "TM010", "has 65537 batches.*|65537")
+            assert written(conn) == ([], [])
+        else:
+            object_id = commit(conn, arguments)
+    objects, events = written(conn)
+    assert objects == [(object_id, "bucket/object-1", 65_536, [1, 2], [32_768, 32_768])]
+    assert [event[3] for event in events] == list(range(65_536))
+
+
+def test_a_commit_that_is_too_large_and_malformed_is_malformed(conn: Connection[TupleRow], commit: Commit) -> None:
+    count = 65_537
+    arguments = Arguments(None, *[[1] * count] * 5)
+    refused(conn, commit, arguments, InvalidCommitError, "TM001", "key is empty")
+
+
 @pytest.mark.parametrize("position", range(2, 7))
 def test_arrays_of_two_dimensions(position: int, conn: Connection[TupleRow]) -> None:
     values = ["'k'", *["array[1,2]"] * 5]
@@ -302,6 +332,61 @@ def test_other_content_under_the_same_key_is_a_conflict(
 ) -> None:
     by_python(conn, Arguments())
     refused(conn, commit, changed(change), CommitConflictError, "TM002", "committed already")
+
+
+LITERALS = ["array[1,2]", "array[5,6]", "array[0,100]::bigint[]", "array[100,50]", "array[1000,2000]::bigint[]"]
+
+
+def with_bounds(bounds: str, which: Sequence[int]) -> str:
+    """The same commit, with other subscripts in some of its arrays."""
+    arrays = [
+        f"('{bounds}=' || ({value})::text)::{'bigint' if 'bigint' in value else 'int'}[]" if number in which else value
+        for number, value in enumerate(LITERALS)
+    ]
+    return f"select tidemark.commit_object('k', {', '.join(arrays)})"
+
+
+@pytest.mark.parametrize("bounds", ["[0:1]", "[-5:-4]", "[7:8]"])
+@pytest.mark.parametrize("which", [[0], [1], [2], [3], [4], [0, 1, 2, 3, 4]])
+def test_subscripts_are_no_content(bounds: str, which: Sequence[int], conn: Connection[TupleRow]) -> None:
+    """A client whose arrays begin at zero, and one whose arrays begin at one, mean the same."""
+    row = conn.execute(with_bounds(bounds, which).encode()).fetchone()
+    before = written(conn)
+    assert [event[1:] for event in before[1]] == [(1, 5, 0, 100, 1000), (2, 6, 100, 50, 2000)]
+    assert conn.execute(with_bounds(bounds, []).encode()).fetchone() == row
+    assert conn.execute(with_bounds("[3:4]", [1, 3]).encode()).fetchone() == row
+    assert written(conn) == before
+    with pytest.raises(psycopg.Error) as caught:
+        conn.execute(with_bounds(bounds, which).replace("5,6", "6,5").encode())
+    assert caught.value.sqlstate == "TM002"
+
+
+def order(conn: Connection[TupleRow]) -> list[str]:
+    while materialize(conn, [1]).events_processed:
+        pass
+    rows = conn.execute("select object_key from tidemark.record_batches where partition_id = 1 order by start_offset")
+    return [row[0] for row in rows.fetchall()]
+
+
+@pytest.mark.parametrize("wrote_before", [True, False])
+def test_the_order_counts_from_the_first_write_of_a_transaction(
+    wrote_before: bool,  # noqa: FBT001
+    connect: Connect,
+    conn: Connection[TupleRow],
+    commit: Commit,
+) -> None:
+    """A transaction that has an id began then, also for what it commits much later: that may get lower offsets."""
+    block = connect(autocommit=False)
+    # Reading gives none.
+    block.execute("select count(*) from tidemark.objects")
+    if wrote_before:
+        block.execute("select pg_current_xact_id()")
+    one = Arguments(None, *[(1,)] * 5)
+    commit(conn, replace(one, object_key="returned before the call"))
+    commit(block, replace(one, object_key="in the block"))
+    block.commit()
+    expected = ["returned before the call", "in the block"]
+    assert order(conn) == (expected[::-1] if wrote_before else expected)
 
 
 def waits_for_lock(conn: Connection[Any], pid: int) -> Callable[[], bool]:

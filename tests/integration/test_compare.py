@@ -269,12 +269,12 @@ def test_nothing_compared_says_what_to_do(app: TidemarkApp) -> None:
 
 def test_starting_over_keeps_every_other_figure(app: TidemarkApp) -> None:
     work(app, n=10, factor=1)
-    app.figures.add("trim_events", amount=4)
+    app.figures.add("sweep_partitions", amount=4)
     app.figures.flush()
     cli = Cli(app)
     assert "compared from now on" in cli(compare, "--reset").out
     assert app.redis
-    assert figures.read(app.redis) == {"trim_events": "4"}
+    assert figures.read(app.redis) == {"sweep_partitions": "4"}
 
 
 def test_without_redis_it_says_what_it_needs(database_url: str) -> None:

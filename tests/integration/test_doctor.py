@@ -19,6 +19,7 @@ from db.doctor import check_connections, check_dispatch, check_server, examine, 
 from db.doctor_schema import check_functions, check_privileges, check_rules, check_tables, check_version
 from db.doctor_settings import check_defaults, check_settings
 from db.findings import Finding, Level, worst
+from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
 from tasks.commands.doctor import doctor
 from tasks.doctoring import check_broker, check_environment
@@ -51,11 +52,11 @@ def test_a_fresh_schema_is_sound(conn: Connection[Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "check", "what", "level"),
     [
-        ("drop index tidemark.objects_xid_idx", check_rules, "index objects_xid_idx", Level.FAIL),
+        ("drop index tidemark.objects_tx_idx", check_rules, "index objects_tx_idx", Level.FAIL),
         (
-            "alter table tidemark.record_batches drop constraint record_batches_pkey",
+            "alter table tidemark.runs drop constraint runs_pkey",
             check_rules,
-            "constraint record_batches_pkey",
+            "constraint runs_pkey",
             Level.FAIL,
         ),
         (
@@ -71,9 +72,9 @@ def test_a_fresh_schema_is_sound(conn: Connection[Any]) -> None:
             Level.FAIL,
         ),
         (
-            "update pg_index set indisvalid = false where indexrelid = 'tidemark.objects_xid_idx'::regclass",
+            "update pg_index set indisvalid = false where indexrelid = 'tidemark.objects_tx_idx'::regclass",
             check_rules,
-            "index objects_xid_idx",
+            "index objects_tx_idx",
             Level.FAIL,
         ),
         (
@@ -90,15 +91,15 @@ def test_a_fresh_schema_is_sound(conn: Connection[Any]) -> None:
             Level.FAIL,
         ),
         (
-            "create index extra on tidemark.record_batch_events (xid)",
+            "create index extra on tidemark.record_batch_events (tx)",
             check_rules,
             "index extra",
             Level.WARN,
         ),
         (
-            "alter table tidemark.topic_partitions reset (fillfactor, autovacuum_vacuum_cost_delay)",
+            "alter table tidemark.audit_progress reset (fillfactor)",
             check_tables,
-            "table topic_partitions",
+            "table audit_progress",
             Level.WARN,
         ),
         (
@@ -108,15 +109,15 @@ def test_a_fresh_schema_is_sound(conn: Connection[Any]) -> None:
             Level.FAIL,
         ),
         (
-            "alter table tidemark.record_batches set unlogged",
+            "alter table tidemark.runs set unlogged",
             check_tables,
-            "table record_batches",
+            "table runs",
             Level.FAIL,
         ),
         (
-            "grant execute on function tidemark.require_own_cluster() to public",
+            "grant execute on function tidemark.tx_base() to public",
             check_functions,
-            "function require_own_cluster",
+            "function tx_base",
             Level.WARN,
         ),
     ],
@@ -193,7 +194,6 @@ def test_a_producer_with_too_many_rights_or_too_few(conn: Connection[Any]) -> No
 
 
 SERVER_SETTINGS = [
-    ("synchronous_commit", "off", Level.FAIL),
     ("jit", "on", Level.WARN),
     ("random_page_cost", "4", Level.WARN),
     ("work_mem", "1MB", Level.WARN),
@@ -259,20 +259,23 @@ def test_defaults_of_roles_and_databases(conn: Connection[Any], connect: Connect
     database = sql.Identifier(conn.info.dbname)
     with role(conn) as name:
         for statement in (
-            "alter database {0} set synchronous_commit = off",
+            "alter database {0} set default_transaction_read_only = on",
             "alter role {1} in database {0} set default_transaction_isolation = 'repeatable read'",
         ):
             conn.execute(sql.SQL(statement).format(database, sql.Identifier(name)))
         found = bad(check_defaults(connect()))
-        assert sorted(f.level for f in found) == [Level.FAIL, Level.WARN]
-        [own] = [f for f in check_settings(connect(), embedded=True) if f.check == "synchronous_commit"]
-        assert (own.level, own.found) == (Level.FAIL, "off, the database's default")
-        assert own.mend == (f'alter database "{conn.info.dbname}" reset synchronous_commit;',)
+        assert [f.level for f in found] == [Level.WARN, Level.WARN]
+        [own] = [f for f in check_settings(connect(), embedded=True) if f.check == "default_transaction_read_only"]
+        assert (own.level, own.found) == (Level.FAIL, "on, the database's default")
+        assert own.mend == (f'alter database "{conn.info.dbname}" reset default_transaction_read_only;',)
         run_mends(conn, found)
         assert bad(check_defaults(connect())) == []
+    with psycopg.connect(database_url, options="-c jit=on") as own_options:
+        [own] = [f for f in check_settings(own_options, embedded=True) if f.check == "jit"]
+        assert own.mend == ("take jit out of TIDEMARK_DATABASE_URL and PGOPTIONS",)
+    # Commits and materializations see to it themselves.
     with psycopg.connect(database_url, options="-c synchronous_commit=off") as own_options:
-        [own] = [f for f in check_settings(own_options, embedded=True) if f.check == "synchronous_commit"]
-        assert own.mend == ("take synchronous_commit out of TIDEMARK_DATABASE_URL and PGOPTIONS",)
+        assert bad(check_settings(own_options, embedded=True)) == bad(check_settings(conn, embedded=True))
 
 
 # --- the server and what goes on in it
@@ -327,7 +330,7 @@ def test_old_transactions_and_dead_rows(
     idle = connect(autocommit=False)
     idle.execute("select pg_current_xact_id()")
     create_topic(conn, "orders", 20)
-    conn.execute("update tidemark.topic_partitions set byte_size = 1")
+    conn.execute("update tidemark.topic_partitions set partition = partition")
     conn.execute("select pg_stat_force_next_flush()")
     found = bad([f for _, findings in examine(conn, SETTINGS) for f in findings if f.area == "activity"])
     [own] = [f for f in found if f"pid {idle.info.backend_pid} " in f.found]
@@ -338,6 +341,7 @@ def test_old_transactions_and_dead_rows(
 
 def test_prepared_transactions_and_slots(own_server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("db.doctor._LONG_SECONDS", 0.0)
+    upgrade(own_server.url())
     with psycopg.connect(own_server.url(), autocommit=True) as conn:
         conn.execute("select pg_create_physical_replication_slot('gone')")
         found = [f for _, findings in examine(conn, SETTINGS) for f in findings]

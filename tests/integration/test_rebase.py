@@ -2,6 +2,8 @@
 
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,16 @@ from psycopg.rows import TupleRow
 
 from config.embedded.postgres import PostgresServer
 from config.embedded.wheels import postgres_bin as wheel_bin
-from config.errors import ForeignClusterError
+from config.errors import ForeignClusterError, TransientDatabaseError
+from db.audit import audit
 from db.commit import commit_object
-from db.discover import find_committed, save_seen, sweep
+from db.discover import find_committed, save_fan_out, sweep
+from db.execute import run
 from db.materialize import materialize
 from db.migrate import require_current, upgrade
 from db.rebase import RebaseResult, rebase
 from db.topics import create_topic, partition_ids
-from db.trim import trim
-from tests.support import Connect
+from tests.support import Connect, wait_until
 
 OTHER_CLUSTER = 4711
 
@@ -32,8 +35,7 @@ def commit(conn: Connection[Any], key: str, partitions: Sequence[int]) -> int:
 
 def log(conn: Connection[Any], partition_id: int) -> list[tuple[Any, ...]]:
     return conn.execute(
-        "select b.start_offset, o.key, b.byte_offset from tidemark.record_batches b "
-        "join tidemark.objects o on o.id = b.object_id where b.partition_id = %s order by 1",
+        "select start_offset, object_key, byte_offset from tidemark.record_batches where partition_id = %s order by 1",
         (partition_id,),
     ).fetchall()
 
@@ -73,7 +75,7 @@ def drain(conn: Connection[Any], ids: list[int]) -> None:
 
 
 def refuses(conn: Connection[Any], ids: list[int]) -> None:
-    counts = "select (select count(*) from tidemark.objects), (select count(*) from tidemark.record_batches)"
+    counts = "select (select count(*) from tidemark.objects), (select count(*) from tidemark.runs)"
     before = conn.execute(counts).fetchone()
     calls: list[Callable[[], object]] = [lambda: commit(conn, "refused", ids), lambda: materialize(conn, ids)]
     for call in calls:
@@ -89,8 +91,8 @@ def continues(conn: Connection[Any], ids: list[int]) -> None:
     drain(conn, ids)
     assert log(conn, ids[0]) == in_order([*PLACED, *PENDING, ("new", 0)])
     assert log(conn, ids[1]) == in_order([("consumed", 1), ("pending", 0), ("new", 1)])
-    trim(conn)
-    assert conn.execute("select count(*) from tidemark.record_batch_events").fetchone() == (0,)
+    assert list(sweep(conn)) == []
+    assert audit(conn).violations == ()
     # A replay is still known.
     commit(conn, "pending", [ids[1], ids[0]])
     commit(conn, "newer", ids[:1])
@@ -105,12 +107,26 @@ def test_another_cluster_is_refused(connect: Connect, conn: Connection[TupleRow]
     refuses(conn, ids)
 
 
+def now_of(conn: Connection[Any]) -> int:
+    (own,) = conn.execute("select system_identifier from pg_control_system()").fetchone() or (0,)
+    return int(own)
+
+
 def test_rebase(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:
     with_history(connect, conn, ids)
     conn.execute("update tidemark.cluster set system_identifier = %s", (OTHER_CLUSTER,))
-    (own,) = conn.execute("select system_identifier from pg_control_system()").fetchone() or (None,)
-    assert rebase(conn) == RebaseResult(was=OTHER_CLUSTER, now=own, pending_events=6)
+    assert rebase(conn) == RebaseResult(was=OTHER_CLUSTER, now=now_of(conn))
     continues(conn, ids)
+
+
+def test_history_is_neither_read_nor_written(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:
+    """One row changes, whatever there is."""
+    with_history(connect, conn, ids)
+    rows = "select ctid, xmin::text, * from tidemark.{} order by 1"
+    tables = ("record_batch_events", "runs", "passes", "objects", "fan_outs", "topic_partitions", "sweeps")
+    before = [conn.execute(rows.format(table).encode()).fetchall() for table in tables]
+    assert rebase(conn, force=True)
+    assert [conn.execute(rows.format(table).encode()).fetchall() for table in tables] == before
 
 
 @pytest.mark.parametrize("ahead", [10**6, 2**33])
@@ -118,25 +134,13 @@ def test_rebase_of_a_cluster_whose_transaction_ids_are_higher(
     ahead: int, connect: Connect, conn: Connection[TupleRow], ids: list[int]
 ) -> None:
     """As after a dump and restore into a young cluster, across an epoch too."""
+    conn.execute("update tidemark.cluster set tx_base = %s", (ahead,))
     with_history(connect, conn, ids)
-    shift = "(%s + {0}::text::numeric)::text::xid8"
-    shifts: list[tuple[str, str]] = [
-        ("record_batch_events", "xid"),
-        ("objects", "xid"),
-        ("topic_partitions", "seen_xid"),
-    ]
-    for table, column in shifts:
-        conn.execute(f"update tidemark.{table} set {column} = {shift.format(column)}".encode(), (ahead,))
-    conn.execute(
-        f"update tidemark.topic_partitions set in_flight = array(select {shift.format('x')} from unnest(in_flight) x)",
-        (ahead,),
-    )
-    conn.execute("update tidemark.fan_out_state set seen = %s::pg_snapshot", (f"{ahead + 5000}:{ahead + 5000}:",))
-    conn.execute("update tidemark.cluster set system_identifier = %s", (OTHER_CLUSTER,))
-    result = rebase(conn)
-    assert result
-    assert result.pending_events == 6
-    save_seen(conn, find_committed(conn).snapshot)
+    # Its fan-out saw all of it, and knows of a transaction that never ended.
+    found = find_committed(conn)
+    save_fan_out(conn, replace(found, seen_tx=found.seen_tx + 5, in_flight=[found.seen_tx + 4]))
+    conn.execute("update tidemark.cluster set system_identifier = %s, tx_base = 0", (OTHER_CLUSTER,))
+    assert rebase(conn)
     commit(conn, "seen by fan-out", ids[1:])
     assert [(p.partition_id, p.events) for p in find_committed(conn).partitions] == [(ids[1], 1)]
     drain(conn, ids)
@@ -144,17 +148,97 @@ def test_rebase_of_a_cluster_whose_transaction_ids_are_higher(
     assert log(conn, ids[1]) == in_order([("consumed", 1), ("pending", 0), ("seen by fan-out", 0)])
 
 
+def test_without_the_row_of_the_cluster(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:
+    """As when tables were restored one by one."""
+    conn.execute("update tidemark.cluster set tx_base = 1000000")
+    with_history(connect, conn, ids)
+    conn.execute("delete from tidemark.cluster")
+    refuses(conn, ids)
+    assert rebase(conn) == RebaseResult(was=None, now=now_of(conn))
+    continues(conn, ids)
+
+
 def test_in_its_own_cluster_nothing_is_done_unless_forced(
     connect: Connect, conn: Connection[TupleRow], ids: list[int]
 ) -> None:
     with_history(connect, conn, ids)
-    before = conn.execute("select xid::text, id from tidemark.record_batch_events order by 1, 2").fetchall()
+    before = conn.execute("select ctid, * from tidemark.cluster").fetchall()
     assert rebase(conn) is None
-    assert conn.execute("select xid::text, id from tidemark.record_batch_events order by 1, 2").fetchall() == before
-    forced = rebase(conn, force=True)
-    assert forced
-    assert forced.pending_events == 6
+    assert conn.execute("select ctid, * from tidemark.cluster").fetchall() == before
+    assert rebase(conn, force=True)
     continues(conn, ids)
+
+
+def test_commits_that_are_under_way_are_waited_for(
+    connect: Connect, conn: Connection[TupleRow], ids: list[int]
+) -> None:
+    """And one that comes meanwhile waits, and never goes on at the old base."""
+    under_way, early, meanwhile = connect(autocommit=False), connect(autocommit=False), connect()
+    commit(under_way, "under way", ids[:1])
+    early.execute("set transaction isolation level repeatable read")
+    early.execute("select 1 from tidemark.topics")
+    with ThreadPoolExecutor(2) as pool:
+        rebasing = pool.submit(rebase, conn, force=True)
+        wait_until(lambda: waiting(connect(), conn))
+        coming = pool.submit(commit, meanwhile, "meanwhile", ids[:1])
+        wait_until(lambda: waiting(connect(), meanwhile))
+        assert not rebasing.done()
+        under_way.commit()
+        assert rebasing.result(10)
+        with pytest.raises(ForeignClusterError):
+            coming.result(10)
+    # A snapshot from before finds no base at all, not the old one.
+    with pytest.raises(ForeignClusterError):
+        commit(early, "early", ids[:1])
+    early.rollback()
+    commit(meanwhile, "meanwhile", ids[:1])
+    drain(conn, ids)
+    assert [key for _, key, _ in log(conn, ids[0])] == ["under way", "meanwhile"]
+
+
+def waiting(watcher: Connection[Any], conn: Connection[Any]) -> bool:
+    with watcher:
+        row = watcher.execute(
+            "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s", (conn.info.backend_pid,)
+        ).fetchone()
+    return bool(row and row[0])
+
+
+def test_a_pass_under_way_is_waited_for(
+    connect: Connect, conn: Connection[TupleRow], ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(conn, "a", ids)
+    placing = connect(autocommit=False)
+    run(placing, "lock_partitions", (ids,))
+    monkeypatch.setattr("db.rebase.LOCK_TIMEOUT", "300ms")
+    with pytest.raises(TransientDatabaseError, match="stop them"):
+        rebase(conn, force=True)
+    # Nothing to do is told at once.
+    assert rebase(conn) is None
+    placing.rollback()
+    assert rebase(conn, force=True)
+
+
+def test_sequences_that_were_left_behind(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:
+    """As after a restore of data alone, or a switch to a logical replica."""
+    with_history(connect, conn, ids)
+    save_fan_out(conn, find_committed(conn))
+    list(sweep(conn))
+    for table in ("objects", "topic_partitions", "fan_outs", "sweeps"):
+        conn.execute(f"alter sequence tidemark.{table}_id_seq restart with 1".encode())
+    conn.execute("update tidemark.cluster set system_identifier = %s", (OTHER_CLUSTER,))
+    assert rebase(conn)
+    continues(conn, ids)
+    create_topic(conn, "more", 2)
+    assert min(partition_ids(conn, "more")) > max(ids)
+    found = find_committed(conn)
+    save_fan_out(conn, found)
+    assert find_committed(conn).partitions == ()
+    # Where they are right they stay.
+    before = conn.execute("select nextval('tidemark.objects_id_seq')").fetchone()
+    assert before
+    assert rebase(conn, force=True)
+    assert conn.execute("select nextval('tidemark.objects_id_seq')").fetchone() == (before[0] + 1,)
 
 
 def test_rebasing_twice(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:
@@ -224,7 +308,7 @@ def test_dump_and_restore(
         refuses(restored, ids)
         result = rebase(restored)
         assert result
-        assert (result.was != result.now, result.pending_events) == (True, 6)
+        assert result.was != result.now
         # Brings the grants, which --no-privileges left behind.
         upgrade(second_server.url())
         continues(restored, ids)

@@ -10,7 +10,6 @@ from psycopg import Connection
 from redis import Redis
 
 from config.batching import BATCHINGS
-from config.errors import TransientDatabaseError
 from config.settings import Settings
 from config.strategy import STRATEGIES
 from db.commit import commit_object
@@ -108,13 +107,13 @@ def test_same_offsets_by_any_batching(
         app = stack.enter_context(
             app_for(
                 database_url, redis_url, batching=batching,
-                events_per_partition=8, batch_events_min=8, batch_events_max=48, **changes,
+                events_per_partition=4, batch_events_min=8, batch_events_max=48, **changes,
             )
         )  # fmt: skip
         logs[batching], total = play(app, conn, connect(autocommit=False), f"topic-{batching}")
         transactions[batching] = total.transactions
     assert {name: log == logs["fixed"] for name, log in logs.items()} == dict.fromkeys(BATCHINGS, True)
-    # A whole partition a transaction, where the fixed one takes eight events at a time.
+    # A whole partition a transaction, where the fixed one takes four events at a time.
     assert transactions["complete"] < transactions["fixed"]
 
 
@@ -187,10 +186,7 @@ def test_complete_brings_one_deep_partition_to_its_end_before_the_next(
     total = drain(app, ids[:3])
     # Three of each; then 10, 10, 10 and 2 of the one, and the same of the other.
     assert (total.events_processed, total.transactions, total.partitions_processed) == (70, 9, 2)
-    xids = (
-        "select partition_id - %s from tidemark.record_batches group by partition_id, xmin "
-        "order by min(xmin::text::bigint), 1"
-    )
+    xids = "select partition_id - %s from tidemark.runs group by partition_id, xmin order by min(xmin::text::bigint), 1"
     # The first transaction is one row of each.
     assert [row[0] for row in conn.execute(xids, (ids[0],))] == [0, 1, *[0] * 4, *[1] * 4]
 
@@ -204,14 +200,13 @@ def test_adaptive_shrinks_when_another_transaction_holds_the_partition(
     commit(conn, "a", ids[:1])
     holder = connect(autocommit=False)
     holder.execute("select from tidemark.topic_partitions where id = %s for no key update", (ids[0],))
-    with pytest.raises(TransientDatabaseError):
-        drain(app, ids[:1])
+    assert drain(app, ids[:1]).stuck_partition_ids == tuple(ids[:1])
     controller = app.controllers[app.settings.strategy]
     assert isinstance(controller, Adaptive)
-    assert controller.events == app.settings.events_per_task // 4
+    assert controller.events == app.settings.events_per_task // 2
     holder.rollback()
     done = drain(app, ids[:1])
-    assert (done.events_processed, done.batch_events) == (1, app.settings.events_per_task // 4)
+    assert (done.events_processed, done.batch_events) == (1, app.settings.events_per_task // 2)
 
 
 def due(redis_url: str, queue: str) -> list[bool]:
@@ -232,7 +227,7 @@ def test_only_window_collects_and_only_after_a_wake_up(
 
 
 def test_settings_of_a_rollout_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIDEMARK_CANDIDATE", "incremental")
+    monkeypatch.setenv("TIDEMARK_CANDIDATE", "window")
     monkeypatch.setenv("TIDEMARK_CANDIDATE_PERCENT", "12.5")
     settings = Settings()
-    assert (settings.candidate, settings.candidate_percent) == ("incremental", 12.5)
+    assert (settings.candidate, settings.candidate_percent) == ("window", 12.5)

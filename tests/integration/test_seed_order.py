@@ -119,8 +119,7 @@ def test_ours(connect: Connect, conn: Connection[TupleRow]) -> None:
         holder.rollback()
         assert first.result(10).events_processed == 2
     log = conn.execute(
-        "select o.key, b.start_offset from tidemark.record_batches b join tidemark.objects o on o.id = b.object_id "
-        "where b.partition_id = %s order by b.start_offset",
+        "select object_key, start_offset from tidemark.record_batches where partition_id = %s order by start_offset",
         (ids[1],),
     ).fetchall()
     assert log == [("second", 0), ("third", 10)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,11 @@ import psycopg
 import pytest
 from click.testing import CliRunner
 from psycopg import Connection, sql
+from psycopg.pq import ExecStatus, PGconn
 
 from config.embedded.postgres import PostgresServer
 from db.commit import commit_object
-from db.discover import find_committed, save_seen
+from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
 from db.partitions import COUNT_LIMIT
@@ -89,8 +91,8 @@ def test_a_late_transaction_counts_as_backlog(conn: Connection[Any], connect: Co
 def test_counting_ends_somewhere(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
     conn.execute(
         "insert into tidemark.record_batch_events "
-        "(object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp) "
-        "select 1, %s, 1, 0, 1, 0 from generate_series(1, %s)",
+        "(tx, object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp) "
+        "select 1, 1, %s, 1, 0, 1, 0 from generate_series(1, %s)",
         (ids[0], COUNT_LIMIT + 5),
     )
     found = cli(status, "orders", "--json", "--interval", "0").json["topics"][0]
@@ -112,7 +114,7 @@ def test_what_a_partition_waits_for(cli: Cli, conn: Connection[Any], connect: Co
     commit(conn, "a", ids)
     fresh = cli(status, "--json", "--interval", "0", "--after", "0").json
     assert {p["waits_for"] for p in fresh["waiting"]} == {"fan-out: is beat running, and a worker on control?"}
-    save_seen(conn, find_committed(conn).snapshot)
+    save_fan_out(conn, find_committed(conn))
     waiting = cli(status, "--json", "--interval", "0", "--after", "0").json["waiting"]
     assert {p["waits_for"] for p in waiting} == {f"a worker on materialize.{i % 8}" for i in ids}
     blocker, waiter = connect(autocommit=False), connect()
@@ -140,19 +142,52 @@ def test_what_a_partition_waits_for(cli: Cli, conn: Connection[Any], connect: Co
         assert running.result(30).events_processed == 2
 
 
-def test_a_transaction_below_a_cursor(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
-    late = connect(autocommit=False)
+def test_why_a_partition_cannot_be_materialized(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+    commit(conn, "a", ids)
+    save_fan_out(conn, find_committed(conn))
+    error = ValueError("disk on fire")
+    cli.app.figures.stuck(ids[1:], error, lambda _: "orders/1")
+    cli.app.figures.flush()
+    waiting = cli(status, "--json", "--interval", "0", "--after", "0").json["waiting"]
+    assert {p["partition"]: p["waits_for"] for p in waiting} == {
+        0: f"a worker on materialize.{ids[0] % 8}",
+        1: "fails with ValueError: disk on fire",
+    }
+
+
+def holders(cli: Cli) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = cli(status, "--json", "--interval", "0").json["holders"]
+    return found
+
+
+def test_an_open_transaction(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
+    late, empty = connect(autocommit=False), connect(autocommit=False)
     late.execute("set application_name = 'slow broker'")
     commit(late, "late", ids)
-    commit(conn, "a", ids)
-    materialize(conn, ids)
-    [held] = cli(status, "--json", "--interval", "0").json["held_cursors"]
-    assert (held["pid"], held["partitions"], held["application"]) == (late.info.backend_pid, 2, "slow broker")
+    # Without an id and a snapshot it holds nothing.
+    empty.execute("select 1")
+    [held] = holders(cli)
+    assert (held["kind"], held["name"], held["application"]) == ("session", str(late.info.backend_pid), "slow broker")
+    assert (held["has_id"], held["state"]) == (True, "idle in transaction")
     words = cli(status, "--interval", "0", "--after", "0").words
-    assert "(slow broker), idle in transaction" in words
-    assert "passed by the cursors of 2 partitions" in words
+    assert "(slow broker), idle in transaction, transaction open" in words
+    assert f", with an id, in {conn.info.dbname}" in words
+    # Everyday transactions are left out.
+    assert "slow broker" not in cli(status, "--interval", "0").words
     late.rollback()
-    assert cli(status, "--json", "--interval", "0").json["held_cursors"] == []
+    assert holders(cli) == []
+
+
+def test_a_held_snapshot(cli: Cli, conn: Connection[Any], connect: Connect) -> None:
+    """It has no id, so nobody waits for what it commits; vacuum does."""
+    report = connect(autocommit=False)
+    report.execute("set transaction isolation level repeatable read")
+    report.execute("select 1")
+    [held] = holders(cli)
+    assert (held["kind"], held["name"], held["has_id"]) == ("session", str(report.info.backend_pid), False)
+    words = cli(status, "--interval", "0", "--after", "0").words
+    assert f"pid {report.info.backend_pid}" in words
+    assert "with an id, in" not in words
 
 
 def test_a_restored_database(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
@@ -172,6 +207,7 @@ def test_a_role_that_may_not_see_other_sessions(
     try:
         conn.execute(sql.SQL("grant usage on schema tidemark to {}").format(name))
         conn.execute(sql.SQL("grant select on all tables in schema tidemark to {}").format(name))
+        conn.execute(sql.SQL("grant execute on all functions in schema tidemark to {}").format(name))
         commit(conn, "a", ids)
         with app_for(database_url.replace("//tidemark@", f"//{role}@"), redis_url) as app:
             found = Cli(app)(status, "--json", "--interval", "0").json
@@ -198,37 +234,77 @@ def test_top_prints_json_lines(cli: Cli, ids: list[int]) -> None:
     assert [json.loads(line)["topics"][0]["topic"] for line in lines] == ["orders", "orders"]
 
 
-def test_prepared_transactions(server_directory: Path, postgres_bin: Path | None, redis_url: str) -> None:
-    settings = {"max_prepared_transactions": "5"}
-    with PostgresServer.start(server_directory / "prepared", bin_dir=postgres_bin, settings=settings) as server:
+@pytest.fixture(scope="module")
+def own_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
+    settings = {"max_prepared_transactions": "5", "wal_level": "logical", "max_wal_senders": "2", "fsync": "off"}
+    with PostgresServer.start(server_directory / "holders", bin_dir=postgres_bin, settings=settings) as server:
         upgrade(server.url())
-        with (
-            psycopg.connect(server.url(), autocommit=True) as conn,
-            psycopg.connect(server.url(), autocommit=True) as waiter,
-            app_for(server.url(), redis_url) as app,
-        ):
-            cli = Cli(app)
-            create_topic(conn, "orders", 1)
-            ids = partition_ids(conn, "orders")
-            conn.execute("begin")
-            commit(conn, "late", ids)
-            conn.execute("prepare transaction 'it''s late'")
-            commit(conn, "a", ids)
-            materialize(conn, ids)
-            conn.execute("begin; select from tidemark.topic_partitions for update; prepare transaction 'lock'")
-            with ThreadPoolExecutor(1) as pool:
-                running = pool.submit(materialize, waiter, ids)
+        yield server
 
-                def lock_waits() -> Any:
-                    return cli(status, "--json", "--interval", "0").json["lock_waits"]
 
-                [wait] = wait_until(lock_waits)
-                assert (wait["blocker_pid"], wait["blocker_gid"], wait["topic"]) == (0, "lock", "orders")
-                held = cli(status, "--json", "--interval", "0").json["held_cursors"]
-                assert [h["gid"] for h in held if h["pid"] is None] == ["it's late"]
-                words = cli(status, "--interval", "0", "--after", "0").words
-                assert "held by prepared transaction lock" in words
-                assert "rollback prepared 'it''s late';" in words
-                conn.execute("rollback prepared 'lock'")
-                running.result(30)
-            conn.execute("rollback prepared 'it''s late'")
+def test_prepared_transactions(own_server: PostgresServer, redis_url: str) -> None:
+    with (
+        psycopg.connect(own_server.url(), autocommit=True) as conn,
+        psycopg.connect(own_server.url(), autocommit=True) as waiter,
+        app_for(own_server.url(), redis_url) as app,
+    ):
+        cli = Cli(app)
+        create_topic(conn, "orders", 1)
+        ids = partition_ids(conn, "orders")
+        conn.execute("begin")
+        commit(conn, "late", ids)
+        conn.execute("prepare transaction 'it''s late'")
+        commit(conn, "a", ids)
+        materialize(conn, ids)
+        conn.execute("begin; select from tidemark.topic_partitions for update; prepare transaction 'lock'")
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(materialize, waiter, ids)
+
+            def lock_waits() -> Any:
+                return cli(status, "--json", "--interval", "0").json["lock_waits"]
+
+            [wait] = wait_until(lock_waits)
+            assert (wait["blocker_pid"], wait["blocker_gid"], wait["topic"]) == (0, "lock", "orders")
+            found = {h["name"] for h in holders(cli) if h["kind"] == "prepared transaction" and h["has_id"]}
+            assert found == {"it's late", "lock"}
+            words = cli(status, "--interval", "0", "--after", "0").words
+            assert "held by prepared transaction lock" in words
+            assert "prepared transaction it's late of" in words
+            assert "rollback prepared 'it''s late';" in words
+            conn.execute("rollback prepared 'lock'")
+            running.result(30)
+        conn.execute("rollback prepared 'it''s late'")
+
+
+def test_replication_slots_and_standbys(own_server: PostgresServer, redis_url: str) -> None:
+    """They have no transaction of their own to measure: what counts is the oldest commit that they do not see."""
+    with psycopg.connect(own_server.url(), autocommit=True) as conn, app_for(own_server.url(), redis_url) as app:
+        cli = Cli(app)
+        create_topic(conn, "replicated", 1)
+        ids = partition_ids(conn, "replicated")
+        commit(conn, "before", ids)
+        conn.execute("select pg_create_logical_replication_slot('cdc', 'pgoutput')")
+        (xmin,) = conn.execute("select txid_current()").fetchone() or (0,)
+        standby = PGconn.connect(f"{own_server.url()}&replication=true&application_name=copy".encode())
+        assert standby.exec_(b"START_REPLICATION 0/1000000").status == ExecStatus.COPY_BOTH
+        # Its feedback: the oldest transaction that it needs.
+        standby.put_copy_data(struct.pack("!cqIIII", b"h", 0, xmin, 0, 0, 0))
+        standby.flush()
+
+        def both() -> dict[str, Any]:
+            found = {h["kind"]: h for h in holders(cli)}
+            return found if len(found) == 2 else {}
+
+        idle = wait_until(both)
+        assert (idle["replication slot"]["name"], idle["replication slot"]["state"]) == ("cdc", "inactive")
+        assert idle["standby"]["application"] == "copy"
+        # Nothing was committed since.
+        assert {h["seconds"] for h in idle.values()} == {None}
+        commit(conn, "after", ids)
+        conn.execute("update tidemark.objects set committed_at = committed_at - interval '2 h' where key = 'before'")
+        conn.execute("update tidemark.objects set committed_at = committed_at - interval '1 h' where key = 'after'")
+        assert all(3600 <= h["seconds"] < 3700 for h in both().values())
+        words = cli(status, "--interval", "0", "--after", "3000").words
+        assert "replication slot cdc, inactive, 60 min behind" in words
+        assert "(copy), active, 60 min behind" in words
+        standby.finish()

@@ -12,7 +12,9 @@ from config.settings import Settings
 from db.materialize import MaterializationMetrics
 from tests.benchmarks import retries
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.entry import Entry
+from tests.benchmarks.editions import judged
+from tests.benchmarks.entry import Entry, compare
+from tests.benchmarks.measure import Result, Sample
 from tests.benchmarks.parts import PARTS
 from tests.benchmarks.plan import Measurement, Tick
 from tests.benchmarks.progress import Display, ratios, remaining
@@ -38,6 +40,37 @@ def test_quick_takes_less_and_leaves_no_kind_of_entry_out(part: str) -> None:
     quick, full = PARTS[part](Bench(), 1, quick=True), PARTS[part](Bench(), 5, quick=False)
     assert {m.group for m in quick} == {m.group for m in full}
     assert sum(m.expected_seconds for m in quick) < sum(m.expected_seconds for m in full)
+
+
+# --- Results
+
+
+def result(seconds: float, cpu_seconds: float, log_bytes: int) -> Result:
+    return Result(samples=(Sample(seconds=seconds, cpu_seconds=cpu_seconds, units=100, log_bytes=log_bytes),))
+
+
+def test_an_entry_compares_rates_cpu_time_and_log() -> None:
+    entry = compare("g", "s", {"ours": result(2.0, 1.0, 3_000), "limit": result(1.0, 0.5, 400)}, note="so")
+    assert (entry.ours, entry.limit, entry.vs_limit, entry.vs_baseline) == (50, 100, 0.5, None)
+    assert entry.note == "so; log: 30 / 4 bytes an event; 0.50 of the limit by CPU time"
+
+
+def test_an_entry_says_nothing_of_what_was_not_looked_at() -> None:
+    assert compare("g", "s", {"ours": result(2.0, 0.0, 0), "limit": result(1.0, 0.0, 0)}).note == ""
+
+
+@pytest.mark.parametrize(
+    ("ratio", "aim", "expected"),
+    [
+        (1.3, "<= 1.3", "aim <= 1.3"),
+        (1.31, "<= 1.3", "aim <= 1.3 MISSED"),
+        (2.0, ">= 2", "aim >= 2"),
+        (1.99, ">= 2", "aim >= 2 MISSED"),
+        (5.0, "", ""),
+    ],
+)
+def test_an_aim_that_is_missed_says_so(ratio: float, aim: str, expected: str) -> None:
+    assert judged(ratio, aim) == expected
 
 
 # --- Progress
@@ -83,9 +116,9 @@ def test_without_a_terminal_every_measurement_says_when_it_starts_and_ends() -> 
         display.begin("other", plans["other"][0])
     lines = out.getvalue().splitlines()
     assert [re.sub(r"^\d\d:\d\d:\d\d  ", "", line) for line in lines] == [
-        "one     first (2 runs; 0% done, 0:00:40 left)",
-        "one     first: 0.50 of the limit",
-        "other   last [x] (1 runs; 50% done, 0:00:12 left)",
+        "one       first (2 runs; 0% done, 0:00:40 left)",
+        "one       first: 0.50 of the limit",
+        "other     last [x] (1 runs; 50% done, 0:00:12 left)",
     ]
 
 

@@ -116,5 +116,5 @@ def test_a_rollout_that_cannot_be_meant(values: dict[str, str], message: str, en
 def test_a_rollout_may_be_turned_down_to_nothing(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("TIDEMARK_CANDIDATE_PERCENT", "0")
     load_settings()
-    environment.setenv("TIDEMARK_CANDIDATE", "incremental")
+    environment.setenv("TIDEMARK_CANDIDATE", "window")
     assert split([1, 2], load_settings()) == [Side(strategy=load_settings().strategy, partition_ids=[1, 2])]

@@ -114,5 +114,4 @@ def test_passwords_do_not_appear_in_a_printed_object(environment: pytest.MonkeyP
 def test_session_settings_fit_the_server(version: int, known: bool) -> None:  # noqa: FBT001 -- a parameter of the test
     values = session_settings(Settings(lock_timeout=0.25), version)
     assert values["lock_timeout"] == "250ms"
-    assert values["synchronous_commit"] == "on"
     assert ("transaction_timeout" in values) is known

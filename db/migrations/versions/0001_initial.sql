@@ -8,39 +8,60 @@ create table tidemark.audit_progress (
 
 create table tidemark.cluster (
     system_identifier bigint not null,
+    tx_base bigint not null,
     singleton boolean default true not null,
     constraint cluster_pkey primary key (singleton),
     constraint cluster_one_row check (singleton)
 );
 
-create table tidemark.fan_out_state (
+create table tidemark.deleted_batches (
+    object_id bigint not null,
+    tx bigint not null,
+    batches integer not null,
+    constraint deleted_batches_pkey primary key (object_id, tx)
+);
+
+create table tidemark.fan_outs (
+    id bigint generated always as identity,
+    seen_tx bigint not null,
     seen_at timestamp with time zone default clock_timestamp() not null,
-    singleton boolean default true not null,
-    seen pg_snapshot default pg_current_snapshot() not null,
-    constraint fan_out_state_pkey primary key (singleton),
-    constraint fan_out_state_one_row check (singleton)
-) with (fillfactor = 50);
+    in_flight bigint[] not null,
+    constraint fan_outs_pkey primary key (id)
+);
+
+create table tidemark.log_starts (
+    start_offset bigint not null,
+    start_bytes bigint not null,
+    stale_run bigint,
+    partition_id integer not null,
+    constraint log_starts_pkey primary key (partition_id, start_offset)
+);
 
 create table tidemark.objects (
     id bigint generated always as identity,
-    xid xid8 default pg_current_xact_id() not null,
+    tx bigint not null,
     committed_at timestamp with time zone default clock_timestamp() not null,
-    live_batches integer not null,
+    batches integer not null,
     key text collate "C" not null,
     content_hash bytea not null,
     partition_ids integer[] not null,
     batch_counts integer[] not null,
     constraint objects_pkey primary key (id),
     constraint objects_key_key unique (key),
-    constraint objects_live_batches_not_negative check (live_batches >= 0),
     constraint objects_key_length check (octet_length(key) between 1 and 1024),
     constraint objects_counts_match_partitions check (cardinality(partition_ids) = cardinality(batch_counts))
-) with (fillfactor = 90);
+);
 
-create index objects_xid_idx on tidemark.objects (xid);
+create index objects_tx_idx on tidemark.objects (tx);
+
+create table tidemark.passes (
+    tx bigint not null,
+    in_flight bigint[] not null,
+    constraint passes_pkey primary key (tx)
+);
 
 create table tidemark.record_batch_events (
-    xid xid8 default pg_current_xact_id() not null,
+    tx bigint not null,
     id bigint generated always as identity (cache 1000),
     object_id bigint not null,
     byte_offset bigint not null,
@@ -48,20 +69,40 @@ create table tidemark.record_batch_events (
     partition_id integer not null,
     n_records integer not null,
     byte_length integer not null,
-    constraint record_batch_events_pkey primary key (partition_id, xid, id),
+    constraint record_batch_events_pkey primary key (partition_id, tx, id),
     constraint record_batch_events_n_records_positive check (n_records >= 1),
     constraint record_batch_events_range_not_negative check (byte_offset >= 0 and byte_length >= 0)
-) with (autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0.2);
+);
 
-create table tidemark.record_batches (
+create table tidemark.runs (
     start_offset bigint not null,
-    object_id bigint not null,
-    byte_offset bigint not null,
+    end_offset bigint not null,
+    end_bytes bigint not null,
     max_timestamp bigint not null,
+    first_tx bigint not null,
+    last_tx bigint not null,
+    first_id bigint,
+    last_id bigint,
+    seen_tx bigint,
+    seen_id bigint,
+    pass_tx bigint,
     partition_id integer not null,
-    n_records integer not null,
-    byte_length integer not null,
-    constraint record_batches_pkey primary key (partition_id, start_offset)
+    batches integer not null,
+    skipped bigint[],
+    late bigint[],
+    constraint runs_pkey primary key (partition_id, start_offset),
+    constraint runs_offsets_ordered check (0 <= start_offset and start_offset < end_offset)
+);
+
+create index runs_apart_idx on tidemark.runs (partition_id, start_offset) where seen_tx is not null or skipped is not null;
+
+create table tidemark.sweeps (
+    id bigint generated always as identity,
+    settled_tx bigint not null,
+    collected_tx bigint not null,
+    swept_at timestamp with time zone default clock_timestamp() not null,
+    unsettled bigint[] not null,
+    constraint sweeps_pkey primary key (id)
 );
 
 create table tidemark.topics (
@@ -88,18 +129,10 @@ create table tidemark.dead_objects (
 
 create table tidemark.topic_partitions (
     topic_id uuid not null,
-    start_offset bigint default 0 not null,
-    end_offset bigint default 0 not null,
-    byte_size bigint default 0 not null,
-    seen_xid xid8 default '0' not null,
-    seen_id bigint default 0 not null,
     id integer generated always as identity,
     partition integer not null,
-    in_flight xid8[] default '{}' not null,
     constraint topic_partitions_pkey primary key (id),
     constraint topic_partitions_topic_id_partition_key unique (topic_id, partition),
     constraint topic_partitions_partition_not_negative check (partition >= 0),
-    constraint topic_partitions_offsets_ordered check (0 <= start_offset and start_offset <= end_offset),
-    constraint topic_partitions_byte_size_not_negative check (byte_size >= 0),
     constraint topic_partitions_topic_id_fkey foreign key(topic_id) references tidemark.topics (id)
-) with (fillfactor = 45, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+);

@@ -1,9 +1,10 @@
 -- The read path: batches of a partition from an offset on, in order. The first one contains the offset, perhaps in its
 -- middle. At most max_batches of them and no more than fit into max_bytes, but always one where there is one; nothing at
--- the end offset. Reads no more rows than it returns and a few.
+-- the end offset. Reads no more than the events it returns, those before them in the first run, and their runs.
 --
 -- Stable: all its statements see the caller's snapshot, so the offsets checked belong to the batches returned.
--- Errors: TM003 unknown partition, TM007 offset outside [start offset, end offset], TM009 limits below 1.
+-- Errors: TM003 unknown partition, TM007 offset outside [start offset, end offset], TM009 limits below 1, TM011 (on a standby)
+-- offset beyond what has arrived here.
 create or replace function tidemark.fetch_batches(
     partition_id int,
     from_offset bigint,
@@ -19,10 +20,28 @@ create or replace function tidemark.fetch_batches(
 )
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
+-- A session keeps its plans: one made for an empty table must not read a full one.
+set enable_seqscan = off
+set enable_bitmapscan = off
+-- Or it would be planned anew for the arrays of each call, which takes as long as reading twenty batches.
+set plan_cache_mode = force_generic_plan
 as $$
 declare
     head record;
-    first_offset bigint;
+    run record;
+    skipped_tx bigint;
+    -- Ranges of the key whose events follow each other in the log.
+    n int := 0;
+    first_txs bigint[];
+    first_ids bigint[];
+    last_txs bigint[];
+    last_ids bigint[];
+    -- Where their first event has its offset, and where they end.
+    next_offset bigint;
+    upto bigint;
+    was_late boolean;
+    first_bytes bigint;
+    fetched int := 0;
     bytes bigint := 0;
 begin
     if (max_bytes >= 1 and max_batches >= 1 and from_offset is not null) is not true then
@@ -33,45 +52,194 @@ begin
                              coalesce(max_batches::text, 'NULL')),
             hint = 'Pass an offset, and limits of at least 1.';
     end if;
-    select p.start_offset, p.end_offset into head
-    from tidemark.topic_partitions p where p.id = fetch_batches.partition_id;
+    -- A descent each: the newest run, the log's start, the run that has the offset, and the first one behind it that is apart:
+    -- its events, or those before it, do not follow the others in the key.
+    select e.end_offset, coalesce(e.seen_tx, e.last_tx) as end_tx,
+           case when e.seen_tx is null then e.last_id else e.seen_id end as end_id,
+           coalesce(s.start_offset, 0) as log_start, r.*, a.start_offset as apart
+    into head
+    from (
+        select w.end_offset, w.last_tx, w.last_id, w.seen_tx, w.seen_id
+        from tidemark.runs w
+        where w.partition_id = fetch_batches.partition_id
+        order by w.start_offset desc
+        limit 1
+    ) e
+    left join lateral (
+        select l.start_offset
+        from tidemark.log_starts l
+        where l.partition_id = fetch_batches.partition_id
+        order by l.start_offset desc
+        limit 1
+    ) s on true
+    left join lateral (
+        select c.start_offset, c.first_tx, c.first_id, c.seen_tx is not null or coalesce(c.skipped <> '{}', false) as is_apart
+        from tidemark.runs c
+        where c.partition_id = fetch_batches.partition_id and c.start_offset <= from_offset
+        order by c.start_offset desc
+        limit 1
+    ) r on true
+    left join lateral (
+        select d.start_offset
+        from tidemark.runs d
+        where d.partition_id = fetch_batches.partition_id and d.start_offset > from_offset
+          and (d.seen_tx is not null or d.skipped is not null)
+        order by d.start_offset
+        limit 1
+    ) a on true;
     if not found then
-        raise exception using
-            errcode = 'TM003',
-            message = format('partition id %s does not exist', coalesce(partition_id::text, 'NULL')),
-            hint = 'Read the ids of a topic''s partitions with tidemark.partition_ids(topic).';
+        if not exists (select from tidemark.topic_partitions p where p.id = fetch_batches.partition_id) then
+            raise exception using
+                errcode = 'TM003',
+                message = format('partition id %s does not exist', coalesce(partition_id::text, 'NULL')),
+                hint = 'Read the ids of a topic''s partitions with tidemark.partition_ids(topic).';
+        end if;
+        head.end_offset := 0;
+        head.log_start := 0;
     end if;
-    if from_offset < head.start_offset or from_offset > head.end_offset then
+    if from_offset > head.end_offset and pg_is_in_recovery() then
+        raise exception using
+            errcode = 'TM011',
+            message = format('partition id %s: offset %s has not arrived at this standby, which holds %s to %s',
+                             partition_id, from_offset, head.log_start, head.end_offset),
+            hint = 'Ask again in a moment, or ask the primary.';
+    elsif from_offset < head.log_start or from_offset > head.end_offset then
         raise exception using
             errcode = 'TM007',
             message = format('partition id %s: offset %s is out of range, the log holds %s to %s', partition_id,
-                             from_offset, head.start_offset, head.end_offset),
+                             from_offset, head.log_start, head.end_offset),
             hint = 'Go on from the start offset (oldest) or the end offset (newest).';
     end if;
     if from_offset = head.end_offset then
         return;
     end if;
 
-    select b.start_offset into first_offset
-    from tidemark.record_batches b
-    where b.partition_id = fetch_batches.partition_id and b.start_offset <= from_offset
-    order by b.start_offset desc
-    limit 1;
-
-    -- A loop stops reading at the byte limit; a window over max_batches rows would read them all.
-    for start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp in
-        select b.start_offset, b.n_records,
-               (select o.key from tidemark.objects o where o.id = b.object_id),
-               b.byte_offset, b.byte_length, b.max_timestamp
-        from tidemark.record_batches b
-        where b.partition_id = fetch_batches.partition_id and b.start_offset >= first_offset
-        order by b.start_offset
-        limit max_batches
+    next_offset := head.start_offset;
     loop
-        bytes := bytes + byte_length;
-        exit when bytes > max_bytes and start_offset > first_offset;
-        return next;
-        exit when bytes >= max_bytes;
+        n := 0;
+        upto := null;
+        if next_offset = head.start_offset and not head.is_apart then
+            -- Up to the first run that is apart the events follow each other, and the limit ends the scan.
+            first_txs := array[head.first_tx];
+            first_ids := array[coalesce(head.first_id, -9223372036854775808)];
+            if head.apart is null then
+                last_txs := array[head.end_tx];
+                last_ids := array[coalesce(head.end_id, 9223372036854775807)];
+                upto := head.end_offset;
+            else
+                select array[r.last_tx], array[coalesce(r.last_id, 9223372036854775807)], r.end_offset
+                into last_txs, last_ids, upto
+                from tidemark.runs r
+                where r.partition_id = fetch_batches.partition_id and r.start_offset < head.apart
+                order by r.start_offset desc
+                limit 1;
+            end if;
+        else
+            first_txs := null;
+            first_ids := null;
+            last_txs := null;
+            last_ids := null;
+            was_late := true;
+            first_bytes := null;
+            -- Each has a batch at least, so these are enough.
+            for run in
+                select r.first_tx, r.first_id, r.last_tx, r.last_id, r.seen_tx is not null as late, r.skipped, r.end_offset,
+                       r.end_bytes
+                from tidemark.runs r
+                where r.partition_id = fetch_batches.partition_id and r.start_offset >= next_offset
+                order by r.start_offset
+                limit max_batches - fetched
+            loop
+                if run.late or was_late or run.skipped is not null then
+                    n := n + 1;
+                    first_txs[n] := run.first_tx;
+                    first_ids[n] := coalesce(run.first_id, -9223372036854775808);
+                end if;
+                was_late := run.late;
+                -- Divided at what it skips and has events here: to read and drop them would cost as much as there are.
+                if run.skipped <> '{}' then
+                    for skipped_tx in
+                        select x.tx
+                        from unnest(run.skipped) x(tx)
+                        -- As an "exists" it would be hashed: all events of the partition.
+                        cross join lateral (
+                            select
+                            from tidemark.record_batch_events v
+                            where v.partition_id = fetch_batches.partition_id and v.tx = x.tx
+                            limit 1
+                        ) v
+                        order by x.tx
+                    loop
+                        last_txs[n] := skipped_tx;
+                        last_ids[n] := -9223372036854775808;
+                        n := n + 1;
+                        first_txs[n] := skipped_tx;
+                        first_ids[n] := 9223372036854775807;
+                    end loop;
+                end if;
+                last_txs[n] := run.last_tx;
+                last_ids[n] := coalesce(run.last_id, 9223372036854775807);
+                upto := run.end_offset;
+                -- Of the first one it is not known what lies before the offset.
+                first_bytes := coalesce(first_bytes, run.end_bytes);
+                exit when run.end_bytes - first_bytes >= max_bytes - bytes;
+            end loop;
+        end if;
+
+        -- The batch that contains the offset: the sum is run up to it, and no further.
+        if next_offset < from_offset then
+            select e.number, e.tx, e.id, e.start_offset into run
+            from (
+                select t.number, m.tx, m.id, m.n_records,
+                       next_offset - m.n_records + sum(m.n_records) over (rows unbounded preceding) as start_offset
+                from unnest(first_txs, first_ids, last_txs, last_ids) with ordinality
+                     t(first_tx, first_id, last_tx, last_id, number)
+                cross join lateral (
+                    select b.tx, b.id, b.n_records
+                    from tidemark.record_batch_events b
+                    where b.partition_id = fetch_batches.partition_id
+                      and (b.tx, b.id) >= (t.first_tx, t.first_id) and (b.tx, b.id) <= (t.last_tx, t.last_id)
+                    order by b.tx, b.id
+                ) m
+            ) e
+            where e.start_offset + e.n_records > from_offset
+            limit 1;
+            -- Only in a damaged log.
+            exit when not found;
+            first_txs := run.tx || first_txs[run.number + 1:];
+            first_ids := run.id || first_ids[run.number + 1:];
+            last_txs := last_txs[run.number:];
+            last_ids := last_ids[run.number:];
+            next_offset := run.start_offset;
+        end if;
+
+        -- A loop stops reading at the byte limit; a window over max_batches rows would read them all. A lateral join can only
+        -- be a nested loop, so the batches come in the order of the ranges.
+        for n_records, object_key, byte_offset, byte_length, max_timestamp in
+            select m.n_records, (select o.key from tidemark.objects o where o.id = m.object_id), m.byte_offset, m.byte_length,
+                   m.max_timestamp
+            from unnest(first_txs, first_ids, last_txs, last_ids) t(first_tx, first_id, last_tx, last_id)
+            cross join lateral (
+                select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records
+                from tidemark.record_batch_events b
+                where b.partition_id = fetch_batches.partition_id
+                  and (b.tx, b.id) >= (t.first_tx, t.first_id) and (b.tx, b.id) <= (t.last_tx, t.last_id)
+                order by b.tx, b.id
+            ) m
+            limit max_batches - fetched
+        loop
+            bytes := bytes + byte_length;
+            if bytes > max_bytes and fetched > 0 then
+                return;
+            end if;
+            start_offset := next_offset;
+            next_offset := next_offset + n_records;
+            return next;
+            fetched := fetched + 1;
+            exit when bytes >= max_bytes;
+        end loop;
+        exit when fetched = max_batches or bytes >= max_bytes or coalesce(upto = head.end_offset, true);
+        next_offset := upto;
     end loop;
 end
 $$;

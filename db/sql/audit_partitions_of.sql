@@ -1,6 +1,0 @@
--- Those of the partitions $1 that exist, and up to where each is audited.
-select p.id, a.audited_to
-from tidemark.topic_partitions p
-left join tidemark.audit_progress a on a.partition_id = p.id
-where p.id = any ($1::int[])
-order by p.id

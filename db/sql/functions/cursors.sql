@@ -1,0 +1,89 @@
+-- The transactions that run in the caller's snapshot, its own aside, as places in the order of commits, ascending.
+create or replace function tidemark.running_transactions() returns bigint[]
+language sql stable parallel safe
+begin atomic
+    select array(
+        select c.tx_base + x.xid::text::bigint
+        from tidemark.cluster c, pg_snapshot_xip(pg_current_snapshot()) x(xid)
+        order by 1
+    );
+end;
+
+-- Where the logs of partitions end, and what is pending in them: events beyond (seen_tx, seen_id), and those of the transactions
+-- `late`; of the one that is last_tx only those beyond last_id. Here alone stands what pending means.
+--
+-- The newest run says it. Late are the transactions that were running below the position when it was made, are no longer, and
+-- have events here: what is still running is not asked for. So are those that the run's pass did not place to their end; the
+-- one it was at comes first, and is the run's last_tx. What the sweep found settled is not asked for again. Where the whole of
+-- a transaction is placed, the id is the greatest.
+--
+-- Costs a descent for each partition, and the transactions of each pass once, however many partitions it served.
+-- Without a search_path of its own, so that it becomes a part of the query that calls it; its names are bound when it is made.
+-- "Offset 0" keeps the planner from computing one expression in several places.
+create or replace function tidemark.cursors(partition_ids int[])
+returns table (
+    partition_id int, end_offset bigint, end_bytes bigint, max_timestamp bigint, seen_tx bigint, seen_id bigint,
+    last_tx bigint, last_id bigint, late bigint[]
+)
+language sql stable parallel safe
+begin atomic
+    select m.partition_id, m.end_offset, m.end_bytes, m.max_timestamp, m.seen_tx, m.seen_id, m.last_tx, m.last_id, l.late
+    from (
+        select n.pass_tx, array_agg(row(i.id, coalesce(n.end_offset, 0), coalesce(n.end_bytes, 0), n.max_timestamp,
+                                        coalesce(n.seen_tx, n.last_tx, 0),
+                                        coalesce(case when n.seen_tx is null then n.last_id else n.seen_id end,
+                                                 9223372036854775807),
+                                        n.last_tx, coalesce(n.last_id, 9223372036854775807), n.late)) as members
+        from unnest(cursors.partition_ids) i(id)
+        left join lateral (
+            select r.end_offset, r.end_bytes, r.max_timestamp, r.seen_tx, r.seen_id, r.last_tx, r.last_id, r.pass_tx, r.late
+            from tidemark.runs r
+            where r.partition_id = i.id
+            order by r.start_offset desc
+            limit 1
+        ) n on true
+        group by n.pass_tx
+    ) g
+    cross join lateral (
+        select array(
+            select x.tx
+            from tidemark.passes s
+            cross join unnest(s.in_flight) x(tx)
+            cross join (
+                select w.settled_tx, w.unsettled from tidemark.sweeps w order by w.id desc limit 1
+            ) w
+            where s.tx = g.pass_tx and x.tx <> all (tidemark.running_transactions())
+              and (x.tx >= w.settled_tx or x.tx = any (w.unsettled))
+              -- What committed nothing is late nowhere: most open transactions are others' and not ours.
+              and (select true from tidemark.objects o where o.tx = x.tx limit 1)
+            order by x.tx
+        ) as ended
+        offset 0
+    ) e
+    cross join lateral unnest(g.members) m(
+        partition_id int, end_offset bigint, end_bytes bigint, max_timestamp bigint, seen_tx bigint, seen_id bigint,
+        last_tx bigint, last_id bigint, late bigint[]
+    )
+    cross join lateral (
+        -- Those above the position are not late: they are beyond it. One scan tells whether any has events here; most have
+        -- none, for they are other partitions'.
+        select case when c.txs <> '{}' and (
+            select true
+            from tidemark.record_batch_events a
+            where a.partition_id = m.partition_id and a.tx = any (c.txs)
+            limit 1
+        ) then nullif(array(
+            select x.tx
+            from unnest(c.txs) x(tx)
+            -- "Is true" keeps this a probe for each; as a join it would read all events of the partition.
+            where (exists (
+                select from tidemark.record_batch_events v
+                where v.partition_id = m.partition_id and v.tx = x.tx
+                  and v.id > case when x.tx = m.last_tx then m.last_id else -9223372036854775808 end
+            )) is true
+            order by x.tx <> m.last_tx, x.tx
+        ), '{}') end as late
+        from (select m.late || e.ended[1:width_bucket(m.seen_tx, e.ended)] as txs offset 0) c
+        offset 0
+    ) l;
+end;

@@ -1,0 +1,67 @@
+-- What waits in partitions, for those where something does: how many events (counted up to `most` in each partition and `in_all`
+-- altogether, null for no limit, but at least 1), and when the oldest of them was committed.
+-- One or two descents for each partition, and what is counted.
+create or replace function tidemark.pending(partition_ids int[], most int, in_all int)
+returns table (partition_id int, events bigint, committed_at timestamptz)
+language sql stable parallel safe
+begin atomic
+    with cursor as materialized (
+        select c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late
+        from tidemark.cursors(pending.partition_ids) c
+    ),
+    waiting as materialized (
+        select c.*, f.committed_at
+        from cursor c
+        cross join lateral (
+            select count(*) as found, min(o.committed_at) as committed_at
+            from (
+                select l.object_id
+                from unnest(c.late) x(tx)
+                cross join lateral (
+                    select e.object_id
+                    from tidemark.record_batch_events e
+                    where e.partition_id = c.partition_id and e.tx = x.tx
+                      and e.id > case when x.tx = c.last_tx then c.last_id else -9223372036854775808 end
+                    order by e.id
+                    limit 1
+                ) l
+                union all
+                (select e.object_id
+                 from tidemark.record_batch_events e
+                 where e.partition_id = c.partition_id and (e.tx, e.id) > (c.seen_tx, c.seen_id)
+                 order by e.tx, e.id
+                 limit 1)
+            ) first
+            left join tidemark.objects o on o.id = first.object_id
+        ) f
+        where f.found > 0
+    ),
+    counted as (
+        select a.partition_id, count(*) as events
+        from (
+            select w.partition_id
+            from waiting w
+            cross join lateral (
+                select
+                from unnest(w.late) x(tx)
+                cross join lateral (
+                    select
+                    from tidemark.record_batch_events e
+                    where e.partition_id = w.partition_id and e.tx = x.tx
+                      and e.id > case when x.tx = w.last_tx then w.last_id else -9223372036854775808 end
+                    limit most
+                ) l
+                union all
+                select
+                from tidemark.record_batch_events e
+                where e.partition_id = w.partition_id and (e.tx, e.id) > (w.seen_tx, w.seen_id)
+                limit most
+            ) e
+            limit in_all
+        ) a
+        group by a.partition_id
+    )
+    select w.partition_id, greatest(n.events, 1), w.committed_at
+    from waiting w
+    left join counted n on n.partition_id = w.partition_id;
+end;

@@ -1,0 +1,242 @@
+"""A streaming standby: what it answers while it lags, and that nothing acknowledged is lost when it takes over."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import Connection, errors
+from psycopg.rows import TupleRow
+
+from config.embedded.account import Account
+from config.embedded.postgres import PostgresServer
+from config.embedded.wheels import postgres_bin as wheel_bin
+from config.embedded.wheels import runnable
+from config.errors import OffsetNotAvailableError, OffsetOutOfRangeError
+from db.commit import Batch, commit_batches, commit_object
+from db.fetch import fetch_batches
+from db.materialize import materialize
+from db.migrate import upgrade
+from db.topics import create_topic, partition_ids
+from db.translate import is_transient
+from tests.support import wait_until
+from tests.support_oracle import Ledger, Placed, Sent, check_log
+
+SETTINGS = {"autovacuum": "off", "wal_receiver_status_interval": "1s"}
+PARTITIONS = 3
+PRODUCERS = 3
+
+
+class Standby(PostgresServer):
+    """Ready as soon as it can be read."""
+
+    def _is_ready(self, pid: int) -> bool:
+        with suppress(FileNotFoundError):
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
+            return len(lines) > 7 and lines[0] == str(pid) and lines[7].strip() in {"standby", "ready"}
+        return False
+
+
+def copied(primary: PostgresServer, directory: Path, bin_dir: Path | None) -> Standby:
+    """A standby named `mirror`, which follows from a base backup on."""
+    account = Account.for_servers()
+    data = directory / "data"
+    directory.mkdir(0o711)
+    data.mkdir(0o700)
+    account.take(data)
+    program = (bin_dir or wheel_bin()) / "postgres"
+    backup = runnable(program, account, directory).with_name("pg_basebackup")
+    source = f"{primary.url()}&application_name=mirror"
+    done = account.run([backup, "-D", data, "-d", source, "--checkpoint=fast", "--no-sync", "-R", "-X", "stream"])
+    assert done.returncode == 0, done.stdout
+    return Standby.start(directory, bin_dir=bin_dir, settings=SETTINGS)
+
+
+@pytest.fixture
+def servers(server_directory: Path, postgres_bin: Path | None) -> Iterator[tuple[PostgresServer, Standby]]:
+    """A primary that waits for its standby, which is up to date."""
+    with ExitStack() as stack:
+        name = f"primary-{time.monotonic_ns()}"
+        primary = stack.enter_context(
+            PostgresServer.start(server_directory / name, bin_dir=postgres_bin, settings=SETTINGS)
+        )
+        upgrade(primary.url())
+        standby = stack.enter_context(copied(primary, server_directory / f"{name}-mirror", postgres_bin))
+        with psycopg.connect(primary.url(), autocommit=True) as conn:
+            conn.execute("alter system set synchronous_standby_names = 'mirror'")
+            conn.execute("select pg_reload_conf()")
+
+            def is_synchronous() -> bool:
+                return conn.execute("select sync_state from pg_stat_replication").fetchall() == [("sync",)]
+
+            wait_until(is_synchronous)
+        yield primary, standby
+
+
+def connect(server: PostgresServer) -> Connection[TupleRow]:
+    return psycopg.connect(server.url(), autocommit=True)
+
+
+def test_a_standby_that_lags(servers: tuple[PostgresServer, Standby]) -> None:
+    """An offset that is not there yet is told apart from one that is nowhere; and who would write may try elsewhere."""
+    with connect(servers[0]) as primary, connect(servers[1]) as standby:
+        create_topic(primary, "orders", 1)
+        ids = partition_ids(primary, "orders")
+        commit_object(primary, "a", ids, [10], [0], [1], [0])
+        materialize(primary, ids)
+        wait_until(lambda: read_end(standby, ids[0]) == 10)
+
+        standby.execute("select pg_wal_replay_pause()")
+        wait_until(lambda: standby.execute("select pg_get_wal_replay_pause_state()").fetchone() == ("paused",))
+        commit_object(primary, "b", ids, [10], [0], [1], [0])
+        materialize(primary, ids)
+        assert [batch.start_offset for batch in fetch_batches(primary, ids[0], 15)] == [10]
+        with pytest.raises(OffsetNotAvailableError, match=r"offset 15 .* standby, which holds 0 to 10") as caught:
+            fetch_batches(standby, ids[0], 15)
+        assert is_transient(caught.value)
+        assert fetch_batches(standby, ids[0], 10) == []
+        with pytest.raises(OffsetOutOfRangeError):
+            fetch_batches(standby, ids[0], -1)
+        with pytest.raises(OffsetOutOfRangeError):
+            fetch_batches(primary, ids[0], 21)
+        for write in (
+            lambda: commit_object(standby, "c", ids, [10], [0], [1], [0]),
+            lambda: commit_object(standby, "a", ids, [10], [0], [1], [0]),
+            lambda: materialize(standby, ids),
+            lambda: materialize(standby, ids, wait=False),
+        ):
+            with pytest.raises(errors.ReadOnlySqlTransaction) as refused:
+                write()
+            assert is_transient(refused.value)
+
+        standby.execute("select pg_wal_replay_resume()")
+        wait_until(lambda: read_end(standby, ids[0]) == 20)
+        assert [batch.start_offset for batch in fetch_batches(standby, ids[0], 15)] == [10]
+
+
+def read_end(conn: Connection[Any], partition_id: int) -> int:
+    row = conn.execute(
+        "select end_offset from tidemark.named_partitions where partition_id = %s", (partition_id,)
+    ).fetchone()
+    return int(row[0]) if row else 0
+
+
+class Traffic:
+    """Producers, a materializer and a reader of the primary, who write down what they were told until it is gone."""
+
+    def __init__(self, url: str, ids: list[int]) -> None:
+        self.url = url
+        self.ids = ids
+        self.ledger = Ledger()
+        # What its producer had no answer for: key, batches, and when the attempt began.
+        self.unanswered: list[tuple[str, list[Batch], float]] = []
+
+    def produce(self, number: int) -> None:
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            turn = 0
+            while True:
+                turn += 1
+                key = f"{number}/{turn}"
+                batches = [
+                    Batch(
+                        partition_id=self.ids[(turn + n) % PARTITIONS],
+                        n_records=1 + n,
+                        byte_offset=n,
+                        byte_length=1,
+                        max_timestamp=turn,
+                    )
+                    for n in range(1 + turn % 4)
+                ]
+                began = time.monotonic()
+                try:
+                    with conn.transaction():
+                        object_id = commit_batches(conn, key, batches)
+                        if turn % 5 == 0:
+                            # Others commit meanwhile, and are placed: this one is late.
+                            time.sleep(0.01)
+                except psycopg.OperationalError:
+                    self.unanswered.append((key, batches, began))
+                    return
+                self.record(key, batches, object_id, began)
+
+    def record(self, key: str, batches: list[Batch], object_id: int, began: float) -> None:
+        self.ledger.attempts.append((key, object_id))
+        self.ledger.sent += [
+            Sent(
+                partition_id=batch.partition_id,
+                n_records=batch.n_records,
+                object_key=key,
+                byte_offset=batch.byte_offset,
+                byte_length=batch.byte_length,
+                max_timestamp=batch.max_timestamp,
+                began=began,
+                returned=time.monotonic(),
+            )
+            for batch in batches
+        ]
+
+    def materialize(self) -> None:
+        with psycopg.connect(self.url, autocommit=True) as conn, suppress(psycopg.OperationalError):
+            while True:
+                materialize(conn, self.ids, events_per_partition=20)
+
+    def read(self) -> None:
+        """Each partition from where it stopped; what it was given must stay so."""
+        offsets = dict.fromkeys(self.ids, 0)
+        with psycopg.connect(self.url, autocommit=True) as conn, suppress(psycopg.OperationalError):
+            while True:
+                for partition_id, offset in offsets.items():
+                    for batch in fetch_batches(conn, partition_id, offset):
+                        offsets[partition_id] = batch.start_offset + batch.n_records
+                        self.ledger.batches_seen.append(
+                            Placed(
+                                partition_id,
+                                batch.start_offset,
+                                batch.n_records,
+                                batch.object_key,
+                                batch.byte_offset,
+                                batch.byte_length,
+                                batch.max_timestamp,
+                            )
+                        )
+
+
+def test_a_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> None:
+    primary, standby = servers
+    with connect(primary) as conn:
+        create_topic(conn, "orders", PARTITIONS)
+        ids = partition_ids(conn, "orders")
+    traffic = Traffic(primary.url(), ids)
+    with ThreadPoolExecutor(PRODUCERS + 2) as threads:
+        jobs = [threads.submit(traffic.produce, number) for number in range(PRODUCERS)]
+        jobs += [threads.submit(traffic.materialize), threads.submit(traffic.read)]
+        wait_until(lambda: len(traffic.ledger.batches_seen) > 1_000 or any(job.done() for job in jobs), timeout=30)
+        primary.kill()
+        for job in jobs:
+            job.result(10)
+    assert len(traffic.unanswered) == PRODUCERS
+    with connect(standby) as conn:
+        assert conn.execute("select pg_promote()").fetchone() == (True,)
+        # Who had no answer asks again, as a broker does.
+        for key, batches, began in traffic.unanswered:
+            traffic.record(key, batches, commit_batches(conn, key, batches), began)
+        after = [
+            Batch(partition_id=i, n_records=1, byte_offset=n, byte_length=1, max_timestamp=0) for n, i in enumerate(ids)
+        ]
+        began = time.monotonic()
+        traffic.record("after", after, commit_batches(conn, "after", after), began)
+        while materialize(conn, ids).events_processed:
+            pass
+        last = [fetch_batches(conn, i, read_end(conn, i) - 1)[0].object_key for i in ids]
+        assert last == ["after"] * PARTITIONS
+        verdict = check_log(conn, traffic.ledger)
+        late = conn.execute("select count(*) from tidemark.runs where seen_tx is not null").fetchone()
+    assert verdict.violations == ()
+    assert verdict.checked[2] == len(traffic.ledger.sent) > 1_000
+    assert verdict.checked[4] > 1_000
+    assert late
+    assert late[0] > 0
