@@ -28,7 +28,7 @@ $(INSTALLED): config/requirements-dev.lock pyproject.toml
 
 .PHONY: demo
 demo: setup ## Run the whole pipeline for 20 s and check its invariants (ARGS="--keep" stays up)
-	$(BIN)/celery -A tasks demo $(ARGS)
+	$(BIN)/python -m tests.demo $(ARGS)
 
 .PHONY: check
 check: setup ## Format, lint, types, layers

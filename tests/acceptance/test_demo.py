@@ -1,4 +1,4 @@
-"""`celery -A tasks demo` as a user runs it: it ends well, and leaves nothing behind however it ends."""
+"""`make demo` as a user runs it: it ends well, and leaves nothing behind however it ends."""
 
 import os
 import re
@@ -40,7 +40,7 @@ class Demo:
         }
         with self.output.open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "tasks", "demo", *options],
+                [sys.executable, "-m", "tests.demo", *options],
                 env={**environment, "TMPDIR": str(self.directory), _MARKER: self.marker},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -18,12 +18,12 @@ from db.materialize import materialize
 from db.observe import find_objects
 from db.pool import Database
 from db.topics import create_topic, partition_ids
-from tasks.demonstration.check import Evidence, Finding, check
-from tasks.demonstration.evidence import collect, read_partitions
-from tasks.demonstration.ledger import Attempt, LedgerTail, LedgerWriter, Outcome
-from tasks.demonstration.observers import Reader, Reading, Sighting, Watcher
-from tasks.demonstration.plan import DemoError
-from tasks.demonstration.storage import download, upload
+from tests.demo.check import Evidence, Finding, check
+from tests.demo.evidence import collect, read_partitions
+from tests.demo.ledger import Attempt, LedgerTail, LedgerWriter, Outcome
+from tests.demo.observers import Reader, Reading, Sighting, Watcher
+from tests.demo.plan import DemoError
+from tests.demo.storage import download, upload
 
 PREFIX = "demo-test/"
 BYTES = 80

@@ -11,9 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tasks.demonstration.check import Finding
-from tasks.demonstration.figures import Figures
-from tasks.demonstration.fleet import Flower
+from tests.demo.check import Finding
+from tests.demo.figures import Figures
+from tests.demo.fleet import Flower
 
 _WIDTH = 80
 _LINE_SECONDS = 1.0

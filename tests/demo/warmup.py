@@ -8,8 +8,8 @@ from typing import Any
 import psycopg
 
 from db.commit import Batch, commit_batches
-from tasks.demonstration.ledger import Attempt, LedgerWriter, Outcome
-from tasks.demonstration.storage import upload
+from tests.demo.ledger import Attempt, LedgerWriter, Outcome
+from tests.demo.storage import upload
 
 _BYTES = 64
 

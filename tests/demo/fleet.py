@@ -12,9 +12,9 @@ from pathlib import Path
 
 import tasks
 from config.queues import CONTROL, MAINTENANCE, shard_queue
-from tasks.demonstration.plan import Places, Plan
-from tasks.demonstration.producer import Order
-from tasks.demonstration.programs import Program, Programs
+from tests.demo.plan import Places, Plan
+from tests.demo.producer import Order
+from tests.demo.programs import Program, Programs
 
 _CELERY = (sys.executable, "-m", "celery", "-A", "tasks")
 _HOST = "127.0.0.1"
@@ -36,12 +36,12 @@ class Flower:
     def answers(self) -> bool:
         """Whether the page with the workers comes for this login."""
         login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        request = urllib.request.Request(f"{self.url}/workers", headers={"Authorization": f"Basic {login}"})  # noqa: S310
+        request = urllib.request.Request(f"{self.url}/workers", headers={"Authorization": f"Basic {login}"})
         try:
             # No proxy, whatever the environment says: it would not know our loopback address.
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
-                return bool(answer.status == 200)  # noqa: PLR2004 - HTTP's OK
+                return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 
@@ -89,7 +89,7 @@ def start_fleet(
     producers = [
         programs.start(
             f"producer {number}",
-            [sys.executable, "-m", "tasks.demonstration.producer", _order(plan, places, partition_ids, number)],
+            [sys.executable, "-m", "tests.demo.producer", _order(plan, places, partition_ids, number)],
             environment,
             may_end=True,
         )

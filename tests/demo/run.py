@@ -15,19 +15,19 @@ from db.discover import sweep
 from db.migrate import upgrade
 from db.pool import Database
 from db.topics import create_topic, partition_ids
-from tasks.demonstration.check import check
-from tasks.demonstration.evidence import collect
-from tasks.demonstration.figures import Meter
-from tasks.demonstration.fleet import Fleet, Flower, free_port, ledger_of, start_fleet
-from tasks.demonstration.interrupts import Interrupted, Interrupts
-from tasks.demonstration.ledger import LedgerTail, LedgerWriter
-from tasks.demonstration.observers import Reader, Watcher
-from tasks.demonstration.plan import PARTITIONS, DemoError, Places, Plan
-from tasks.demonstration.producer import Shift
-from tasks.demonstration.programs import Program, Programs
-from tasks.demonstration.servers import Servers
-from tasks.demonstration.view import Screen
-from tasks.demonstration.warmup import commit_everywhere
+from tests.demo.check import check
+from tests.demo.evidence import collect
+from tests.demo.figures import Meter
+from tests.demo.fleet import Fleet, Flower, free_port, ledger_of, start_fleet
+from tests.demo.interrupts import Interrupted, Interrupts
+from tests.demo.ledger import LedgerTail, LedgerWriter
+from tests.demo.observers import Reader, Watcher
+from tests.demo.plan import PARTITIONS, DemoError, Places, Plan
+from tests.demo.producer import Shift
+from tests.demo.programs import Program, Programs
+from tests.demo.servers import Servers
+from tests.demo.view import Screen
+from tests.demo.warmup import commit_everywhere
 
 # Some seconds of CPU for each program: long on a machine that has other things to do.
 _READY_SECONDS = 180.0

@@ -10,9 +10,9 @@ from config.embedded.files import tail
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.embedded.server import EmbeddedServer
-from tasks.demonstration.interrupts import Interrupts
-from tasks.demonstration.plan import DemoError, Places, Plan
-from tasks.demonstration.producer import THREADS
+from tests.demo.interrupts import Interrupts
+from tests.demo.plan import DemoError, Places, Plan
+from tests.demo.producer import THREADS
 
 # Workers, observers and a psql; and what a cluster keeps for superusers.
 _OTHER_CONNECTIONS = 60

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from db.commit import Batch
 from db.fetch import FetchedBatch
-from tasks.demonstration.ledger import Attempt, Outcome
-from tasks.demonstration.observers import Reading, Sighting
-from tasks.demonstration.storage import content
+from tests.demo.ledger import Attempt, Outcome
+from tests.demo.observers import Reading, Sighting
+from tests.demo.storage import content
 
 
 class PartitionLog(NamedTuple):

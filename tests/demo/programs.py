@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from config.embedded.files import tail
-from tasks.demonstration.interrupts import Interrupts
-from tasks.demonstration.plan import DemoError
+from tests.demo.interrupts import Interrupts
+from tests.demo.plan import DemoError
 
 _POLL = 0.05
 _STOP_SECONDS = 10.0
@@ -45,7 +45,7 @@ class Program:
 
     def tell(self, line: str) -> None:
         """Write a line to its standard input, which stays open. A program that is gone is found by who watches it."""
-        assert self.process.stdin is not None  # noqa: S101 - all programs have one
+        assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.flush()

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tasks.demonstration.ledger import Attempt, LedgerTail, Outcome
-from tasks.demonstration.observers import Watcher
+from tests.demo.ledger import Attempt, LedgerTail, Outcome
+from tests.demo.observers import Watcher
 
 # Rates and lags shown are those of the last seconds.
 _WINDOW_SECONDS = 3.0
@@ -112,7 +112,7 @@ class Meter:
 
 def percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:
     """p50 and p99."""
-    if len(values) < 2:  # noqa: PLR2004 - quantiles need two
+    if len(values) < 2:
         return (values[0], values[0]) if values else (None, None)
     cuts = statistics.quantiles(values, n=_PERCENT, method="inclusive")
     return cuts[49], cuts[98]

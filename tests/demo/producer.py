@@ -1,4 +1,4 @@
-"""One producer, a process of its own: `python -m tasks.demonstration.producer ORDER`.
+"""One producer, a process of its own: `python -m tests.demo.producer ORDER`.
 
 Uploads objects and commits them, several at once, and is difficult in every way a producer may be: slow to commit,
 changing its mind, repeating itself, at the same moment too, and repeating itself wrongly. All goes into its ledger.
@@ -26,8 +26,8 @@ from config.settings import load_settings
 from db.commit import Batch, commit_batches
 from db.pool import Database
 from db.translate import is_transient
-from tasks.demonstration.ledger import Attempt, LedgerWriter, Outcome
-from tasks.demonstration.storage import upload
+from tests.demo.ledger import Attempt, LedgerWriter, Outcome
+from tests.demo.storage import upload
 
 # Commits of one producer under way at once: the slow ones must not slow the others down.
 THREADS = 4
@@ -105,7 +105,7 @@ class Producer:
         self._order = order
         self._database = database
         self._ledger = ledger
-        self._random = random.Random(f"{order.key_prefix}{order.number}")  # noqa: S311 - load, not secrets
+        self._random = random.Random(f"{order.key_prefix}{order.number}")
         self._lock = Lock()
         self._number = 0
         self._kinds = self._endless_kinds()

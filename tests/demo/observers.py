@@ -18,7 +18,7 @@ import psycopg
 from db.fetch import FetchedBatch, fetch_batches
 from db.observe import observe_heads
 from db.pool import Database
-from tasks.demonstration.plan import DemoError
+from tests.demo.plan import DemoError
 
 _WATCH_SECONDS = 0.05
 _READ_SECONDS = 0.02
@@ -144,7 +144,7 @@ class Reader(Observer):
     def __init__(self, database: Database, watcher: Watcher) -> None:
         super().__init__("reader", database, _READ_SECONDS)
         self._watcher = watcher
-        self._random = random.Random()  # noqa: S311 - load, not secrets
+        self._random = random.Random()
         self._first: dict[tuple[int, int], FetchedBatch] = {}
         self.fetched = 0
         self.readings: list[Reading] = []

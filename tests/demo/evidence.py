@@ -9,10 +9,10 @@ import psycopg
 from db.fetch import FetchedBatch, fetch_batches
 from db.observe import find_objects, observe_heads, read_log
 from db.topics import names_of
-from tasks.demonstration.check import Evidence, PartitionLog
-from tasks.demonstration.ledger import Attempt
-from tasks.demonstration.observers import Reader, Watcher
-from tasks.demonstration.storage import download
+from tests.demo.check import Evidence, PartitionLog
+from tests.demo.ledger import Attempt
+from tests.demo.observers import Reader, Watcher
+from tests.demo.storage import download
 
 _BATCHES_A_FETCH = 500
 
