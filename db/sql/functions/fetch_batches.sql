@@ -36,10 +36,8 @@ declare
     first_ids bigint[];
     last_txs bigint[];
     last_ids bigint[];
-    -- Where their first event has its offset, and where they end.
-    next_offset bigint;
     upto bigint;
-    was_late boolean;
+    was_late boolean := true;
     first_bytes bigint;
     fetched int := 0;
     bytes bigint := 0;
@@ -114,110 +112,96 @@ begin
         return;
     end if;
 
-    next_offset := head.start_offset;
-    loop
-        n := 0;
-        upto := null;
-        if next_offset = head.start_offset and not head.is_apart then
-            -- Up to the first run that is apart the events follow each other, and the limit ends the scan.
-            first_txs := array[head.first_tx];
-            first_ids := array[coalesce(head.first_id, -9223372036854775808)];
-            if head.apart is null then
-                last_txs := array[head.end_tx];
-                last_ids := array[coalesce(head.end_id, 9223372036854775807)];
-                upto := head.end_offset;
-            else
-                select array[r.last_tx], array[coalesce(r.last_id, 9223372036854775807)], r.end_offset
-                into last_txs, last_ids, upto
-                from tidemark.runs r
-                where r.partition_id = fetch_batches.partition_id and r.start_offset < head.apart
-                order by r.start_offset desc
-                limit 1;
-            end if;
-        else
-            first_txs := null;
-            first_ids := null;
-            last_txs := null;
-            last_ids := null;
-            was_late := true;
-            first_bytes := null;
-            -- Each has a batch at least, so these are enough.
-            for run in
-                select r.first_tx, r.first_id, r.last_tx, r.last_id, r.seen_tx is not null as late, r.skipped, r.end_offset,
-                       r.end_bytes
-                from tidemark.runs r
-                where r.partition_id = fetch_batches.partition_id and r.start_offset >= next_offset
-                order by r.start_offset
-                limit max_batches - fetched
-            loop
-                if run.late or was_late or run.skipped is not null then
-                    n := n + 1;
-                    first_txs[n] := run.first_tx;
-                    first_ids[n] := coalesce(run.first_id, -9223372036854775808);
-                end if;
-                was_late := run.late;
-                -- Divided at what it skips and has events here: to read and drop them would cost as much as there are.
-                if run.skipped <> '{}' then
-                    for skipped_tx in
-                        select x.tx
-                        from unnest(run.skipped) x(tx)
-                        -- As an "exists" it would be hashed: all events of the partition.
-                        cross join lateral (
-                            select
-                            from tidemark.record_batch_events v
-                            where v.partition_id = fetch_batches.partition_id and v.tx = x.tx
-                            limit 1
-                        ) v
-                        order by x.tx
-                    loop
-                        last_txs[n] := skipped_tx;
-                        last_ids[n] := -9223372036854775808;
-                        n := n + 1;
-                        first_txs[n] := skipped_tx;
-                        first_ids[n] := 9223372036854775807;
-                    end loop;
-                end if;
-                last_txs[n] := run.last_tx;
-                last_ids[n] := coalesce(run.last_id, 9223372036854775807);
-                upto := run.end_offset;
-                -- Of the first one it is not known what lies before the offset.
-                first_bytes := coalesce(first_bytes, run.end_bytes);
-                exit when run.end_bytes - first_bytes >= max_bytes - bytes;
-            end loop;
+    -- Up to the first run that is apart the events follow each other in the key, however many runs they are in.
+    upto := coalesce(head.apart, head.end_offset);
+    if head.is_apart then
+        upto := head.start_offset;
+    else
+        if head.apart is not null then
+            select r.last_tx, r.last_id into head.end_tx, head.end_id
+            from tidemark.runs r
+            where r.partition_id = fetch_batches.partition_id and r.start_offset < head.apart
+            order by r.start_offset desc
+            limit 1;
         end if;
-
-        -- The batch that contains the offset: the sum is run up to it, and no further.
-        if next_offset < from_offset then
-            select e.number, e.tx, e.id, e.start_offset into run
+        -- A loop stops reading at the byte limit; a window over max_batches rows would read them all.
+        for start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp in
+            select e.start_offset, e.n_records, (select o.key from tidemark.objects o where o.id = e.object_id),
+                   e.byte_offset, e.byte_length, e.max_timestamp
             from (
-                select t.number, m.tx, m.id, m.n_records,
-                       next_offset - m.n_records + sum(m.n_records) over (rows unbounded preceding) as start_offset
-                from unnest(first_txs, first_ids, last_txs, last_ids) with ordinality
-                     t(first_tx, first_id, last_tx, last_id, number)
-                cross join lateral (
-                    select b.tx, b.id, b.n_records
-                    from tidemark.record_batch_events b
-                    where b.partition_id = fetch_batches.partition_id
-                      and (b.tx, b.id) >= (t.first_tx, t.first_id) and (b.tx, b.id) <= (t.last_tx, t.last_id)
-                    order by b.tx, b.id
-                ) m
+                select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records,
+                       head.start_offset - b.n_records
+                       + sum(b.n_records) over (order by b.tx, b.id rows unbounded preceding) as start_offset
+                from tidemark.record_batch_events b
+                where b.partition_id = fetch_batches.partition_id
+                  and (b.tx, b.id) >= (head.first_tx, coalesce(head.first_id, -9223372036854775808))
+                  and (b.tx, b.id) <= (head.end_tx, coalesce(head.end_id, 9223372036854775807))
             ) e
             where e.start_offset + e.n_records > from_offset
-            limit 1;
-            -- Only in a damaged log.
-            exit when not found;
-            first_txs := run.tx || first_txs[run.number + 1:];
-            first_ids := run.id || first_ids[run.number + 1:];
-            last_txs := last_txs[run.number:];
-            last_ids := last_ids[run.number:];
-            next_offset := run.start_offset;
-        end if;
+            limit max_batches
+        loop
+            bytes := bytes + byte_length;
+            if bytes > max_bytes and fetched > 0 then
+                return;
+            end if;
+            return next;
+            fetched := fetched + 1;
+            if bytes >= max_bytes then
+                return;
+            end if;
+        end loop;
+    end if;
+    if fetched = max_batches or upto = head.end_offset then
+        return;
+    end if;
 
-        -- A loop stops reading at the byte limit; a window over max_batches rows would read them all. A lateral join can only
-        -- be a nested loop, so the batches come in the order of the ranges.
-        for n_records, object_key, byte_offset, byte_length, max_timestamp in
-            select m.n_records, (select o.key from tidemark.objects o where o.id = m.object_id), m.byte_offset, m.byte_length,
-                   m.max_timestamp
+    -- From there on, run by run. Each has a batch at least, so these are enough.
+    for run in
+        select r.first_tx, r.first_id, r.last_tx, r.last_id, r.seen_tx is not null as late, r.skipped, r.end_bytes
+        from tidemark.runs r
+        where r.partition_id = fetch_batches.partition_id and r.start_offset >= upto
+        order by r.start_offset
+        limit max_batches - fetched
+    loop
+        if run.late or was_late or run.skipped is not null then
+            n := n + 1;
+            first_txs[n] := run.first_tx;
+            first_ids[n] := coalesce(run.first_id, -9223372036854775808);
+        end if;
+        was_late := run.late;
+        -- Divided at what it skips and has events here: to read and drop them would cost as much as there are.
+        if run.skipped <> '{}' then
+            for skipped_tx in
+                select x.tx
+                from unnest(run.skipped) x(tx)
+                -- As an "exists" it would be hashed: all events of the partition.
+                cross join lateral (
+                    select
+                    from tidemark.record_batch_events v
+                    where v.partition_id = fetch_batches.partition_id and v.tx = x.tx
+                    limit 1
+                ) v
+                order by x.tx
+            loop
+                last_txs[n] := skipped_tx;
+                last_ids[n] := -9223372036854775808;
+                n := n + 1;
+                first_txs[n] := skipped_tx;
+                first_ids[n] := 9223372036854775807;
+            end loop;
+        end if;
+        last_txs[n] := run.last_tx;
+        last_ids[n] := coalesce(run.last_id, 9223372036854775807);
+        -- Of the first one it is not known what lies before the offset.
+        first_bytes := coalesce(first_bytes, run.end_bytes);
+        exit when run.end_bytes - first_bytes >= max_bytes - bytes;
+    end loop;
+    -- A lateral join can only be a nested loop, so the batches come, and are added up, in the order of the ranges.
+    for start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp in
+        select e.start_offset, e.n_records, (select o.key from tidemark.objects o where o.id = e.object_id),
+               e.byte_offset, e.byte_length, e.max_timestamp
+        from (
+            select m.*, upto - m.n_records + sum(m.n_records) over (rows unbounded preceding) as start_offset
             from unnest(first_txs, first_ids, last_txs, last_ids) t(first_tx, first_id, last_tx, last_id)
             cross join lateral (
                 select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records
@@ -226,20 +210,15 @@ begin
                   and (b.tx, b.id) >= (t.first_tx, t.first_id) and (b.tx, b.id) <= (t.last_tx, t.last_id)
                 order by b.tx, b.id
             ) m
-            limit max_batches - fetched
-        loop
-            bytes := bytes + byte_length;
-            if bytes > max_bytes and fetched > 0 then
-                return;
-            end if;
-            start_offset := next_offset;
-            next_offset := next_offset + n_records;
-            return next;
-            fetched := fetched + 1;
-            exit when bytes >= max_bytes;
-        end loop;
-        exit when fetched = max_batches or bytes >= max_bytes or coalesce(upto = head.end_offset, true);
-        next_offset := upto;
+        ) e
+        where e.start_offset + e.n_records > from_offset
+        limit max_batches - fetched
+    loop
+        bytes := bytes + byte_length;
+        exit when bytes > max_bytes and fetched > 0;
+        return next;
+        fetched := fetched + 1;
+        exit when bytes >= max_bytes;
     end loop;
 end
 $$;
