@@ -19,7 +19,7 @@ from typing import Any
 
 import psycopg
 
-from db.execute import run
+from db.execute import pin_plans, pipelined, run
 from db.translate import domain_errors
 
 # Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.
@@ -89,7 +89,7 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
         settled_tx, running, collected_tx = row
         unsettled = set(running)
         after = 0
-        while rows := run(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS)).fetchall():
+        while rows := _page(conn, after):
             for partition_id, events, first_tx, late in rows:
                 if first_tx is not None:
                     settled_tx = min(settled_tx, first_tx)
@@ -98,6 +98,13 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
                     yield Pending(partition_id=partition_id, events=events)
             after = rows[-1][0]
         _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
+
+
+def _page(conn: psycopg.Connection[Any], after: int) -> list[tuple[Any, ...]]:
+    # Pinned: passes pile up while a transaction is open, and a plan for a few would read all of them for each partition.
+    with pipelined(conn):
+        pin_plans(conn)
+        return run(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS), prepare=True).fetchall()
 
 
 def _settle(conn: psycopg.Connection[Any], settled_tx: int, unsettled: list[int], collected_tx: int) -> None:

@@ -115,6 +115,8 @@ def read_status(conn: psycopg.Connection[Any], names: Sequence[str] | None = Non
     """Read all topics, or those named; the connection must be idle. UnknownTopicError."""
     with domain_errors(), conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
+        # Statistics are out of date; a plan for few rows would scan many.
+        conn.execute("set local enable_seqscan = off")
         topics = tuple(describe_topics(conn, names))
         at = monotonic()
         return Reading(

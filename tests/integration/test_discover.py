@@ -316,3 +316,23 @@ def test_state_is_one_row(conn: Connection[TupleRow], ids: list[int]) -> None:
         list(sweep(conn))
     assert conn.execute("select count(*) from tidemark.fan_outs").fetchone() == (1,)
     assert conn.execute("select count(*) from tidemark.sweeps").fetchone() == (1,)
+
+
+def test_the_sweep_finds_passes_by_their_key(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:
+    """They pile up while a transaction is open; a plan for a few of them would read all for each partition."""
+
+    def sequential_scans() -> TupleRow | None:
+        conn.execute("select pg_stat_force_next_flush()")
+        return conn.execute(
+            "select seq_scan from pg_stat_user_tables where schemaname = 'tidemark' and relname = 'passes'"
+        ).fetchone()
+
+    other = connect()
+    other.execute("begin")
+    other.execute("select pg_current_xact_id()")
+    commit(conn, "a", ids)
+    materialize(conn, ids)
+    conn.execute("analyze tidemark.passes")
+    before = sequential_scans()
+    assert list(sweep(conn)) == []
+    assert sequential_scans() == before
