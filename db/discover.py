@@ -89,7 +89,7 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
         settled_tx, running, collected_tx = row
         unsettled = set(running)
         after = 0
-        while rows := _page(conn, after):
+        while rows := _rows(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS)):
             for partition_id, events, first_tx, late in rows:
                 if first_tx is not None:
                     settled_tx = min(settled_tx, first_tx)
@@ -100,19 +100,17 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
         _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
 
 
-def _page(conn: psycopg.Connection[Any], after: int) -> list[tuple[Any, ...]]:
-    # Pinned: passes pile up while a transaction is open, and a plan for a few would read all of them for each partition.
+def _rows(conn: psycopg.Connection[Any], name: str, parameters: tuple[int, ...]) -> list[tuple[Any, ...]]:
+    # Pinned: passes pile up while a transaction is open, and a plan for a few would read all for each partition.
     with pipelined(conn):
         pin_plans(conn)
-        return run(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS), prepare=True).fetchall()
+        return run(conn, name, parameters, prepare=True).fetchall()
 
 
 def _settle(conn: psycopg.Connection[Any], settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
     floor = min(settled_tx, *unsettled) if unsettled else settled_tx
     deleted = _COLLECT
     while deleted == _COLLECT:
-        row = run(conn, "collect_passes", (collected_tx, floor, _COLLECT)).fetchone()
-        assert row is not None  # noqa: S101 - an aggregate returns a row
-        deleted = row[0]
-        collected_tx = row[1] or collected_tx
+        ((deleted, last),) = _rows(conn, "collect_passes", (collected_tx, floor, _COLLECT))
+        collected_tx = last or collected_tx
     run(conn, "save_sweep", (settled_tx, unsettled, collected_tx))
