@@ -29,11 +29,11 @@ language sql stable parallel safe
 begin atomic
     select m.partition_id, m.end_offset, m.end_bytes, m.max_timestamp, m.seen_tx, m.seen_id, m.last_tx, m.last_id, l.late
     from (
-        select n.pass_tx, array_agg(row(i.id, coalesce(n.end_offset, 0), coalesce(n.end_bytes, 0), n.max_timestamp,
-                                        coalesce(n.seen_tx, n.last_tx, 0),
-                                        coalesce(case when n.seen_tx is null then n.last_id else n.seen_id end,
-                                                 9223372036854775807),
-                                        n.last_tx, coalesce(n.last_id, 9223372036854775807), n.late)) as members
+        select n.pass_tx, count(*) as size,
+               array_agg(row(i.id, coalesce(n.end_offset, 0), coalesce(n.end_bytes, 0), n.max_timestamp,
+                             coalesce(n.seen_tx, n.last_tx, 0),
+                             coalesce(case when n.seen_tx is null then n.last_id else n.seen_id end, 9223372036854775807),
+                             n.last_tx, coalesce(n.last_id, 9223372036854775807), n.late)) as members
         from unnest(cursors.partition_ids) i(id)
         left join lateral (
             select r.end_offset, r.end_bytes, r.max_timestamp, r.seen_tx, r.seen_id, r.last_tx, r.last_id, r.pass_tx, r.late
@@ -60,21 +60,29 @@ begin atomic
         ) as ended
         offset 0
     ) e
+    -- For many partitions, those that the ended transactions touched: fewer to read than all partitions to probe for each.
+    cross join lateral (
+        select case when g.size * cardinality(e.ended) > 1000 then array(
+            select distinct u.id
+            from tidemark.objects o
+            cross join unnest(o.partition_ids) u(id)
+            where o.tx = any (e.ended)
+            order by u.id
+        ) end as touched
+        offset 0
+    ) t
     cross join lateral unnest(g.members) m(
         partition_id int, end_offset bigint, end_bytes bigint, max_timestamp bigint, seen_tx bigint, seen_id bigint,
         last_tx bigint, last_id bigint, late bigint[]
     )
     cross join lateral (
-        -- Those above the position are not late: they are beyond it. One scan tells whether any has events here; most have
-        -- none, for they are other partitions'.
-        select case when c.txs <> '{}' and (
-            select true
-            from tidemark.record_batch_events a
-            where a.partition_id = m.partition_id and a.tx = any (c.txs)
-            limit 1
-        ) then nullif(array(
+        select case when m.late is not null
+                    or e.ended <> '{}'
+                       and (t.touched is null or t.touched[width_bucket(m.partition_id, t.touched)] = m.partition_id)
+               then nullif(array(
             select x.tx
-            from unnest(c.txs) x(tx)
+            -- Those above the position are not late: they are beyond it.
+            from unnest(m.late || e.ended[1:width_bucket(m.seen_tx, e.ended)]) x(tx)
             -- "Is true" keeps this a probe for each; as a join it would read all events of the partition.
             where (exists (
                 select from tidemark.record_batch_events v
@@ -83,7 +91,6 @@ begin atomic
             )) is true
             order by x.tx <> m.last_tx, x.tx
         ), '{}') end as late
-        from (select m.late || e.ended[1:width_bucket(m.seen_tx, e.ended)] as txs offset 0) c
         offset 0
     ) l;
 end;
