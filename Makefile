@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The environment is made anew when one of these changes.
+# The environment is made again when one of these changes.
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
