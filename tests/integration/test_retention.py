@@ -658,8 +658,9 @@ def test_a_held_snapshot_slows_nothing(conn: Conn, connect: Connect) -> None:
         assert (end - start, size) == (4, 20)
         return cost
 
-    costs = [turn(i) for i in range(200)]
+    costs = [turn(i) for i in range(400)]
     assert count(conn, "runs") == 2
-    # Medians: now and then a row begins a new page. And an index may have grown by a level.
-    early, late = ({name: median(c[name] for c in some) for name in some[0]} for some in (costs[3:23], costs[-20:]))
-    assert {name: late[name] for name in early if late[name] > early[name] * 1.2 + 5} == {}
+    # Medians: now and then a row begins a new page. Indexes may have grown by a level, a page for each descent;
+    # who walks over what was deleted in between reads nearly twice as many.
+    early, late = ({name: median(c[name] for c in some) for name in some[0]} for some in (costs[100:140], costs[-40:]))
+    assert {name: late[name] for name in early if late[name] > early[name] * 1.4 + 4} == {}
