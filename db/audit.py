@@ -30,7 +30,7 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int4Array
-from db.execute import run
+from db.statements import run
 from db.topics import partition_ids
 from db.translate import domain_errors
 

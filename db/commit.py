@@ -8,7 +8,7 @@ import psycopg
 
 from config.errors import InvalidCommitError
 from db.arrays import Int4Array, Int8Array
-from db.execute import run
+from db.statements import run
 from db.translate import domain_errors, is_storable
 
 

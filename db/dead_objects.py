@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int8Array
-from db.execute import run
+from db.statements import run
 from db.translate import domain_errors
 
 

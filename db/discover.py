@@ -19,7 +19,7 @@ from typing import Any
 
 import psycopg
 
-from db.execute import pin_plans, pipelined, run
+from db.statements import pin_plans, pipelined, run
 from db.translate import domain_errors
 
 # Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.

@@ -14,8 +14,8 @@ from psycopg import errors
 from config.settings import Settings
 from db.doctor_schema import check_functions, check_privileges, check_rules, check_tables, check_version
 from db.doctor_settings import check_defaults, check_settings
-from db.execute import run
 from db.findings import Finding, Level, quote_identifier, quote_literal
+from db.statements import run
 from db.status import find_holders, read_dispatch
 
 _OLDEST, _NEWEST = 15, 18

@@ -8,11 +8,10 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import AddConstraint, CreateIndex, DDLElement
 
 from config.errors import SchemaVersionError
-from db.execute import run
 from db.findings import Finding, Level, quote_identifier
 from db.migrate import require_current
 from db.schema import SCHEMA, metadata
-from db.statements import routine_files
+from db.statements import routine_files, run
 
 AREA = "schema"
 MIGRATE = "celery -A tasks migrate"

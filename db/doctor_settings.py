@@ -10,8 +10,8 @@ from typing import Any
 
 import psycopg
 
-from db.execute import run
 from db.findings import Finding, Level, quote_identifier, quote_literal
+from db.statements import run
 
 AREA = "settings"
 

@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 
 from config.errors import UnknownPartitionError
-from db.execute import run
+from db.statements import run
 from db.translate import domain_errors, is_int
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 
-from db.execute import run
+from db.statements import run
 from db.status import HOLDER_KINDS, Dispatch, find_holders, read_dispatch
 from db.translate import domain_errors
 

@@ -24,7 +24,7 @@ from psycopg.pq import TransactionStatus
 from config.errors import UnknownPartitionError
 from config.strategy import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
-from db.execute import pin_plans, pipelined, run
+from db.statements import pin_plans, pipelined, run
 from db.topics import names_of
 from db.translate import domain_errors
 

@@ -7,8 +7,8 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int4Array, Int8Array
-from db.execute import run
 from db.fetch import FetchedBatch
+from db.statements import run
 from db.translate import domain_errors
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import psycopg
 
 from config.errors import UnknownPartitionError, UnknownTopicError
-from db.execute import run
+from db.statements import run
 from db.topics import partition_ids
 from db.translate import domain_errors
 

@@ -15,7 +15,7 @@ import psycopg
 from psycopg.errors import LockNotAvailable
 
 from config.errors import TransientDatabaseError
-from db.execute import run
+from db.statements import run
 from db.translate import domain_errors
 
 LOCK_TIMEOUT = "10s"

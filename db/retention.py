@@ -25,7 +25,7 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int4Array
-from db.execute import pin_plans, pipelined, run
+from db.statements import pin_plans, pipelined, run
 from db.translate import domain_errors
 
 # Partitions looked at in one statement: some milliseconds.

@@ -1,28 +1,134 @@
-r"""The SQL files: `statement("place_window")` is the text of `db/sql/place_window.sql`.
+r"""The statements in `db/sql`, run by name: one file a subject, each statement under its line `-- name: …`.
 
-Parameters are `$1`, `$2`, …, so each file runs as it stands: in psql with `\bind`, behind `PREPARE name AS`, and here
+Parameters are `$1`, `$2`, …, so each runs as it stands: in psql with `\bind`, behind `PREPARE name AS`, and here
 through psycopg's raw cursor.
 
-The hot ones begin with a hint, `/*+ … */`: a comment to all but the extension pg_hint_plan, some versions of which find
-it at the head of a statement only. It stands in the file for everybody: adding it where the extension is loaded would
-take a question to every connection and save nothing. The plans are kept without it by `transaction_settings`.
+The hot ones begin with a hint, `/*+ … */`. It is a comment to all but the extension pg_hint_plan, some versions of
+which find it only at the head of a statement. It stands in the file for everybody: to add it where the extension is
+loaded would take a question to every connection and save nothing. The plans are kept without it by
+`transaction_settings`.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import RawCursor
+from psycopg.rows import BaseRowFactory, TupleRow, class_row, tuple_row
+
+from db import arrays
+from db.translate import domain_errors
 
 _SQL = Path(str(files("db"))) / "sql"
+_NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+_Row = TypeVar("_Row")
 
 # Functions before what calls them is not needed (bodies are resolved when they run); grants need all of them.
 _LAST = ("views", "grants")
 
 
 @cache
+def statements() -> Mapping[str, bytes]:
+    """Every statement by its name; the files are read once per process."""
+    found: dict[str, bytes] = {}
+    for file in sorted(_SQL.glob("*.sql")):
+        _, *parts = _NAME.split(file.read_text("utf-8"))
+        found.update(
+            (n, text.strip().removesuffix(";").encode()) for n, text in zip(parts[::2], parts[1::2], strict=True)
+        )
+    return found
+
+
 def statement(name: str) -> bytes:
-    """Text of `db/sql/<name>.sql`; read once per process."""
-    return (_SQL / f"{name}.sql").read_bytes()
+    """The text of one statement, without its line of name."""
+    return statements()[name]
+
+
+def run(
+    conn: psycopg.Connection[Any],
+    name: str,
+    parameters: Sequence[Any] = (),
+    *,
+    prepare: bool | None = None,
+    row_factory: BaseRowFactory[Any] = tuple_row,
+) -> RawCursor[Any]:
+    """Execute a statement; `prepare=False` plans it for these very parameters each time.
+
+    Driver errors leave as Tidemark's own where they stand for one.
+    """
+    cursor = RawCursor(conn, row_factory=row_factory)
+    arrays.register(cursor.adapters)
+    with domain_errors():
+        cursor.execute(statement(name), parameters, prepare=prepare)
+    return cursor
+
+
+def one(
+    conn: psycopg.Connection[Any],
+    kind: type[_Row],
+    name: str,
+    parameters: Sequence[Any] = (),
+    *,
+    prepare: bool | None = None,
+) -> _Row | None:
+    """The first row as a `kind`, whose fields are called as the columns; None where there is no row."""
+    found: _Row | None = run(conn, name, parameters, prepare=prepare, row_factory=class_row(kind)).fetchone()
+    return found
+
+
+def all_(
+    conn: psycopg.Connection[Any],
+    kind: type[_Row],
+    name: str,
+    parameters: Sequence[Any] = (),
+    *,
+    prepare: bool | None = None,
+) -> list[_Row]:
+    """Every row as a `kind`, whose fields are called as the columns."""
+    return run(conn, name, parameters, prepare=prepare, row_factory=class_row(kind)).fetchall()
+
+
+def values(
+    conn: psycopg.Connection[Any], name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None
+) -> TupleRow:
+    """The one row of a statement that always has one."""
+    row: TupleRow | None = run(conn, name, parameters, prepare=prepare).fetchone()
+    assert row is not None  # noqa: S101 - what is asked so is an aggregate, a function, or a row that a migration made
+    return row
+
+
+def pin_plans(conn: psycopg.Connection[Any]) -> None:
+    """First in a transaction that materializes or deletes: its isolation level, and the planner's settings.
+
+    Read committed is what makes materializing safe: its snapshot must be taken after the lock was waited for.
+    """
+    conn.execute("set transaction isolation level read committed", prepare=True)
+    run(conn, "transaction_settings", prepare=True)
+
+
+@contextmanager
+def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
+    """A transaction whose statements are sent without waiting for the answers of those before, on an idle connection.
+
+    The server runs one after the other, each in a snapshot of its own, and none after one that failed. psycopg's
+    `conn.transaction()` waits at each end of the block as well, which is half of a small transaction's round trips.
+    """
+    try:
+        with domain_errors(), conn.pipeline():
+            if conn.autocommit:
+                conn.execute("begin", prepare=True)
+            yield
+            conn.execute("commit", prepare=True)
+    except BaseException:
+        # A connection that is lost has rolled back already, and the error at hand says why.
+        with suppress(psycopg.OperationalError):
+            conn.rollback()
+        raise
 
 
 def routine_files() -> Iterable[Path]:

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, overload
 
 import psycopg
 
-from db.execute import run
 from db.partitions import PartitionState, TopicState, describe_partitions, describe_topics
+from db.statements import run
 from db.translate import domain_errors
 
 _ROWS = 20

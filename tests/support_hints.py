@@ -1,12 +1,8 @@
 """The hints for pg_hint_plan in front of the statements, taken apart."""
 
 import re
-from pathlib import Path
 
-import db
-from db.statements import statement
-
-_SQL = Path(db.__file__).parent / "sql"
+from db.statements import statement, statements
 
 # The statements that run all the time and that statistics can talk into another plan. Those inside of functions hold
 # theirs at default settings: see test_plans.
@@ -25,8 +21,8 @@ GROWING = {"deleted_batches", "log_starts", "objects", "passes", "record_batch_e
 
 
 def with_a_hint() -> list[str]:
-    """Names of the files that have one anywhere."""
-    return sorted(file.stem for file in _SQL.rglob("*.sql") if "/*+" in file.read_text("utf-8"))
+    """Names of the statements that have one anywhere."""
+    return sorted(name for name, text in statements().items() if b"/*+" in text)
 
 
 def split(name: str) -> tuple[str, str]:

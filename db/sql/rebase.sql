@@ -1,3 +1,4 @@
+-- name: rebase
 -- What a rebase writes: the cluster that the log speaks of and the one it is in, and a tx_base above every place in the order of
 -- commits that is there. The highest commit is found by index, as are the log's last events and runs. What else holds such
 -- places (of transactions that committed nothing, sweeps, deletions) is above the highest commit by as many as its cluster
@@ -15,4 +16,16 @@ select (select c.system_identifier from tidemark.cluster c),
             left join lateral (
                 select n.last_tx, n.seen_tx from tidemark.runs n where n.partition_id = p.id order by n.start_offset desc limit 1
             ) r on true)
-       ), 0) + 1099511627776
+       ), 0) + 1099511627776;
+
+-- name: raise_sequences
+-- Puts sequences that were left behind above what is there, as after a restore of data alone or a switch to a logical replica:
+-- ids would be given twice, and the newest row of what is appended would not be the last one. Never lowers one.
+select setval(s.name, s.highest)
+from (values
+    ('tidemark.objects_id_seq'::regclass, (select max(o.id) from tidemark.objects o)),
+    ('tidemark.topic_partitions_id_seq', (select max(p.id) from tidemark.topic_partitions p)),
+    ('tidemark.fan_outs_id_seq', (select max(f.id) from tidemark.fan_outs f)),
+    ('tidemark.sweeps_id_seq', (select max(w.id) from tidemark.sweeps w))
+) s(name, highest)
+where s.highest > coalesce(pg_sequence_last_value(s.name), 0);

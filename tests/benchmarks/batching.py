@@ -27,8 +27,8 @@ from config.batching import Batching
 from config.settings import Settings
 from db.arrays import Int4Array
 from db.commit import commit_object
-from db.execute import run
 from db.materialize import MaterializationMetrics, materialize
+from db.statements import run
 from tasks.batching import Controller, make_controller
 from tests.benchmarks.crew import cpu_seconds
 from tests.benchmarks.server import running_server

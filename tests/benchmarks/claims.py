@@ -12,7 +12,7 @@ import psycopg
 from config.strategy import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
-from db.execute import pin_plans, run
+from db.statements import pin_plans, run
 from tests.benchmarks.baseline import system
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, Share, drain, shares

@@ -11,9 +11,8 @@ import db.discover
 from db.arrays import Int4Array
 from db.commit import commit_object
 from db.discover import Committed, Pending, find_committed, save_fan_out, sweep
-from db.execute import run
 from db.materialize import materialize
-from db.statements import statement
+from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tests.support import Connect
 

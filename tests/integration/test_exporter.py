@@ -27,9 +27,8 @@ from config.errors import UnknownPartitionError
 from config.settings import Settings
 from db.audit import audit
 from db.commit import commit_object
-from db.execute import run
 from db.materialize import MaterializationMetrics, Moved, materialize
-from db.statements import statement
+from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tasks import figures
 from tasks.application import TidemarkApp

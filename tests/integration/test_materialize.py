@@ -16,10 +16,9 @@ from config.embedded.postgres import PostgresServer
 from config.errors import TidemarkError, UnknownPartitionError
 from db.arrays import Int4Array
 from db.commit import commit_object
-from db.execute import run
 from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
-from db.statements import statement
+from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tests.support import Connect, wait_until
 

@@ -18,9 +18,8 @@ from config.embedded.postgres import PostgresServer
 from config.strategy import DEFAULT_STRATEGY, STRATEGIES, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
-from db.execute import run
 from db.materialize import materialize
-from db.statements import statement
+from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tests.support import Connect
 

@@ -18,10 +18,10 @@ from config.errors import ForeignClusterError, TransientDatabaseError
 from db.audit import audit
 from db.commit import commit_object
 from db.discover import find_committed, save_fan_out, sweep
-from db.execute import run
 from db.materialize import materialize
 from db.migrate import require_current, upgrade
 from db.rebase import RebaseResult, rebase
+from db.statements import run
 from db.topics import create_topic, partition_ids
 from tests.support import Connect, wait_until
 

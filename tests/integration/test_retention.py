@@ -19,11 +19,10 @@ from db.arrays import Int4Array
 from db.audit import audit
 from db.commit import commit_object
 from db.dead_objects import forget_dead_objects, list_dead_objects
-from db.execute import pin_plans, run
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.retention import RetentionResult, retain
-from db.statements import statement
+from db.statements import pin_plans, run, statement
 from db.topics import create_topic, partition_ids, set_retention
 from tests.support import Connect, wait_until
 

@@ -13,8 +13,8 @@ from psycopg.rows import TupleRow
 
 from db.arrays import Int4Array
 from db.commit import commit_object
-from db.execute import run
 from db.materialize import materialize
+from db.statements import run
 from db.topics import create_topic, partition_ids
 from tests.support import Connect, wait_until
 

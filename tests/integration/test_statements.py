@@ -12,7 +12,7 @@ from psycopg import sql
 import db
 from config.embedded.postgres import PostgresServer
 from config.embedded.wheels import postgres_bin as wheel_bin
-from db.statements import routine_files, statement
+from db.statements import routine_files, statement, statements
 from db.topics import create_topic, partition_ids
 from tests.support_hints import GROWING, HINTED, phrases, scans, split, with_a_hint
 
@@ -58,7 +58,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 
 
-OTHERS = sorted({file.stem for file in SQL.glob("*.sql")} - PARAMETERS.keys())
+OTHERS = sorted(statements().keys() - PARAMETERS.keys())
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +93,20 @@ def psql(url: str, script: str) -> str:
 
 
 def test_the_statements_that_are_run_exist() -> None:
-    assert {file.stem for file in SQL.glob("*.sql")} >= PARAMETERS.keys()
+    assert statements().keys() >= PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_is_understood_by_psql(name: str, database_url: str) -> None:
     """Statements without values here: names and types are resolved, which is where a file goes stale."""
-    text = (SQL / f"{name}.sql").read_text("utf-8")
-    assert psql(database_url, f"prepare checked as\n{text}\n;\n") == "PREPARE"
+    text = statement(name).decode()
+    assert psql(database_url, f"prepare checked as\n{text};\n") == "PREPARE"
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_runs_in_psql(name: str, database_url: str, partition_id: int) -> None:
     values = [f"'{value.format(p=partition_id)}'" for value in PARAMETERS[name]]
-    text = (SQL / f"{name}.sql").read_text("utf-8")
+    text = statement(name).decode()
     # A single statement is sent with its values; scripts end each of theirs themselves.
     run = f"{text}\n\\bind {' '.join(values)} \\g\n" if values else f"{text};\n"
     # As the statement that locks leaves it to the one that places.
@@ -114,9 +114,14 @@ def test_runs_in_psql(name: str, database_url: str, partition_id: int) -> None:
     assert psql(database_url, f"begin;\n{locked}{run}rollback;\n").endswith("ROLLBACK")
 
 
-@pytest.mark.parametrize("file", sorted(SQL.rglob("*.sql")), ids=lambda file: file.stem)
-def test_starts_with_its_purpose(file: Path) -> None:
-    text = file.read_text("utf-8")
+TEXTS = {name: text.decode() for name, text in statements().items()} | {
+    f"function {file.stem}": file.read_text("utf-8") for file in (SQL / "functions").glob("*.sql")
+}
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_starts_with_its_purpose(name: str) -> None:
+    text = TEXTS[name]
     # A hint is only found at the very front.
     first, *rest = re.sub(r"\A/\*\+.*?\*/\n", "", text, flags=re.DOTALL).splitlines()
     assert re.match(r"-- \S+ \S+", first)
@@ -128,6 +133,14 @@ def test_starts_with_its_purpose(file: Path) -> None:
 def test_parameters_are_numbered_without_gaps(name: str) -> None:
     code = re.sub(r"--.*", "", statement(name).decode())
     assert {int(number) for number in re.findall(r"\$(\d+)", code)} == set(range(1, len(PARAMETERS[name]) + 1))
+
+
+@pytest.mark.parametrize("file", sorted(SQL.glob("*.sql")), ids=lambda file: file.stem)
+def test_a_file_holds_named_statements_and_nothing_else(file: Path) -> None:
+    """Each ends with a semicolon, so that the whole file can be given to psql, and no name is used twice."""
+    first, *parts = re.split(r"^-- name: (\w+)$", file.read_text("utf-8"), flags=re.MULTILINE)
+    assert first == ""
+    assert all(text.strip() == f"{TEXTS[name]};" for name, text in zip(parts[::2], parts[1::2], strict=True))
 
 
 def test_the_hot_statements_have_hints() -> None:

@@ -1,3 +1,19 @@
+-- name: find_objects
+-- Key and id of the committed objects whose key starts with $1.
+select o.key, o.id
+from tidemark.objects o
+where o.key ^@ $1::text;
+
+-- name: find_dead_objects
+-- Objects whose last batch was deleted at least $3 seconds ago: $1 object id to start after, $2 objects at most.
+select o.id, o.key, d.dead_at
+from tidemark.dead_objects d
+join tidemark.objects o on o.id = d.object_id
+where d.object_id > $1::bigint and d.dead_at <= statement_timestamp() - make_interval(secs => $3::double precision)
+order by d.object_id
+limit $2::int;
+
+-- name: delete_dead_objects
 -- Forgets objects that are dead: $1 object ids. An id that is not, or has batches left, stays. Rows are locked in the order of
 -- their ids, as retention does; the row of dead_objects goes by its foreign key. What is deleted is never less than before, so
 -- an object without batches before a wait has none after it.
@@ -15,4 +31,4 @@ counts as (
 )
 delete from tidemark.objects k
 using dead g
-where k.id = g.id
+where k.id = g.id;

@@ -1,3 +1,59 @@
+-- name: audit_partitions
+-- The $2 partitions, of topic $3 or of all, that follow partition id $1; and up to where each is audited.
+select p.id, a.audited_to
+from tidemark.topic_partitions p
+left join tidemark.audit_progress a on a.partition_id = p.id
+where p.id > $1::int and ($3::text is null or p.topic_id = (select t.id from tidemark.topics t where t.name = $3::text))
+order by p.id
+limit $2::int;
+
+-- name: audit_heads
+-- Audit: what is wrong with the ends of the logs of partitions $1, and with their cursors. Some index descents each.
+select i.id, v.invariant, v.at, v.detail
+from unnest($1::int[]) i(id)
+left join tidemark.audit_progress a on a.partition_id = i.id
+left join lateral (
+    select n.*, coalesce(n.seen_tx, n.last_tx) - tidemark.tx_base() as seen_xid
+    from tidemark.runs n
+    where n.partition_id = i.id
+    order by n.start_offset desc
+    limit 1
+) n on true
+left join tidemark.passes p on p.tx = n.pass_tx
+left join lateral (
+    select l.start_offset, l.start_bytes
+    from tidemark.log_starts l
+    where l.partition_id = i.id
+    order by l.start_offset desc
+    limit 1
+) l on true
+cross join lateral (select coalesce(l.start_offset, 0) as start_offset, coalesce(n.end_offset, 0) as end_offset) h
+left join lateral (
+    select f.start_offset, f.end_offset
+    from tidemark.runs f
+    where f.partition_id = i.id and f.start_offset <= h.start_offset
+    order by f.start_offset desc
+    limit 1
+) f on true
+cross join lateral (values
+    ('start_offset', h.start_offset > h.end_offset, h.start_offset,
+     format('the start offset %s lies beyond the end offset %s', h.start_offset, h.end_offset)),
+    ('start_offset', h.start_offset < h.end_offset and (f.end_offset > h.start_offset) is not true, h.start_offset,
+     format('no run holds the start offset %s, though the log ends at %s', h.start_offset, h.end_offset)),
+    ('byte_size', l.start_bytes not between 0 and n.end_bytes, h.start_offset,
+     format('%s bytes lie before the start offset %s, but %s before the end', l.start_bytes, h.start_offset, n.end_bytes)),
+    ('end_offset', a.audited_to > h.end_offset, h.end_offset,
+     format('the end offset %s went back: batches up to %s were audited at %s', h.end_offset, a.audited_to, a.audited_at)),
+    -- The last event that was materialized was committed, so its transaction is over. Ids below 1 are from before a rebase.
+    ('cursor', n.seen_xid >= 1 and not pg_visible_in_snapshot(n.seen_xid::text::xid8, pg_current_snapshot()), n.start_offset,
+     format('transaction %s of the cursor is not over in snapshot %s', n.seen_xid, pg_current_snapshot())),
+    ('in_flight', p.in_flight <> array(select distinct x.tx from unnest(p.in_flight) x(tx) order by x.tx), n.start_offset,
+     format('in_flight %s of pass %s is not ascending', p.in_flight, p.tx))
+) v(invariant, violated, at, detail)
+where v.violated
+order by i.id;
+
+-- name: audit_runs
 -- Audit: a stretch of partitions $1: whole runs from offsets $2 on (null, or deleted meanwhile: from the first one), until $3
 -- batches of each are read. A row without invariant for each partition: up to where it is read, how many batches, whether
 -- there is more. The others are offences: the first of a kind in a partition, and how many there are.
@@ -233,4 +289,33 @@ union all
 (select distinct on (f.partition_id, f.invariant)
         f.partition_id, f.invariant, f.at, f.detail, count(*) over (partition by f.partition_id, f.invariant), false
  from offence f
- order by f.partition_id, f.invariant, f.at)
+ order by f.partition_id, f.invariant, f.at);
+
+-- name: save_audit_progress
+-- Remembers that the batches of partitions $1 are audited up to offsets $2. Never back: of two audits at once the further one
+-- counts.
+insert into tidemark.audit_progress as a (partition_id, audited_to)
+select r.id, r.audited_to
+from unnest($1::int[], $2::bigint[]) r(id, audited_to)
+order by r.id
+on conflict on constraint audit_progress_pkey do update
+set audited_to = greatest(a.audited_to, excluded.audited_to), audited_at = clock_timestamp();
+
+-- name: forget_audit_progress
+-- Makes the next audit read partitions $1 from their first batch on; all partitions, where $1 is null.
+delete from tidemark.audit_progress a
+where $1::int[] is null or a.partition_id = any ($1::int[]);
+
+-- name: audit_left
+-- Records an audit has yet to read, for a progress bar: $1 topic name, null for all.
+select coalesce(sum(p.end_offset - greatest(p.start_offset, a.audited_to)), 0)::numeric
+from tidemark.named_partitions p
+left join tidemark.audit_progress a on a.partition_id = p.partition_id
+where $1::text is null or p.topic = $1::text;
+
+-- name: audit_last_partition
+-- The partition whose progress was saved last: where the audit before this one was. Reads audit_progress only.
+select a.partition_id
+from tidemark.audit_progress a
+order by a.audited_at desc, a.partition_id desc
+limit 1;
