@@ -5,16 +5,28 @@ The field descriptions are the documentation; `docs/settings.md` is generated fr
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import platformdirs
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from config.batching import DEFAULT_BATCHING, Batching
 from config.errors import SettingsError
-from config.strategy import DEFAULT_STRATEGY, Strategy
+
+# The ways to calculate offsets. All give the same ones; they differ in speed. Each is a statement of its own,
+# `place_<name>`, with the same parameters and the same result. `window`: a running sum over each partition's pending
+# events. `incremental`: one run after the other, by recursion.
+Strategy = Literal["window", "incremental"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+# The faster one on deep and on thin backlogs: `python -m tests.benchmarks --only claims`.
+DEFAULT_STRATEGY: Strategy = "incremental"
+
+# The ways to cut a backlog into transactions. The offsets are the same; speed, latency and lock times are not.
+Batching = Literal["adaptive", "complete", "fixed", "collect"]
+BATCHINGS: tuple[Batching, ...] = get_args(Batching)
+# Holds its time where `fixed` is only right for one machine: `python -m tests.benchmarks.batching`.
+DEFAULT_BATCHING: Batching = "adaptive"
 
 # At least a millisecond: less would reach Postgres as 0, which means no limit.
 Seconds = Annotated[float, Field(ge=0.001, le=30 * 86_400, allow_inf_nan=False)]
@@ -92,8 +104,8 @@ class Settings(BaseSettings):
     batching: Batching = Field(
         DEFAULT_BATCHING,
         description="How many events a transaction takes. `adaptive`: as many as fit into the batch seconds. "
-        "`complete`: partitions to their end, one after the other. `fixed`: the events per partition. `window`: as "
-        "`fixed`, after collecting commits.",
+        "`complete`: partitions to their end, one after the other. `fixed`: the events per partition. `collect`: as "
+        "`fixed`, after collecting commits for a while.",
     )
     batch_seconds: Annotated[float, Field(ge=0.005, le=10, allow_inf_nan=False)] = Field(
         0.2, description="`adaptive` aims at transactions of this length; they hold their partitions' locks as long."
@@ -106,10 +118,10 @@ class Settings(BaseSettings):
         description="Nor for more; `complete` takes at most so many events in a transaction. Both take at least one of "
         "each partition.",
     )
-    batch_window: Annotated[float, Field(ge=0.001, le=30, allow_inf_nan=False)] = Field(
+    collect_seconds: Annotated[float, Field(ge=0.001, le=30, allow_inf_nan=False)] = Field(
         0.1,
-        description="`window` materializes this long after a wake-up, so adds as much to the latency. Commits found by "
-        "the fan-out have been collected for its interval already.",
+        description="`collect` materializes this long after a wake-up, so adds as much to the latency. Commits found "
+        "by the fan-out have been collected for its interval already.",
     )
     task_seconds: Seconds = Field(
         5, description="A task that still has backlog after this time hands over to a fresh one."
@@ -245,9 +257,9 @@ class Settings(BaseSettings):
                 f"TIDEMARK_BATCH_EVENTS_MIN ({self.batch_events_min}) is above TIDEMARK_BATCH_EVENTS_MAX "
                 f"({self.batch_events_max})"
             )
-        if self.batching == "window" and self.batch_window >= self.queued_seconds:
+        if self.batching == "collect" and self.collect_seconds >= self.queued_seconds:
             raise ValueError(
-                f"TIDEMARK_BATCH_WINDOW ({self.batch_window:g} s) is not below TIDEMARK_QUEUED_SECONDS "
+                f"TIDEMARK_COLLECT_SECONDS ({self.collect_seconds:g} s) is not below TIDEMARK_QUEUED_SECONDS "
                 f"({self.queued_seconds:g} s): a partition would be queued again while it still collects"
             )
         return self

@@ -22,7 +22,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from config.errors import UnknownPartitionError
-from config.strategy import DEFAULT_STRATEGY, Strategy
+from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.statements import pin_plans, pipelined, run
 from db.topics import names_of

@@ -6,8 +6,8 @@ From Python: `tasks.materialize_topic("orders")` asks for a materialization now,
 
 from celery import signals
 
-from tasks import discovery, figures, health, leases, logs, maintenance, materialization
-from tasks.application import TidemarkApp
+from tasks import discovery, health, leases, logs, maintenance, materialization, metrics
+from tasks.app import TidemarkApp
 from tasks.commands.builtin import adapt_commands
 from tasks.recovery import treat_torn_down_channels_as_lost_connections
 
@@ -18,7 +18,7 @@ materialize, materialize_partition, materialize_topic = materialization.register
 fan_out, sweep = discovery.register(app)
 maintenance.register(app)
 logs.connect(app)
-figures.connect(app)
+metrics.connect(app)
 health.connect(app)
 leases.connect(app)
 adapt_commands(app)

@@ -1,23 +1,22 @@
 """How many events a transaction takes: one controller per strategy and worker process, asked before each transaction.
 
 - `fixed`: the same number of each partition, always.
-- `window`: the same; the collecting is done where wake-ups are published, see `tasks.dispatch.publish`.
+- `collect`: the same; the collecting is done where wake-ups are published, see `tasks.dispatch.publish`.
 - `complete`: what the partitions have, whole; one with more than fits is then taken alone, to its end.
 - `adaptive`: as many as fit into a target time. Doubles at most on a deep backlog, halves at every failed attempt and
   wherever others made it wait, and then keeps still for a while.
 
-A transaction takes at most `events_max` events of all its partitions together (`fixed` and `window`: so many of each),
-and at least one of each, for a partition that gets none would never be done. Controllers know no server: they hear of
-times and counts. Threads of a process may share one: its state is one number and one count, and a lost update is one
-step not taken.
+A transaction takes at most `events_max` events of all its partitions together (`fixed` and `collect`: that many of
+each), and at least one of each, for a partition that gets none would never be done. Controllers know no server: they
+hear of times and counts. Threads of a process may share one: its state is one number and one count, and a lost update
+is one step not taken.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from config.settings import Settings
-from config.strategy import STRATEGIES, Strategy
+from config.settings import STRATEGIES, Settings, Strategy
 from db.materialize import MaterializationMetrics
 
 # Within this factor of the target time nothing is changed: two transactions alike differ by as much.

@@ -5,9 +5,9 @@ from typing import Any
 
 from db.discover import Pending, find_committed, save_fan_out
 from db.discover import sweep as sweep_partitions
-from tasks.application import TidemarkApp
-from tasks.attempts import with_retries
+from tasks.app import TidemarkApp
 from tasks.dispatch import dispatch
+from tasks.retries import with_retries
 
 log = logging.getLogger(__name__)
 

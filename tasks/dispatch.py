@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
+from config.queues import MATERIALIZE, shard_of
 from config.settings import Settings
 from db.discover import Pending
-from tasks.routing import MATERIALIZE, shard_of
 
 if TYPE_CHECKING:
-    from tasks.application import TidemarkApp
+    from tasks.app import TidemarkApp
 
 
 def group(pending: Iterable[Pending], settings: Settings) -> list[list[int]]:
@@ -67,12 +67,12 @@ def dispatch(app: "TidemarkApp", conn: psycopg.Connection[Any], pending: Sequenc
 def publish(app: "TidemarkApp", partition_ids: Sequence[int], *, at_once: bool = False, **options: Any) -> Any:
     """Publish one materialize task, named for Flower by topics and partitions; returns its AsyncResult.
 
-    With `TIDEMARK_BATCHING=window` it is due at the end of the window, unless it is wanted at once. Until it starts its
-    partitions count as queued, so what is committed meanwhile goes into the same transaction; the worker that holds it
-    does other tasks.
+    With `TIDEMARK_BATCHING=collect` it is due after the collect seconds, unless it is wanted at once. Until it starts
+    its partitions count as queued, so what is committed meanwhile goes into the same transaction; the worker that holds
+    it does other tasks.
     """
-    if app.settings.batching == "window" and not at_once:
-        options.setdefault("countdown", app.settings.batch_window)
+    if app.settings.batching == "collect" and not at_once:
+        options.setdefault("countdown", app.settings.collect_seconds)
     return app.tasks[MATERIALIZE].apply_async(
         kwargs={"partition_ids": list(partition_ids)},
         argsrepr=f"({app.names.describe(partition_ids)})",

@@ -1,7 +1,7 @@
 """Prometheus metrics of the whole installation, from one program.
 
 Three sources, read side by side when Prometheus asks: Postgres (backlog, lag, what is open, sizes), Redis (what the
-workers added up, see `tasks.figures`) and the broker (heartbeats of the workers, depth of the queues). A source that
+workers added up, see `tasks.metrics`) and the broker (heartbeats of the workers, depth of the queues). A source that
 does not answer in time leaves its metrics out and says so in `tidemark_exporter_source_up`; the others go on.
 
 What a scrape costs the servers is bounded: a source is read at most every `metrics_seconds`, and never more than a
@@ -36,8 +36,8 @@ from config.errors import TidemarkError
 from config.queues import all_queues
 from db.figures import Figures, read_figures
 from db.pool import Database
-from tasks import figures
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
+from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def overdue_seconds(app: TidemarkApp) -> float:
 
 def postgres_metrics(found: Figures) -> list[Metric]:
     """Metrics of the database's figures."""
-    labels = {(t.name or figures.OTHER,): t for t in found.topics}
+    labels = {(t.name or OTHER,): t for t in found.topics}
     audited = [t.audited_at for t in found.topics if t.audited_at is not None]
     return [
         _gauge("topics", "Topics.", sum(t.topics for t in found.topics)),
@@ -325,13 +325,13 @@ def worker_metrics(stored: Mapping[str, str]) -> list[Metric]:
         name, *labels = field.split("|")
         by_name[name][tuple(labels)] = float(value)
     metrics: list[Metric] = []
-    for family in figures.FAMILIES:
+    for family in FAMILIES:
         values = by_name.get(family.name, {})
         if family.histogram:
             metrics.append(_histogram(family, values))
             continue
         if family.time:
-            values = {labels: value / figures.MICROSECONDS for labels, value in values.items()}
+            values = {labels: value / MICROSECONDS for labels, value in values.items()}
         if not family.labels and not values:
             values = {(): 0.0}
         metrics.append(_counter(family.name, family.help, values, *family.labels))
@@ -343,12 +343,12 @@ def worker_metrics(stored: Mapping[str, str]) -> list[Metric]:
     return metrics
 
 
-def _histogram(family: figures.Family, values: Mapping[tuple[str, ...], float]) -> Metric:
+def _histogram(family: Family, values: Mapping[tuple[str, ...], float]) -> Metric:
     metric = HistogramMetricFamily(_PREFIX + family.name, family.help, labels=family.labels)
-    bounds = [*(str(bound) for bound in figures.BUCKETS), "+Inf"]
+    bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
     for labels in sorted({labels[:-1] for labels in values}):
         counts = accumulate(values.get((*labels, str(n)), 0.0) for n in range(len(bounds)))
-        total = values.get((*labels, "sum"), 0.0) / figures.MICROSECONDS
+        total = values.get((*labels, "sum"), 0.0) / MICROSECONDS
         metric.add_metric(labels, buckets=list(zip(bounds, counts, strict=True)), sum_value=total)
     return metric
 
@@ -519,7 +519,7 @@ class Exporter:
             sources.append(
                 Source(
                     "redis",
-                    lambda: worker_metrics(figures.read(redis)) + lease_metrics(redis, shards),
+                    lambda: worker_metrics(read(redis)) + lease_metrics(redis, shards),
                     seconds=seconds,
                 )
             )

@@ -10,8 +10,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from config.queues import MATERIALIZE
 from config.settings import Settings
-from tasks.routing import MATERIALIZE
 
 _USER = "tidemark"
 

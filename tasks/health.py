@@ -32,7 +32,7 @@ from config.heartbeat import SignOfLife
 from config.settings import Settings
 
 if TYPE_CHECKING:
-    from tasks.application import TidemarkApp
+    from tasks.app import TidemarkApp
 
 log = logging.getLogger(__name__)
 

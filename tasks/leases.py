@@ -53,7 +53,7 @@ from redis import Redis, RedisError
 from config.celery import is_redis
 from config.queues import CONTROL, MAINTENANCE, shard_of_queue, shard_queue
 from config.settings import Settings
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 
 log = get_logger(__name__)
 

@@ -11,8 +11,8 @@ import psycopg
 from db.audit import audit as audit_log
 from db.retention import retain as retain_log
 from db.topics import highest_partition_id
-from tasks.application import TidemarkApp
-from tasks.attempts import with_retries
+from tasks.app import TidemarkApp
+from tasks.retries import with_retries
 
 log = logging.getLogger(__name__)
 

@@ -9,17 +9,17 @@ from types import NoneType
 from typing import Any
 
 from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartitionError
+from config.queues import MATERIALIZE, partition_ids_of, shard_of
 from db.discover import Pending
 from db.materialize import MaterializationMetrics
 from db.materialize import materialize as materialize_partitions
 from db.topics import partition_ids as ids_of_topic
 from db.translate import would_meet_all
-from tasks import comparison
-from tasks.application import TidemarkApp
-from tasks.attempts import with_retries
+from tasks import compare
+from tasks.app import TidemarkApp
 from tasks.dispatch import group, publish
+from tasks.retries import with_retries
 from tasks.rollout import Side, split
-from tasks.routing import MATERIALIZE, partition_ids_of, shard_of
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class _Drain:
             )
         self._controller.done(done)
         app.figures.materialized(done, app.names.topics(plan.partition_ids), app.names.topic)
-        comparison.materialized(app, self._side, done)
+        compare.materialized(app, self._side, done)
         # First what it began: `complete` goes on with one partition to its end.
         taken = set(plan.partition_ids)
         rest = tuple(i for i in ids if i not in taken)
@@ -136,7 +136,7 @@ class _Drain:
         self._total += MaterializationMetrics(errors=1)
         self._controller.failed()
         self._app.figures.failed(error)
-        comparison.failed(self._app, self._side)
+        compare.failed(self._app, self._side)
 
 
 def register(app: TidemarkApp) -> tuple[Any, Any, Any]:

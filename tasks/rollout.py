@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from config.settings import Settings
-from config.strategy import Strategy
+from config.settings import Settings, Strategy
 
 # Hundredths of a percent.
 _BUCKETS = 10_000
@@ -34,7 +33,7 @@ def _share(percent: float) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """Partitions of a task that share transactions; `compared`: their figures are for `tasks.comparison`."""
+    """Partitions of a task that share transactions; `compared`: their figures are for `tasks.compare`."""
 
     strategy: Strategy
     partition_ids: list[int]

@@ -35,10 +35,10 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode
 from redis import RedisError
 
 from config.errors import SettingsError
-from tasks.routing import MATERIALIZE, partition_ids_of
+from config.queues import MATERIALIZE, partition_ids_of
 
 if TYPE_CHECKING:
-    from tasks.application import TidemarkApp
+    from tasks.app import TidemarkApp
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from db.discover import Pending
 from tasks.dispatch import group, publish
 
 if TYPE_CHECKING:
-    from tasks.application import TidemarkApp
+    from tasks.app import TidemarkApp
 
 log = get_task_logger(__name__)
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from config.settings import Settings
 from tasks import discovery, maintenance, materialization
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 
 COLUMNS = 80
 

@@ -12,7 +12,7 @@ from celery.bin.base import CeleryCommand, handle_preload_options
 from psycopg_pool import PoolTimeout
 
 from config.errors import TidemarkError
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

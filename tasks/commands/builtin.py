@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tasks import flower
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 
 # Celery's command object, and ours.
 _REPLACED = {

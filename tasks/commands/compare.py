@@ -6,7 +6,7 @@ from rich.console import Console
 from config.errors import SettingsError
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import NOTHING, console, number, table, text
-from tasks.comparison import Comparison, Estimate, SideFigures, forget, read
+from tasks.compare import Comparison, Estimate, SideFigures, forget, read
 
 _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": "yellow"}
 
@@ -64,7 +64,7 @@ def _show(out: Console, found: Comparison) -> None:
     out.print(text(f"Time, transactions alike: {_words(found)}"))
     out.print(text(f"Lock wait: {_interval(found.lock_wait_difference_ms, signed=True)} ms, candidate less current"))
     out.print(text(f"Difference of times: {found.verdict}", _STYLES[found.verdict]))
-    out.print(text(f"Brackets: {found.confidence:.4g} confidence; method: tasks/comparison.py", "dim"))
+    out.print(text(f"Brackets: {found.confidence:.4g} confidence; method: tasks/compare.py", "dim"))
 
 
 def _words(found: Comparison) -> str:

@@ -15,7 +15,7 @@ from config.settings import Settings
 from db.direct import CONNECT_SECONDS
 from db.doctor import examine
 from db.findings import Finding, Level, worst
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import console, hanging, progress, text
 from tasks.doctoring import check_broker, check_environment

@@ -10,15 +10,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from config.queues import CONTROL, shard_queue
+from config.queues import CONTROL, shard_of, shard_queue
 from config.settings import Settings
 from db.partitions import PartitionState
 from db.status import Holder, LockWait, Reading, TopicBacklog
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.commands.display import NOTHING, duration, number, statement, table, text
 from tasks.exporter import overdue_seconds
-from tasks.figures import read_stuck
-from tasks.routing import shard_of
+from tasks.metrics import read_stuck
 
 _SHOWN = 10
 _IN_JSON = 1000

@@ -5,7 +5,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from config.queues import shard_queue
+from config.queues import shard_of, shard_queue
 from db.direct import connect
 from db.partitions import PartitionState, TopicState, describe_partitions, describe_topics
 from db.topics import create_topic, set_retention
@@ -13,7 +13,6 @@ from tasks.commands.base import app_of, echo_json, json_option
 from tasks.commands.display import NOTHING, columns, console, count, duration, number, size, table, text
 from tasks.commands.group import group
 from tasks.commands.parameters import LIMIT, NAME
-from tasks.routing import shard_of
 
 
 @group("topics")

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from config.queues import all_queues, shard_of_queue
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import NOTHING, console, duration, number, table, text
 from tasks.commands.parameters import Seconds

@@ -33,7 +33,7 @@ from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.topics import create_topic, partition_ids
 from tasks import discovery, maintenance, materialization
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tests.acceptance.nodes import ROOT, LocalRedis, LocalWorker, Process, ProcessContainer, Worker, celery_argv
 from tests.acceptance.producers import Producers, backlog
 from tests.support import wait_until

@@ -10,7 +10,7 @@ from redis import Redis
 
 from config.celery import is_redis
 from db.discover import find_committed
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tests.acceptance.conftest import Log, Programs
 from tests.acceptance.producers import Producers, commit_one
 from tests.support import wait_until

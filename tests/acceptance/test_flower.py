@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from config.queues import shard_queue
-from tasks.application import TidemarkApp
-from tasks.routing import shard_of
+from config.queues import shard_of, shard_queue
+from tasks.app import TidemarkApp
 from tests.acceptance.conftest import Log, Programs
 from tests.acceptance.nodes import ROOT, Worker, celery_argv
 from tests.acceptance.producers import commit_one

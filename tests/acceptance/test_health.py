@@ -7,7 +7,7 @@ import pytest
 
 from config.embedded.redis import RedisServer
 from config.heartbeat import examine
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.health import INTERVAL
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.nodes import celery_argv

@@ -13,7 +13,7 @@ from pytest_celery import CeleryBrokerCluster
 from redis import Redis
 
 from config.settings import Settings
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.leases import LeaseStore
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.producers import Producers, commit_one

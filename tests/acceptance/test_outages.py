@@ -18,7 +18,7 @@ from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.migrate import upgrade
 from db.pool import Database
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.nodes import Worker
 from tests.acceptance.producers import Producers, commit_one

@@ -11,7 +11,7 @@ from pytest_celery import CeleryTestSetup
 from config.errors import UnknownPartitionError, UnknownTopicError
 from db.fetch import fetch_batches
 from db.materialize import MaterializationMetrics
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.materialization import enqueue
 from tests.acceptance.conftest import Log, Programs
 from tests.acceptance.producers import Producers, commit_one

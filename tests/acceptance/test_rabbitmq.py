@@ -11,7 +11,7 @@ import pytest
 from pytest_celery import CeleryBrokerCluster, CeleryTestBroker
 
 from config.queues import all_queues
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tests.acceptance.conftest import FAST, Log, Place, Programs
 from tests.acceptance.nodes import LocalBroker, ServerContainer
 from tests.acceptance.producers import Producers, commit_one

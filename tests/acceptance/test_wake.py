@@ -6,7 +6,7 @@ import pytest
 
 from config.embedded.redis import RedisServer
 from config.errors import InvalidCommitError
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.wake import commit_and_wake, wake
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one

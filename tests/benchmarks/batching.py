@@ -1,7 +1,7 @@
 """The batchings against each other: `python -m tests.benchmarks.batching [--rounds N] [--quick]`.
 
 Workloads made for one or the other of them, every arm on fresh tables, interleaved; medians, and who was better in each
-round. `window` and `fixed` make the same plans but for bursts, so what lies between them elsewhere is noise. The
+round. `collect` and `fixed` make the same plans but for bursts, so what lies between them elsewhere is noise. The
 controllers are the workers' own, `tasks.batching`; what is left out is Celery. Results in build/bench/batching.json.
 """
 
@@ -23,8 +23,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from config.batching import Batching
-from config.settings import Settings
+from config.settings import Batching, Settings
 from db.arrays import Int4Array
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
@@ -153,7 +152,7 @@ def bursts(conn: Conn, _url: str, settings: Settings, scale: float) -> Run:
     """Small commits to the same partitions, 5 ms apart, each of which wakes its partitions."""
     partitions, batches, commits, apart = 16, 32, round(400 * scale), 0.005
     # Replayed without the pauses; a window collects as many commits as would arrive in it.
-    together = max(1, round(settings.batch_window / apart)) if settings.batching == "window" else 1
+    together = max(1, round(settings.collect_seconds / apart)) if settings.batching == "collect" else 1
     _warm(conn, settings)
     fresh(conn, partitions)
     ids = [n % partitions + 1 for n in range(batches)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 
-from config.strategy import DEFAULT_STRATEGY, Strategy
+from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
 from db.statements import pin_plans, run

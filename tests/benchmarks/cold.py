@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg
 
-from config.strategy import DEFAULT_STRATEGY, Strategy
+from config.settings import DEFAULT_STRATEGY, Strategy
 from db.materialize import materialize
 from tests.benchmarks.crew import Crew, Job
 from tests.benchmarks.measure import Sample

@@ -29,7 +29,7 @@ from db.materialize import materialize
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
 from tasks import materialization
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.wake import commit_and_wake
 from tests.acceptance.nodes import Process, celery_argv
 

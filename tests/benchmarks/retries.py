@@ -21,7 +21,7 @@ from config.settings import Settings
 from db.materialize import MaterializationMetrics, materialize
 from db.pool import Database
 from db.translate import is_transient
-from tasks.attempts import with_retries
+from tasks.retries import with_retries
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, Share, shares
 from tests.benchmarks.disturber import Disturbers, as_victim
@@ -35,7 +35,7 @@ _SIZES = (1, 2, 4, 8, 16, 25)
 # The page's MaxOpenConns: with fewer threads the larger pools would be the same.
 _THREADS = 25
 _PAGE_STEP = 0.1
-# What tasks.attempts logs of each attempt would be printed where nobody else takes it.
+# What tasks.retries logs of each attempt would be printed where nobody else takes it.
 _NOWHERE = logging.NullHandler()
 
 Work = Callable[[], MaterializationMetrics]

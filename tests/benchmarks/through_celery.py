@@ -22,7 +22,7 @@ from config.embedded.redis import RedisServer
 from config.queues import shard_of_queue
 from config.settings import Settings
 from tasks import discovery, maintenance, materialization
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.discovery import fan_out_once
 from tests.acceptance.nodes import Process, celery_argv
 from tests.benchmarks.bench import Bench

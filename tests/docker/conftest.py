@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tests.acceptance.conftest import (
     Place,
     Programs,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pytest_celery import CeleryTestSetup
 
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tests.acceptance import test_pipeline
 from tests.acceptance.conftest import Log, Programs
 from tests.acceptance.nodes import Worker

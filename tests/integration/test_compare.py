@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from psycopg import Connection
 
-from config.settings import Settings
-from config.strategy import Strategy
+from config.settings import Settings, Strategy
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics
 from db.topics import create_topic, partition_ids
-from tasks import comparison, figures
-from tasks.application import TidemarkApp
+from tasks import compare as comparison
+from tasks import metrics
+from tasks.app import TidemarkApp
 from tasks.commands.compare import compare
-from tasks.comparison import SIDE_AT_LEAST, Comparison, t_quantile
+from tasks.compare import SIDE_AT_LEAST, Comparison, t_quantile
 from tasks.materialization import drain
 from tasks.rollout import Side, strategy_of
 from tests.support_commands import Cli, app_for
@@ -193,7 +193,7 @@ def test_what_is_kept_is_bounded(app: TidemarkApp) -> None:
             comparison.materialized(app, side("window"), done)
     app.figures.flush()
     assert app.redis
-    cells = {field.split("|")[3] for field in figures.read(app.redis) if field.startswith("compare|")} - {"all"}
+    cells = {field.split("|")[3] for field in metrics.read(app.redis) if field.startswith("compare|")} - {"all"}
     assert max(int(cell.split(":")[0]) for cell in cells) == 12
     assert max(int(cell.split(":")[1]) for cell in cells) == 7
 
@@ -274,7 +274,7 @@ def test_starting_over_keeps_every_other_figure(app: TidemarkApp) -> None:
     cli = Cli(app)
     assert "compared from now on" in cli(compare, "--reset").out
     assert app.redis
-    assert figures.read(app.redis) == {"sweep_partitions": "4"}
+    assert metrics.read(app.redis) == {"sweep_partitions": "4"}
 
 
 def test_without_redis_it_says_what_it_needs(database_url: str) -> None:

@@ -16,7 +16,7 @@ from db.commit import commit_object
 from db.discover import Pending
 from db.topics import create_topic, partition_ids
 from tasks import discovery, maintenance, materialization
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.discovery import fan_out_once, sweep_once
 from tasks.dispatch import dispatch
 from tests.support import wait_until

@@ -9,12 +9,12 @@ import pytest
 from psycopg import Connection, errors
 from redis import Redis
 
-from config.batching import BATCHINGS
+from config.settings import BATCHINGS
 from db.commit import commit_object
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids
-from tasks import figures
-from tasks.application import TidemarkApp
+from tasks import metrics
+from tasks.app import TidemarkApp
 from tasks.exporter import worker_metrics
 from tasks.materialization import drain
 from tests.support import Connect
@@ -71,9 +71,9 @@ def test_a_partition_that_cannot_be_placed(
     assert "out of range" in vars(record)["error"]
     app.figures.flush()
     with Redis.from_url(redis_url, decode_responses=True) as redis:
-        assert list(figures.read_stuck(redis, seconds=60)) == [f"orders/{bad}"]
-        assert figures.read_stuck(redis, seconds=-60) == {}
-        stuck = next(m for m in worker_metrics(figures.read(redis)) if m.name == "tidemark_materialize_stuck")
+        assert list(metrics.read_stuck(redis, seconds=60)) == [f"orders/{bad}"]
+        assert metrics.read_stuck(redis, seconds=-60) == {}
+        stuck = next(m for m in worker_metrics(metrics.read(redis)) if m.name == "tidemark_materialize_stuck")
     assert [sample.value for sample in stuck.samples] == [1.0]
 
 

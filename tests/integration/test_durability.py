@@ -15,7 +15,7 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from config.embedded.postgres import PostgresServer
-from config.strategy import STRATEGIES, Strategy
+from config.settings import STRATEGIES, Strategy
 from db.commit import commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize

@@ -30,12 +30,12 @@ from db.commit import commit_object
 from db.materialize import MaterializationMetrics, Moved, materialize
 from db.statements import run, statement
 from db.topics import create_topic, partition_ids
-from tasks import figures
-from tasks.application import TidemarkApp
+from tasks import metrics
+from tasks.app import TidemarkApp
 from tasks.exporter import Exporter, ServerError, Source
-from tasks.figures import WorkerFigures
 from tasks.leases import LeaseStore
 from tasks.materialization import drain
+from tasks.metrics import WorkerFigures
 from tests.support import Connect, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -268,7 +268,7 @@ def test_figures_of_the_workers(
     assert found("materialize_duration_seconds_sum", **own) == pytest.approx(done.processing_time_ms / 1000, abs=1e-5)
     assert found("materialize_duration_seconds_bucket", le="+Inf", **own) == 1
     assert found("materialize_lock_wait_seconds_count", **both) == 1
-    bound = min(b for b in figures.BUCKETS if b >= done.processing_time_ms / 1000)
+    bound = min(b for b in metrics.BUCKETS if b >= done.processing_time_ms / 1000)
     assert found("materialize_duration_seconds_bucket", le=str(bound), **own) == 1
 
 
@@ -348,7 +348,7 @@ def test_a_forked_child_does_not_send_its_parents_figures(app: TidemarkApp) -> N
     worker.add("sweep_partitions", amount=4)
     worker.flush()
     assert app.redis
-    assert figures.read(app.redis) == {"sweep_partitions": "4"}
+    assert metrics.read(app.redis) == {"sweep_partitions": "4"}
 
 
 def test_figures_wait_for_a_redis_that_is_away(
@@ -368,7 +368,7 @@ def test_figures_wait_for_a_redis_that_is_away(
     crashable.restart()
     worker._silent_until = 0.0
     worker.flush()
-    assert figures.read(client)[f"materialize_events|orders|{DONE.strategy}"] == "20"
+    assert metrics.read(client)[f"materialize_events|orders|{DONE.strategy}"] == "20"
     client.close()
 
 
@@ -380,11 +380,11 @@ def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[Red
 
 def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
     worker = app.figures
-    figures._count_result(worker, "tasks.fan_out", {"commits": 3, "partitions": 2, "tasks": 1})
-    figures._count_result(worker, "tasks.sweep", {"partitions": 5, "tasks": 2})
-    figures._count_result(worker, "tasks.retain", {"deleted": 4, "log_bytes": 50})
-    figures._count_result(worker, "tasks.audit", {"violations": 2, "complete": True})
-    figures._count_result(worker, "tasks.audit", {"violations": 0, "complete": True})
+    metrics._count_result(worker, "tasks.fan_out", {"commits": 3, "partitions": 2, "tasks": 1})
+    metrics._count_result(worker, "tasks.sweep", {"partitions": 5, "tasks": 2})
+    metrics._count_result(worker, "tasks.retain", {"deleted": 4, "log_bytes": 50})
+    metrics._count_result(worker, "tasks.audit", {"violations": 2, "complete": True})
+    metrics._count_result(worker, "tasks.audit", {"violations": 0, "complete": True})
     worker.flush()
     found = scrape(exporter)
     assert found("fan_out_commits_total") == 3
@@ -479,8 +479,8 @@ def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], order
     materialize(conn, orders)
     audit(conn)
     app.figures.materialized(DONE, ["orders"], lambda _: "orders")
-    figures._count_result(app.figures, "tasks.audit", {"violations": 0})
-    for family in figures.FAMILIES:
+    metrics._count_result(app.figures, "tasks.audit", {"violations": 0})
+    for family in metrics.FAMILIES:
         if not family.histogram:
             app.figures.add(family.name, *family.labels)
     app.figures.flush()

@@ -9,7 +9,7 @@ from typing import Any
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
-from config.strategy import STRATEGIES
+from config.settings import STRATEGIES
 from db.commit import commit_object
 from db.discover import find_committed, save_fan_out, sweep
 from db.materialize import materialize

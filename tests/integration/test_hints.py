@@ -17,8 +17,7 @@ from psycopg.rows import TupleRow
 
 from config.embedded.postgres import PostgresServer
 from config.embedded.wheels import postgres_bin as wheel_bin
-from config.settings import Settings
-from config.strategy import Strategy
+from config.settings import Settings, Strategy
 from db.discover import find_committed, sweep
 from db.doctor import examine
 from db.materialize import materialize

@@ -12,7 +12,7 @@ from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
 from config.embedded.postgres import PostgresServer
-from config.strategy import STRATEGIES, Strategy
+from config.settings import STRATEGIES, Strategy
 from db.commit import commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize

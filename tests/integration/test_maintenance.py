@@ -11,7 +11,7 @@ from config.settings import Settings
 from db.commit import commit_object
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids, set_retention
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.maintenance import audit_once, retain_once
 
 

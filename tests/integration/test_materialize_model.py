@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from config.strategy import STRATEGIES
+from config.settings import STRATEGIES
 from db.commit import commit_object
 from db.discover import find_committed, save_fan_out, sweep
 from db.fetch import fetch_batches

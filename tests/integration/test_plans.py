@@ -15,7 +15,7 @@ from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
 from config.embedded.postgres import PostgresServer
-from config.strategy import DEFAULT_STRATEGY, STRATEGIES, Strategy
+from config.settings import DEFAULT_STRATEGY, STRATEGIES, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
 from db.materialize import materialize

@@ -9,13 +9,11 @@ import pytest
 from psycopg import Connection
 from redis import Redis
 
-from config.batching import BATCHINGS
-from config.settings import Settings
-from config.strategy import STRATEGIES
+from config.settings import BATCHINGS, STRATEGIES, Settings
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from db.topics import create_topic, partition_ids
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.batching import Adaptive
 from tasks.dispatch import publish
 from tasks.materialization import drain
@@ -218,10 +216,10 @@ def due(redis_url: str, queue: str) -> list[bool]:
 def test_only_window_collects_and_only_after_a_wake_up(
     batching: Any, database_url: str, redis_url: str, ids: list[int], stack: ExitStack
 ) -> None:
-    app = stack.enter_context(app_for(database_url, redis_url, shards=1, batching=batching, batch_window=0.5))
+    app = stack.enter_context(app_for(database_url, redis_url, shards=1, batching=batching, collect_seconds=0.5))
     assert app.waker.wake(ids[:1]) == 1
     publish(app, ids[1:2], at_once=True)
-    assert sorted(due(redis_url, "materialize.0")) == [False, batching == "window"]
+    assert sorted(due(redis_url, "materialize.0")) == [False, batching == "collect"]
     # It collects: what is committed meanwhile is queued already.
     assert app.waker.wake(ids[:1]) == 0
 

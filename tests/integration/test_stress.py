@@ -19,7 +19,7 @@ from psycopg import Connection, IsolationLevel
 from psycopg.rows import TupleRow
 
 from config.errors import CommitConflictError
-from config.strategy import STRATEGIES
+from config.settings import STRATEGIES
 from db.commit import Batch, commit_batches
 from db.discover import sweep
 from db.fetch import fetch_batches

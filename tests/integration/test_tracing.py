@@ -22,7 +22,7 @@ from config.settings import Settings
 from db.commit import commit_object
 from db.topics import create_topic, partition_ids
 from tasks import discovery, materialization
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.tracing import Tracing, make_provider
 from tests.support import wait_until
 

@@ -9,7 +9,7 @@ from psycopg_pool import PoolTimeout
 
 from config.errors import TransientDatabaseError, UnknownTopicError
 from config.settings import Settings
-from tasks.attempts import with_retries
+from tasks.retries import with_retries
 
 SETTINGS = Settings(retries=3, retry_seconds=0.001)
 

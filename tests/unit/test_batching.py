@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.batching import BATCHINGS
 from config.errors import SettingsError
-from config.settings import Settings, load_settings
-from config.strategy import STRATEGIES
+from config.settings import BATCHINGS, STRATEGIES, Settings, load_settings
 from db.materialize import MaterializationMetrics
 from tasks.batching import Adaptive, Complete, Fixed, make_controller, make_controllers
 
@@ -186,14 +184,14 @@ def test_trouble_upon_trouble_ends_at_the_least() -> None:
     [
         ({"BATCHING": "clever"}, "TIDEMARK_BATCHING"),
         ({"BATCH_SECONDS": "0"}, "TIDEMARK_BATCH_SECONDS"),
-        ({"BATCH_WINDOW": "inf"}, "TIDEMARK_BATCH_WINDOW"),
+        ({"COLLECT_SECONDS": "inf"}, "TIDEMARK_COLLECT_SECONDS"),
         (
             {"BATCH_EVENTS_MIN": "200", "BATCH_EVENTS_MAX": "100"},
             "TIDEMARK_BATCH_EVENTS_MIN.*TIDEMARK_BATCH_EVENTS_MAX",
         ),
         (
-            {"BATCHING": "window", "BATCH_WINDOW": "5", "QUEUED_SECONDS": "5"},
-            "TIDEMARK_BATCH_WINDOW.*TIDEMARK_QUEUED_SECONDS",
+            {"BATCHING": "collect", "COLLECT_SECONDS": "5", "QUEUED_SECONDS": "5"},
+            "TIDEMARK_COLLECT_SECONDS.*TIDEMARK_QUEUED_SECONDS",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from celery import signals
 from config.settings import Settings
 from db.materialize import MaterializationMetrics
 from tasks import logs
-from tasks.application import TidemarkApp
+from tasks.app import TidemarkApp
 from tasks.materialization import describe
 
 log = logging.getLogger("tests.logs")

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import SettingsError
+from config.queues import shard_of
 from config.settings import Settings, load_settings
 from tasks.rollout import Side, bucket_of, split, strategy_of
-from tasks.routing import shard_of
 
 IDS = st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=100, unique=True)
 

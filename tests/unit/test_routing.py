@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from config.errors import InvalidJobError
-from config.queues import all_queues, shard_of_queue, shard_queue
-from tasks.routing import Router, shard_of
+from config.queues import Router, all_queues, shard_of, shard_of_queue, shard_queue
 
 
 def queue_for(name: str, *args: Any, **kwargs: Any) -> str | None:

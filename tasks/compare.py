@@ -22,13 +22,13 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from db.materialize import MaterializationMetrics
-from tasks import figures
+from tasks import metrics
 from tasks.rollout import Side
 
 if TYPE_CHECKING:
     from redis import Redis
 
-    from tasks.application import TidemarkApp
+    from tasks.app import TidemarkApp
 
 _NAME = "compare"
 _ALL = "all"
@@ -163,7 +163,7 @@ class Comparison:
 def read(redis: "Redis", *, confidence: float = 0.99) -> list[Comparison]:
     """Every pair of strategies the workers have figures of."""
     pairs: dict[str, dict[str, dict[str, dict[str, int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for field, value in figures.read(redis).items():
+    for field, value in metrics.read(redis).items():
         name, *labels = field.split("|")
         if name == _NAME:
             pair, strategy, cell, amount = labels
@@ -177,9 +177,9 @@ def read(redis: "Redis", *, confidence: float = 0.99) -> list[Comparison]:
 
 def forget(redis: "Redis") -> None:
     """Start over: what was compared so far is dropped, and no other figure."""
-    fields = [field for field in figures.read(redis) if field.startswith(f"{_NAME}|")]
+    fields = [field for field in metrics.read(redis) if field.startswith(f"{_NAME}|")]
     if fields:
-        redis.hdel(figures.KEY, *fields)
+        redis.hdel(metrics.KEY, *fields)
 
 
 # --- Statistics

@@ -27,7 +27,7 @@ from db.materialize import RUN_BYTES, MaterializationMetrics
 from db.translate import TRANSIENT
 
 if TYPE_CHECKING:
-    from tasks.application import TidemarkApp
+    from tasks.app import TidemarkApp
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,13 @@ from redis.retry import Retry
 from config.celery import celery_config, is_redis
 from config.embedded import Lease, attach
 from config.errors import SettingsError, TidemarkError
-from config.settings import Settings, load_settings
-from config.strategy import Strategy
+from config.queues import Router
+from config.settings import Settings, Strategy, load_settings
 from db.pool import Database
 from tasks.batching import Controller, make_controllers
-from tasks.figures import WorkerFigures
+from tasks.metrics import WorkerFigures
 from tasks.names import PartitionNames
-from tasks.queued import QueuedTokens
-from tasks.routing import Router
+from tasks.tokens import QueuedTokens
 from tasks.wake import Waker
 
 if TYPE_CHECKING:
