@@ -9,9 +9,13 @@ from kombu import Exchange, Queue
 from kombu.utils.scheduling import round_robin_cycle
 
 from config.queues import CONTROL, MAINTENANCE, all_queues
+from config.redis import RedisAddress, is_redis
 from config.settings import Settings
 
-# A fan-out that waited this long is pointless, but a clock that is off by less than this must not stop them all.
+# Seconds that a publication, or anything else outside a worker's own loop, may wait for the broker. A worker waits
+# longer: its loop has nothing else to do, and starting over costs it its place in every queue.
+PUBLISH_SECONDS = 2.0
+_CONSUME_SECONDS = 30.0
 _STALE_SECONDS = 30.0
 
 
@@ -22,17 +26,12 @@ class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
         return sorted(super().consume(n), key=lambda queue: bool(queue != CONTROL))
 
 
-def is_redis(url: str) -> bool:
-    """Whether a broker URL speaks of a Redis."""
-    return url.startswith(("redis://", "rediss://", "redis+socket://"))
-
-
 def celery_config(settings: Settings, broker_url: str, redis_url: str | None) -> dict[str, Any]:
     """All of Celery's settings that differ from its defaults."""
     tasks = Exchange("tidemark", type="direct", durable=True)
+    broker = RedisAddress.parse(broker_url) if is_redis(broker_url) else None
     config: dict[str, Any] = {
-        "broker_url": broker_url,
-        "result_backend": redis_url,
+        "broker_url": broker_url if broker is None else broker.celery_url,
         "task_queues": [
             Queue(name, tasks, routing_key=name, queue_arguments=_queue_arguments(name))
             for name in all_queues(settings.shards)
@@ -50,7 +49,7 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         # More processes rather than more slots: one consumer with one slot is what serializes a shard.
         "worker_concurrency": 1,
         "task_time_limit": settings.hard_time_limit,
-        # Nobody reads most results; who waits for one asks for it when publishing.
+        # The ad-hoc jobs keep theirs; who waits for another one asks for it when publishing.
         "task_ignore_result": True,
         "result_expires": 3600,
         "result_extended": True,
@@ -67,13 +66,16 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "beat_scheduler": "celery.beat:Scheduler",
         "beat_max_loop_interval": min(5.0, settings.fan_out_interval),
         "beat_schedule": _schedule(settings),
-        # For `beat -S redbeat.RedBeatScheduler`: one of several beats runs. Its lock outlives it by seconds only.
-        "redbeat_redis_url": redis_url,
+        # For `beat -S redbeat.RedBeatScheduler`: one of several beats runs. Its lock outlives it by seconds only. Its
+        # URL is not here, where `inspect conf` and Flower would show the password: see `TidemarkApp.redbeat_conf`.
         "redbeat_lock_timeout": 10,
         "redbeat_key_prefix": "tidemark:beat:",
+        # Who publishes learns soon that the broker is away; the next tick or sweep finds what was not published.
+        "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0.0, "interval_step": 0.2},
     }
-    if is_redis(broker_url):
+    if broker is not None:
         config["broker_transport_options"] = {
+            **broker.celery_options,
             "visibility_timeout": settings.visibility_timeout,
             # Look for tasks of dead workers often: the defaults stretch the visibility timeout ninefold.
             "unacked_restore_interval": 5,
@@ -84,17 +86,38 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
             "queue_order_strategy": f"{ControlFirst.__module__}:{ControlFirst.__qualname__}",
             # Without them a publish on a dead connection hangs for ever.
             "socket_connect_timeout": 5,
-            "socket_timeout": 30,
-            "socket_keepalive": True,
+            "socket_timeout": _CONSUME_SECONDS,
+            # Kombu hands it to Unix sockets as well, which know no such thing.
+            **({} if broker.path else {"socket_keepalive": True}),
         }
     if redis_url is not None:
+        results = RedisAddress.parse(redis_url)
         config |= {
-            "redis_socket_connect_timeout": 5,
-            "redis_socket_timeout": 30,
-            "redis_socket_keepalive": True,
+            "result_backend": results.celery_url,
+            "result_backend_transport_options": {
+                **results.celery_options,
+                # Celery's default tries for 20 s, and then asks for a restart.
+                "retry_policy": {"max_retries": 2, "interval_start": 0.0, "interval_step": 0.2},
+            },
+            "redis_socket_connect_timeout": PUBLISH_SECONDS,
+            "redis_socket_timeout": PUBLISH_SECONDS,
+            "redis_socket_keepalive": not results.path,
             "redis_backend_health_check_interval": 30,
         }
     return config
+
+
+def publish_options() -> dict[str, Any]:
+    """Transport options of connections that publish and ask, over those in the configuration."""
+    return {
+        "socket_connect_timeout": PUBLISH_SECONDS,
+        "socket_timeout": PUBLISH_SECONDS,
+        # Without a limit Kombu tries to connect for ever.
+        "max_retries": 1,
+        "interval_start": 0.0,
+        "interval_step": 0.2,
+        "connect_retries_timeout": PUBLISH_SECONDS,
+    }
 
 
 def _queue_arguments(name: str) -> dict[str, Any] | None:
@@ -113,7 +136,9 @@ def _schedule(settings: Settings) -> dict[str, Any]:
         name.removeprefix("tasks."): {
             "task": name,
             "schedule": interval,
-            "options": {"expires": max(interval, _STALE_SECONDS)},
+            # RabbitMQ drops a tick nobody took; on Redis beat publishes none into a long queue (tasks/programs.py).
+            # Celery's own `expires` compares two machines' clocks: half a minute apart, they would drop every tick.
+            "options": {"expiration": max(interval, _STALE_SECONDS)},
         }
         for name, interval in intervals.items()
     }

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from config.errors import SettingsError
+from config.redis import SCHEMES, RedisAddress, is_redis
 
 # The ways to calculate offsets. All give the same ones; they differ in speed. Each is a statement of its own,
 # `place_<name>`, with the same parameters and the same result. `window`: a running sum over each partition's pending
@@ -30,8 +31,7 @@ DEFAULT_BATCHING: Batching = "adaptive"
 
 # At least a millisecond: less would reach Postgres as 0, which means no limit.
 Seconds = Annotated[float, Field(ge=0.001, le=30 * 86_400, allow_inf_nan=False)]
-_REDIS_SCHEMES = ("redis", "rediss", "redis+socket")
-_BROKER_SCHEMES = (*_REDIS_SCHEMES, "amqp", "amqps", "pyamqp")
+_BROKER_SCHEMES = (*SCHEMES, "amqp", "amqps", "pyamqp")
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 
 
@@ -216,10 +216,12 @@ class Settings(BaseSettings):
     @field_validator("database_url", "broker_url", "redis_url")
     @classmethod
     def _speaks_a_known_protocol(cls, value: str | None, info: ValidationInfo) -> str | None:
-        known = {"database_url": _POSTGRES_SCHEMES, "broker_url": _BROKER_SCHEMES, "redis_url": _REDIS_SCHEMES}
+        known = {"database_url": _POSTGRES_SCHEMES, "broker_url": _BROKER_SCHEMES, "redis_url": SCHEMES}
         schemes = known[info.field_name or ""]
         if value is not None and urlsplit(value).scheme not in schemes:
             raise ValueError(f"must start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+        if value is not None and is_redis(value):
+            RedisAddress.parse(value)
         return value
 
     @model_validator(mode="after")

@@ -1,46 +1,73 @@
 """The Celery app: Celery, plus the settings and the connections its tasks work with.
 
-Nothing is read or opened when this is imported. The settings are read at first use, embedded servers start when an
-address is first needed, and connections open in the process that uses them.
+Nothing is read, opened or changed when this is imported. The settings are read at first use, embedded servers start
+when an address is first needed, and connections open in the process that uses them.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from celery import Celery
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from config.celery import celery_config, is_redis
-from config.embedded import Lease, attach
-from config.errors import SettingsError, TidemarkError
+from config.celery import celery_config, publish_options
+from config.errors import TidemarkError
 from config.queues import Router
-from config.settings import Settings, Strategy, load_settings
-from db.pool import Database
-from tasks.batching import Controller, make_controllers
-from tasks.metrics import WorkerFigures
-from tasks.names import PartitionNames
-from tasks.tokens import QueuedTokens
-from tasks.wake import Waker
+from config.redis import RedisAddress, is_redis
 
 if TYPE_CHECKING:
-    from tasks.tracing import Tracing
+    from redbeat.schedulers import RedBeatConfig
+    from redis import Redis
+
+    from config.embedded import Lease
+    from config.settings import Settings
+    from db.pool import Database
+
+_Part = TypeVar("_Part")
+
+# Redis answers within a millisecond; one that needs longer than this hangs.
+ANSWER_SECONDS = 0.5
 
 
 class TidemarkApp(Celery):
     """`celery -A tasks` finds its one instance as `tasks.app`."""
 
+    # Celery loads all of these by name, when a program needs them and not before.
+    log_cls = "tasks.logs:Logging"
+    consumer_cls = "tasks.programs:Consumer"
+    worker_cls = "tasks.programs:Worker"
+    beat_cls = "tasks.programs:Beat"
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self._parts: dict[Callable[..., Any], Any] = {}
+        # Not the current app of a program that merely imports us.
+        super().__init__(name, set_as_current=False, include=["tasks.jobs"], **options)
+
+    def once(self, kind: "Callable[[TidemarkApp], _Part]") -> _Part:
+        """This app's one `kind`, made of the app at the first call."""
+        if kind not in self._parts:
+            self._parts[kind] = kind(self)
+        return cast("_Part", self._parts[kind])
+
     @cached_property
-    def settings(self) -> Settings:
+    def Worker(self) -> Any:  # noqa: N802 - Celery's name
+        return self.subclass_with_self(self.worker_cls)
+
+    @cached_property
+    def Beat(self) -> Any:  # noqa: N802 - Celery's name
+        return self.subclass_with_self(self.beat_cls)
+
+    @cached_property
+    def settings(self) -> "Settings":
+        from config.settings import load_settings  # noqa: PLC0415 - `--help` does without
+
         return load_settings()
 
     @cached_property
-    def _embedded(self) -> Lease:
+    def _embedded(self) -> "Lease":
         # Held until the process ends: the servers stop after the last process that uses them.
+        from config.embedded import attach  # noqa: PLC0415 - most installations have servers of their own
         from db.migrate import bring_up  # noqa: PLC0415 - Alembic would cost every program half a second
 
         lease = attach(self.settings.data_dir)
@@ -57,93 +84,51 @@ class TidemarkApp(Celery):
 
     @property
     def redis_url(self) -> str | None:
-        """Redis for results and tokens; None with another broker and no `TIDEMARK_REDIS_URL`."""
+        """Redis for results and hints; None with another broker and no `TIDEMARK_REDIS_URL`."""
         if self.settings.redis_url is not None:
             return self.settings.redis_url
         return self.broker_url if is_redis(self.broker_url) else None
 
     @cached_property
-    def database(self) -> Database:
+    def database(self) -> "Database":
+        from db.pool import Database  # noqa: PLC0415 - commands have a connection of their own
+
         # A process of a prefork or solo pool runs one task at a time. With threads the pool grows to what they use.
         return Database(self.database_url, self.settings, threads=1)
 
-    # Whether the worker in this process leases its shards: tasks/leases.py decides when one starts.
-    leases_shards = False
-
     @cached_property
     def redis(self) -> "Redis | None":
-        return self._connect_redis()
+        """A client of it. What may as well go without an answer asks by `tasks.hints`."""
+        return None if self.redis_url is None else RedisAddress.parse(self.redis_url).client(seconds=ANSWER_SECONDS)
 
     @cached_property
-    def lease_redis(self) -> "Redis | None":
-        """Of its own: it is used by a thread, before the pool forks."""
-        return self._connect_redis()
+    def redbeat_conf(self) -> "RedBeatConfig":
+        """RedBeat looks here first. In Celery's configuration its URL would show the password to `inspect conf`."""
+        from redbeat.schedulers import RedBeatConfig  # noqa: PLC0415 - only where beat runs with it
 
-    def _connect_redis(self) -> "Redis | None":
-        url = self.redis_url
-        if url is None:
-            return None
-        url = url.replace("redis+socket://", "unix://", 1)
-        return Redis.from_url(
-            url,
-            decode_responses=True,
-            socket_connect_timeout=5,
-            socket_timeout=5,
-            socket_keepalive=True,
-            health_check_interval=30,
-            # All of it is hints: once more, for a connection that went stale, in place of seconds of pauses.
-            retry=Retry(NoBackoff(), 1),
-        )
+        conf = RedBeatConfig(self)
+        if self.redis_url is not None:
+            conf.redis_url = self.redis_url
+        return conf
 
-    @cached_property
-    def queued(self) -> QueuedTokens:
-        return QueuedTokens(self.redis, seconds=self.settings.queued_seconds)
-
-    @cached_property
-    def figures(self) -> WorkerFigures:
-        return WorkerFigures(lambda: self.redis, topics=self.settings.metrics_topics)
-
-    @cached_property
-    def controllers(self) -> Mapping[Strategy, Controller]:
-        """How much this process takes in one transaction."""
-        return make_controllers(self.settings)
-
-    @cached_property
-    def waker(self) -> Waker:
-        return Waker(self)
-
-    @cached_property
-    def names(self) -> PartitionNames:
-        return PartitionNames()
-
-    @cached_property
-    def tracing(self) -> "Tracing | None":
-        """None, and OpenTelemetry not even loaded, unless it is asked for."""
-        if not self.settings.tracing:
-            return None
-        try:
-            from tasks.tracing import Tracing  # noqa: PLC0415 - an extra
-        except ModuleNotFoundError as error:
-            raise SettingsError(
-                f"TIDEMARK_TRACING needs {error.name}; install: pip install tidemark[tracing]"
-            ) from None
-        return Tracing(self)
-
-    def committing(self, object_key: str, partition_ids: Sequence[int]) -> AbstractContextManager[None]:
-        """Put it around a commit from Python, and its wake-up: the span its materialization is shown under."""
-        return nullcontext() if self.tracing is None else self.tracing.committing(object_key, partition_ids)
+    def connection_for_write(self, url: str | None = None, heartbeat: float | None = None, **options: Any) -> Any:
+        """As Celery's; who publishes or asks gives up after seconds, where a worker's own loop waits longer."""
+        if is_redis(self.broker_url):
+            options["transport_options"] = {**publish_options(), **(options.get("transport_options") or {})}
+        return self._connection(url or self.conf.broker_write_url, heartbeat=heartbeat, **options)
 
     def prepare_config(self, c: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Celery's hook for a configuration computed late."""
         try:
             ours = celery_config(self.settings, self.broker_url, self.redis_url)
-            ours["task_routes"] = (Router(self.settings.shards),)
-            # Whoever publishes or runs tasks comes by here.
-            _ = self.tracing
         except TidemarkError as error:
             if click.get_current_context(silent=True) is not None:
                 # A mistake of the user's on the command line: a message, no traceback.
                 raise click.ClickException(str(error)) from error
             raise
+        ours |= {"task_routes": (Router(self.settings.shards),), "worker_consumer": self.consumer_cls}
         prepared: Mapping[str, Any] = super().prepare_config({**(c or {}), **ours})
         return prepared
+
+
+app = TidemarkApp("tidemark")

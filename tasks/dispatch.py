@@ -1,21 +1,42 @@
-"""Groups partitions into tasks and publishes them.
+"""Finds work, groups it into tasks and publishes them.
 
 Grouping matters most for throughput: 200 thin partitions in one transaction run more than ten times faster than each
 in its own. A deep partition travels alone, so that it holds nobody up.
+
+Three find work. Fan-out looks at the commits since the last one. The sweep looks at every partition, after lost
+messages. A wake-up comes with a commit from Python, so that the commit need not wait for the next fan-out. A message is
+a hint: when the broker is away, the next tick or sweep finds what was not published.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
+from time import monotonic
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
+from config.errors import InvalidCommitError, InvalidJobError, SettingsError, UnknownPartitionError
 from config.queues import MATERIALIZE, shard_of
 from config.settings import Settings
-from db.discover import Pending
+from db.commit import commit_object
+from db.discover import Pending, find_committed, save_fan_out
+from db.discover import sweep as sweep_partitions
+from db.topics import partition_ids as ids_of_topic
+from tasks.app import TidemarkApp
+from tasks.background import Background
+from tasks.names import PartitionNames
+from tasks.retries import with_retries
+from tasks.tokens import QueuedTokens
 
 if TYPE_CHECKING:
-    from tasks.app import TidemarkApp
+    from tasks.tracing import Tracing
+
+log = logging.getLogger(__name__)
 
 
 def group(pending: Iterable[Pending], settings: Settings) -> list[list[int]]:
@@ -43,39 +64,203 @@ def _pack(partitions: Sequence[Pending], settings: Settings) -> Iterable[list[in
         yield together
 
 
-def dispatch(app: "TidemarkApp", conn: psycopg.Connection[Any], pending: Sequence[Pending]) -> int:
-    """Publish materialize tasks for partitions that are not queued yet; returns the number of tasks.
-
-    When publishing fails the tokens of what was not published are dropped, so that the next tick tries again.
-    """
-    free = set(app.queued.acquire([p.partition_id for p in pending]))
-    if not free:
-        return 0
-    groups = group((p for p in pending if p.partition_id in free), app.settings)
-    try:
-        app.names.learn(conn, free)
-        with app.producer_or_acquire() as producer, producer.batch():
-            for ids in groups:
-                # Whatever found them has collected commits since it last looked.
-                publish(app, ids, at_once=True, producer=producer)
-    except BaseException:
-        app.queued.release(free)
-        raise
-    return len(groups)
+def group_ids(partition_ids: Iterable[int], settings: Settings) -> list[list[int]]:
+    """As `group` where depth is not known; the task hands over what it does not finish."""
+    return group((Pending(partition_id=i, events=1) for i in partition_ids), settings)
 
 
-def publish(app: "TidemarkApp", partition_ids: Sequence[int], *, at_once: bool = False, **options: Any) -> Any:
+def publish(app: TidemarkApp, partition_ids: Sequence[int], *, at_once: bool = False, **options: Any) -> Any:
     """Publish one materialize task, named for Flower by topics and partitions; returns its AsyncResult.
 
     With `TIDEMARK_BATCHING=collect` it is due after the collect seconds, unless it is wanted at once. Until it starts
     its partitions count as queued, so what is committed meanwhile goes into the same transaction; the worker that holds
     it does other tasks.
     """
+    tracing_of(app)
     if app.settings.batching == "collect" and not at_once:
         options.setdefault("countdown", app.settings.collect_seconds)
-    return app.tasks[MATERIALIZE].apply_async(
+    # Celery would subscribe to the result of each.
+    options.setdefault("ignore_result", True)
+    return app.send_task(
+        MATERIALIZE,
         kwargs={"partition_ids": list(partition_ids)},
-        argsrepr=f"({app.names.describe(partition_ids)})",
+        argsrepr=f"({app.once(PartitionNames).describe(partition_ids)})",
         kwargsrepr="{}",
         **options,
     )
+
+
+def dispatch(app: TidemarkApp, conn: psycopg.Connection[Any], pending: Sequence[Pending]) -> int:
+    """Publish materialize tasks for partitions that are not queued yet; returns the number of tasks."""
+    free = set(app.once(QueuedTokens).acquire([p.partition_id for p in pending]))
+    if not free:
+        return 0
+    groups = group((p for p in pending if p.partition_id in free), app.settings)
+    try:
+        app.once(PartitionNames).learn(conn, free)
+        with app.producer_or_acquire() as producer, producer.batch():
+            for ids in groups:
+                # Whatever found them has collected commits since it last looked.
+                publish(app, ids, at_once=True, producer=producer)
+    except BaseException:
+        # Or the next tick would take them for queued.
+        app.once(QueuedTokens).release(free)
+        raise
+    return len(groups)
+
+
+def hand_over(app: TidemarkApp, partition_ids: Sequence[int], *, queued: bool = False) -> int:
+    """Publish what a task has not done, to the end of its queue: others of the shard get their turn.
+
+    `queued`: it holds the partitions' tokens already; else those that somebody has queued meanwhile are left out.
+    Grouped by the shards of now: the task may have been published with another number of them.
+    """
+    tokens = app.once(QueuedTokens)
+    left = list(partition_ids) if queued else tokens.acquire(partition_ids)
+    groups = group_ids(left, app.settings)
+    try:
+        for ids in groups:
+            publish(app, ids, at_once=True)
+    except BaseException:
+        tokens.release(left)
+        raise
+    return len(groups)
+
+
+def fan_out(app: TidemarkApp, *, commits_at_most: int = 50_000) -> dict[str, int]:
+    """Dispatch the partitions of all commits since the last fan-out; with more of them than that, sweep instead.
+
+    How far it got is saved after publishing: a crash in between dispatches twice, never not at all.
+    """
+
+    def once() -> dict[str, int]:
+        with app.database.connection() as conn:
+            found = find_committed(conn, limit=commits_at_most)
+            if found.commits == 0:
+                return {"commits": 0, "partitions": 0, "tasks": 0}
+            partitions: tuple[Pending, ...] = found.partitions
+            if not found.complete:
+                # After a long pause; reading every partition is cheaper than that many commits.
+                log.info("too many new commits, sweeping all partitions", extra={"commits": found.commits})
+                partitions = tuple(sweep_partitions(conn))
+            tasks = dispatch(app, conn, partitions)
+            save_fan_out(conn, found)
+        log.info(
+            "fanned out",
+            extra={"commits": found.commits, "partitions": len(partitions), "tasks_published": tasks},
+        )
+        return {"commits": found.commits, "partitions": len(partitions), "tasks": tasks}
+
+    return with_retries(app.settings, once, until=monotonic() + app.settings.maintenance_seconds)
+
+
+def sweep(app: TidemarkApp) -> dict[str, int]:
+    """Dispatch every partition that has pending events."""
+
+    def once() -> dict[str, int]:
+        with app.database.connection() as conn:
+            partitions = tuple(sweep_partitions(conn))
+            tasks = dispatch(app, conn, partitions)
+        if partitions:
+            log.info("swept", extra={"partitions": len(partitions), "tasks_published": tasks})
+        return {"partitions": len(partitions), "tasks": tasks}
+
+    return with_retries(app.settings, once, until=monotonic() + app.settings.maintenance_seconds)
+
+
+def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any) -> list[str]:
+    """Publish materialize tasks for a topic, or one partition of it; returns their ids.
+
+    Whoever asks by name wants it now: tokens are not looked at. Raises UnknownTopicError and UnknownPartitionError.
+    """
+    # Whoever calls a task by hand may pass anything.
+    given: tuple[object, object] = (topic, partition)
+    if type(given[0]) is not str or type(given[1]) not in {int, NoneType}:
+        raise InvalidJobError(f"a job takes a topic name and a partition number, not {topic!r} and {partition!r}")
+
+    def look_up() -> list[int]:
+        with app.database.connection() as conn:
+            ids = ids_of_topic(conn, topic)
+            app.once(PartitionNames).learn(conn, ids)
+            return ids
+
+    ids = with_retries(app.settings, look_up, until=monotonic() + app.settings.task_seconds)
+    if partition is not None:
+        if not 0 <= partition < len(ids):
+            raise UnknownPartitionError(
+                f"topic {topic!r} has no partition {partition}; it has partitions 0 to {len(ids) - 1}"
+            )
+        ids = [ids[partition]]
+    with app.producer_or_acquire() as producer:
+        return [publish(app, g, at_once=True, producer=producer, **options).id for g in group_ids(ids, app.settings)]
+
+
+# --- After a commit from Python
+
+
+def wake(app: TidemarkApp, partition_ids: Iterable[int]) -> None:
+    """After a commit of your own: materialize these partitions at once. Returns at once, and never raises.
+
+    Published by a thread, only for partitions that wait in no queue yet: a token that exists belongs to a task that has
+    read nothing so far, and so will see the commit.
+    """
+    ids = sorted(set(partition_ids))
+    app.once(Background).submit(copy_context().run, _wake, app, ids)
+
+
+def _wake(app: TidemarkApp, partition_ids: list[int]) -> None:
+    tokens = app.once(QueuedTokens)
+    free = tokens.acquire(partition_ids)
+    try:
+        for ids in group_ids(free, app.settings):
+            publish(app, ids)
+    except BaseException:
+        tokens.release(free)
+        raise
+
+
+def commit_and_wake(
+    app: TidemarkApp,
+    conn: psycopg.Connection[Any],
+    object_key: str,
+    partition_ids: Sequence[int],
+    n_records: Sequence[int],
+    byte_offsets: Sequence[int],
+    byte_lengths: Sequence[int],
+    max_timestamps: Sequence[int],
+) -> int:
+    """As `db.commit.commit_object` on an idle autocommit connection, and wakes the partitions afterwards.
+
+    Raises what that raises, and InvalidCommitError inside a transaction: a task woken before it commits sees nothing.
+    Commit there with `commit_object`, and call `wake` after the transaction.
+    """
+    if not conn.autocommit or conn.info.transaction_status != TransactionStatus.IDLE:
+        raise InvalidCommitError(
+            f"object {object_key!r}: commit_and_wake needs an autocommit connection outside a transaction. Inside one, "
+            f"use commit_object, and wake(app, partition_ids) after it has committed."
+        )
+    with committing(app, object_key, partition_ids):
+        object_id = commit_object(
+            conn, object_key, partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps
+        )
+        wake(app, partition_ids)
+    return object_id
+
+
+def committing(app: TidemarkApp, object_key: str, partition_ids: Sequence[int]) -> AbstractContextManager[None]:
+    """Put it around a commit from Python, and its wake-up: the span its materialization is shown under."""
+    tracing = tracing_of(app)
+    return nullcontext() if tracing is None else tracing.committing(object_key, partition_ids)
+
+
+def tracing_of(app: TidemarkApp) -> "Tracing | None":
+    """The app's tracing; None, and OpenTelemetry not even loaded, unless it is asked for."""
+    if not app.settings.tracing:
+        return None
+    try:
+        from tasks.tracing import Tracing  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"TIDEMARK_TRACING needs {error.name}; in a checkout, install it with: pip install '.[tracing]'"
+        ) from None
+    return app.once(Tracing)

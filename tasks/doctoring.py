@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from redis import Redis, RedisError
 
-from config.celery import is_redis
+from config.redis import is_redis
 from config.settings import Settings
 from db.doctor import judge_clock
 from db.findings import Finding, Level

@@ -31,9 +31,9 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 from redis import Redis
 
-from config.celery import is_redis
 from config.errors import TidemarkError
 from config.queues import all_queues
+from config.redis import is_redis
 from db.figures import Figures, read_figures
 from db.pool import Database
 from tasks.app import TidemarkApp

@@ -10,7 +10,7 @@ counts as dead. That is the program's to know:
 - The exporter beats while its port answers.
 
 A worker that has lost the broker is in a loop that tries to connect, and beat may wait for the broker or for its turn
-(RedBeat) before its first tick. Starting the program anew would mend neither, so a thread beats meanwhile. The same
+(RedBeat) before its first tick. A restart would help in neither case, so a thread beats meanwhile. The same holds
 while a worker waits for its last tasks when it stops.
 """
 
@@ -23,16 +23,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from celery import bootsteps, signals
+from celery import bootsteps
 
 from config.embedded.files import write_private
 from config.heartbeat import SignOfLife
 from config.settings import Settings
-
-if TYPE_CHECKING:
-    from tasks.app import TidemarkApp
 
 log = logging.getLogger(__name__)
 
@@ -171,26 +168,6 @@ class ConnectionSignOfLife(bootsteps.StartStopStep):
             consumer.controller.sign_of_life.wait()
 
     shutdown = stop
-
-
-def connect(app: "TidemarkApp") -> None:
-    """Make the app's workers and beat show signs of life."""
-    app.steps["worker"].add(WorkerSignOfLife)
-    app.steps["consumer"].add(ConnectionSignOfLife)
-
-    def worker_ready(sender: Any, **_: Any) -> None:
-        heartbeat: Heartbeat | None = getattr(sender.controller, "sign_of_life", None)
-        if heartbeat is not None:
-            heartbeat.set_ready(ready=True)
-
-    def beat_init(sender: Any, **_: Any) -> None:
-        if sender.app is app:
-            file = heartbeat_file(app.settings, "beat")
-            watch_beat(sender.scheduler, Heartbeat(file, "beat", stale_after=BEAT_SILENCE))
-
-    # Strong references: the functions live nowhere else.
-    signals.worker_ready.connect(worker_ready, weak=False)
-    signals.beat_init.connect(beat_init, weak=False)
 
 
 def watch_beat(scheduler: Any, heartbeat: Heartbeat) -> None:

@@ -1,74 +1,144 @@
-"""Logging: one event a line, for people or as JSON, with the task it belongs to.
+"""Logging: one event a line, for people or as JSON, with the task it belongs to, and no secret in it.
 
-Takes the place of Celery's own set-up. Events of a materialize task carry topics, partitions and shard.
+Takes the place of Celery's own set-up in Tidemark's programs. An error is its type and message, and where it was raised
+as a chain of `file:line`; a traceback with its frames' variables would hold passwords, and takes a thousand lines.
 """
 
 import logging
+import os
+import re
 import sys
-from typing import Any, Protocol
+import traceback
+from collections.abc import Sequence
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import structlog
-from celery import signals
+from celery.app.log import Logging as CeleryLogging
+from celery.utils.nodenames import node_format
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from config.errors import TidemarkError
+from config.redis import RedisAddress, is_redis
 from config.settings import Settings
+from db.translate import is_transient
 
-# Said by Celery for each message, each task and each tick; ours say it once, with figures.
+# Said by Celery for each message, each task and each tick; ours say it once, with metrics.
 _CHATTER = ("celery.worker.strategy", "celery.app.trace", "celery.beat")
+_LONGEST_EVENT = 1_000
+_FRAMES = 6
+_PASSWORD_IN_URL = re.compile(r"(\w+://[^\s:/@]*):[^\s@]+@")
+_HIDDEN = "********"
 
 
-def connect(settings: "SettingsSource") -> None:
-    """Make Celery's programs log our way; settings are read when logging is set up."""
+class Logging(CeleryLogging):
+    """The app's `log`."""
 
-    def setup_logging(loglevel: int | str | None = None, logfile: str | None = None, **_: Any) -> None:
-        configure(settings.settings, level=loglevel or logging.INFO, file=logfile)
-
-    def task_prerun(task_id: str, task: Any, **_: Any) -> None:
-        structlog.contextvars.bind_contextvars(task=task.name, task_id=task_id)
-
-    def task_postrun(**_: Any) -> None:
-        structlog.contextvars.clear_contextvars()
-
-    # Strong references: the functions live nowhere else.
-    signals.setup_logging.connect(setup_logging, weak=False)
-    signals.task_prerun.connect(task_prerun, weak=False)
-    signals.task_postrun.connect(task_postrun, weak=False)
-
-
-class SettingsSource(Protocol):
-    """What `connect` needs of the app."""
-
-    @property
-    def settings(self) -> Settings: ...
+    def setup_logging_subsystem(
+        self, loglevel: Any = None, logfile: Any = None, hostname: str | None = None, **_: Any
+    ) -> Any:
+        """Celery's hook; once in a process. What it returns tells Celery that standard output is left alone."""
+        if CeleryLogging._setup:  # noqa: SLF001 - as Celery's own does
+            return None
+        CeleryLogging._setup = True  # noqa: SLF001
+        if logfile and hostname:
+            logfile = node_format(logfile, hostname)
+        settings: Settings = self.app.settings
+        level = loglevel or logging.INFO
+        configure(settings, level=level, file=logfile, secrets=secrets_of(self.app))
+        # Celery's own does so for the children it forks.
+        os.environ.update(_MP_FORK_LOGLEVEL_=str(level), _MP_FORK_LOGFILE_=str(logfile or ""), _MP_FORK_LOGFORMAT_="")
+        return [self]
 
 
-def configure(settings: Settings, *, level: int | str, file: str | None = None) -> None:
+def secrets_of(app: Any) -> frozenset[str]:
+    """Every password that the app's servers know."""
+    found = {app.settings.flower_auth.partition(":")[2]} if app.settings.flower_auth else set()
+    for url in (app.settings.database_url, app.settings.broker_url, app.redis_url):
+        if url is None:
+            continue
+        if is_redis(url):
+            found.update(RedisAddress.parse(url).secrets)
+        else:
+            parts = urlsplit(url)
+            found.update({parts.password or "", dict(parse_qsl(parts.query)).get("password", "")})
+    # A password of a letter would hide half the log.
+    return frozenset(secret for secret in found if len(secret) > 3)  # noqa: PLR2004
+
+
+def configure(
+    settings: Settings, *, level: int | str, file: str | None = None, secrets: Sequence[str] | frozenset[str] = ()
+) -> None:
     """Send everything logged to one handler; what is passed as `extra` becomes fields of the event."""
-    shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.StackInfoRenderer(),
-    ]
-    renderers: list[Processor]
+    renderer: Processor = structlog.dev.ConsoleRenderer(
+        colors=file is None and sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+    )
     if settings.log_format == "json":
-        renderers = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
-    else:
-        renderers = [structlog.dev.ConsoleRenderer(colors=file is None and sys.stderr.isatty(), pad_event_to=0)]
-    handler = logging.FileHandler(file) if file else logging.StreamHandler()
+        renderer = structlog.processors.JSONRenderer(default=str)
+    # logrotate may move the file: then it is opened again.
+    handler = WatchedFileHandler(file) if file else logging.StreamHandler()
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), *shared],
-            processors=[_without_meta, *renderers],
+        _Formatter(
+            secrets,
+            foreign_pre_chain=[
+                structlog.stdlib.ExtraAdder(),
+                structlog.contextvars.merge_contextvars,
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.add_logger_name,
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+            ],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _one_line, renderer],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     for name in _CHATTER:
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+        quiet = max(logging.WARNING, root.level)
+        logging.getLogger(name).setLevel(root.level if root.level <= logging.DEBUG else quiet)
 
 
-def _without_meta(logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
-    return structlog.stdlib.ProcessorFormatter.remove_processors_meta(logger, name, event)
+class _Formatter(structlog.stdlib.ProcessorFormatter):
+    """Hides what must not be read, whoever put it into the event."""
+
+    def __init__(self, secrets: Sequence[str] | frozenset[str], **options: Any) -> None:
+        super().__init__(**options)
+        self._secrets = tuple(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = _PASSWORD_IN_URL.sub(rf"\1:{_HIDDEN}@", super().format(record))
+        for secret in self._secrets:
+            text = text.replace(secret, _HIDDEN)
+        return text
+
+
+def _one_line(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """The event without line breaks, and an error in place of its traceback."""
+    error = event.pop("exc_info", None)
+    event.pop("stack_info", None)
+    # Celery puts the whole traceback, and a task's arguments, into a field of its own.
+    event.pop("data", None)
+    if isinstance(error, BaseException):
+        error = (type(error), error, error.__traceback__)
+    if isinstance(error, tuple) and error[1] is not None:
+        event.setdefault("error", f"{error[0].__name__}: {error[1]}")
+        if not _is_explained(error[1]):
+            event["raised_at"] = _chain(error[2])
+    for name, value in event.items():
+        if isinstance(value, str) and ("\n" in value or len(value) > _LONGEST_EVENT):
+            flat = " ".join(value.split())
+            event[name] = flat if len(flat) <= _LONGEST_EVENT else f"{flat[:_LONGEST_EVENT]}…"
+    return event
+
+
+def _is_explained(error: BaseException) -> bool:
+    """Whether the message says all: an error of ours, or a server that is away."""
+    return isinstance(error, TidemarkError | OSError) or is_transient(error)
+
+
+def _chain(trace: TracebackType | None) -> str:
+    frames = traceback.extract_tb(trace)[-_FRAMES:]
+    return " > ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in frames)

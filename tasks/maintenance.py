@@ -1,4 +1,4 @@
-"""The tasks that keep the log within its limits, and an eye on the invariants."""
+"""Retention and audit, each for as long as a maintenance task may take; the next turn goes on."""
 
 import logging
 import random
@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 
+from db.audit import AuditResult
 from db.audit import audit as audit_log
 from db.retention import retain as retain_log
 from db.topics import highest_partition_id
@@ -20,33 +21,18 @@ log = logging.getLogger(__name__)
 _VIOLATIONS_SHOWN = 3
 
 
-def register(app: TidemarkApp) -> None:
-    """Make the tasks known to the app. They have no Celery retry: the next tick is one."""
-
-    @app.task(name="tasks.retain", shared=False)
-    def retain() -> dict[str, Any]:
-        """Delete batches beyond the topics' retention limits, for as long as a maintenance task may take."""
-        return with_retries(app.settings, lambda: retain_once(app))
-
-    @app.task(name="tasks.audit", shared=False)
-    def audit() -> dict[str, Any]:
-        """Check the invariants on what was not audited yet, for as long as a maintenance task may take."""
-        return with_retries(app.settings, lambda: audit_once(app))
-
-
-def _deadline(app: TidemarkApp) -> Callable[[], bool]:
-    until = monotonic() + app.settings.maintenance_seconds
-    return lambda: monotonic() >= until
-
-
 def _starts(conn: psycopg.Connection[Any]) -> tuple[int, int]:
     """Where to begin a round: anywhere, then at the first. What is not done in time is another part each time."""
     return random.randint(0, highest_partition_id(conn)), 0  # noqa: S311 - fairness, not secrecy
 
 
-def retain_once(app: TidemarkApp) -> dict[str, int]:
+def retain(app: TidemarkApp) -> dict[str, int]:
     """Apply the topics' retention limits, as far as the time goes."""
-    stop = _deadline(app)
+    until = monotonic() + app.settings.maintenance_seconds
+    return with_retries(app.settings, lambda: _retain(app, lambda: monotonic() >= until), until=until)
+
+
+def _retain(app: TidemarkApp, stop: Callable[[], bool]) -> dict[str, int]:
     deleted = log_bytes = objects_freed = 0
     with app.database.connection() as conn:
         for after in _starts(conn):
@@ -59,10 +45,15 @@ def retain_once(app: TidemarkApp) -> dict[str, int]:
     return {"deleted": deleted, "log_bytes": log_bytes, "objects_freed": objects_freed}
 
 
-def audit_once(app: TidemarkApp) -> dict[str, Any]:
+def audit(app: TidemarkApp) -> dict[str, Any]:
     """Audit what the last audits did not read; whole logs again are `celery -A tasks audit --from-scratch`."""
-    with app.database.connection() as conn:
-        result = audit_log(conn, stop=_deadline(app))
+    until = monotonic() + app.settings.maintenance_seconds
+
+    def once() -> AuditResult:
+        with app.database.connection() as conn:
+            return audit_log(conn, stop=lambda: monotonic() >= until)
+
+    result = with_retries(app.settings, once, until=until)
     for violation in result.violations:
         log.error(
             "invariant broken",

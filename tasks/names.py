@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 
 from db.topics import names_of
+from tasks.app import TidemarkApp
 
 # Enough for every partition of a large installation; beyond that, starting over costs one query.
 _REMEMBERED = 200_000
@@ -16,7 +17,7 @@ _REMEMBERED = 200_000
 class PartitionNames:
     """Topic and partition number by partition id; read once, since they never change."""
 
-    def __init__(self) -> None:
+    def __init__(self, app: TidemarkApp) -> None:  # noqa: ARG002 - made by `app.once`
         self._known: dict[int, tuple[str, int]] = {}
 
     def learn(self, conn: psycopg.Connection[Any], ids: Iterable[int]) -> None:
@@ -48,7 +49,7 @@ class PartitionNames:
 
 def ranges(numbers: Sequence[int]) -> str:
     """`0-3,7` for 0, 1, 2, 3, 7."""
-    runs = [[numbers[0], numbers[0]]]
+    runs = [[numbers[0], numbers[0]]] if numbers else []
     for before, number in pairwise(numbers):
         if number == before + 1:
             runs[-1][1] = number

@@ -6,6 +6,7 @@ First of three lines: then Celery retries the task, and at last the next tick or
 
 import logging
 from collections.abc import Callable
+from time import monotonic
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -23,12 +24,15 @@ def with_retries(
     settings: Settings,
     work: Callable[[], _Result],
     *,
+    until: float,
     on_error: Callable[[BaseException], None] | None = None,
     retry: Callable[[BaseException], bool] = is_transient,
 ) -> _Result:
     """Return `work()`, repeated as the settings allow; TransientDatabaseError when that was not enough.
 
-    `on_error` hears of each failed attempt. An error that `retry` does not admit ends it at once, and stays what it is.
+    No attempt begins after `until` (of `time.monotonic`), the end of the task's time: an attempt may take as long as
+    a statement may, and a task that outlasts its hard time limit is killed. `on_error` hears of each failed attempt. An
+    error that `retry` does not admit ends it at once, and stays what it is.
     """
 
     def note(state: RetryCallState) -> None:
@@ -41,9 +45,12 @@ def with_retries(
             if on_error is not None:
                 on_error(error)
 
+    def is_late(state: RetryCallState) -> bool:
+        return monotonic() + state.upcoming_sleep >= until
+
     attempts = Retrying(
         retry=retry_if_exception(retry),
-        stop=stop_after_attempt(settings.retries + 1),
+        stop=lambda state: is_late(state) or stop_after_attempt(settings.retries + 1)(state),
         wait=wait_random_exponential(multiplier=settings.retry_seconds, max=_LONGEST_PAUSE),
         after=note,
         reraise=True,
@@ -53,7 +60,8 @@ def with_retries(
     except Exception as error:
         if not (retry(error) and is_transient(error)):
             raise
+        tries = attempts.statistics.get("attempt_number", 1)
         raise TransientDatabaseError(
-            f"Postgres failed {settings.retries + 1} times in a row, at last with {type(error).__name__}: "
+            f"Postgres failed {tries} times in a row, at last with {type(error).__name__}: "
             f"{str(error).strip()}. The task is tried again later; see whether the server is up and what it logs."
         ) from error

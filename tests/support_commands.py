@@ -11,7 +11,6 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
 from config.settings import Settings
-from tasks import discovery, maintenance, materialization
 from tasks.app import TidemarkApp
 
 COLUMNS = 80
@@ -60,10 +59,8 @@ def assert_readable(lines: Sequence[str]) -> None:
 
 @contextmanager
 def app_for(database_url: str, broker_url: str, **changes: Any) -> Iterator[TidemarkApp]:
-    app = TidemarkApp("tidemark-test", set_as_current=False)
+    app = TidemarkApp("tidemark-test")
     app.settings = Settings(database_url=database_url, broker_url=broker_url, **changes)
-    for module in (materialization, discovery, maintenance):
-        module.register(app)
     yield app
     app.database.close()
     app.close()

@@ -30,6 +30,7 @@ def adapt_commands(app: TidemarkApp) -> None:
         ours: click.Command = getattr(import_module(our_module), our_name)
         theirs.__class__ = ours.__class__
         theirs.__dict__.update(ours.__dict__)
+    import_module("tasks.inspection")
     _start_flower_with_our_defaults(app)
 
 

@@ -4,7 +4,7 @@ import click
 from celery.exceptions import TimeoutError as ResultTimeoutError
 
 from tasks.commands.base import app_of, command, echo_json, json_option
-from tasks.materialization import enqueue
+from tasks.dispatch import enqueue
 
 
 @command("materialize")

@@ -32,7 +32,6 @@ from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.topics import create_topic, partition_ids
-from tasks import discovery, maintenance, materialization
 from tasks.app import TidemarkApp
 from tests.acceptance.nodes import ROOT, LocalRedis, LocalWorker, Process, ProcessContainer, Worker, celery_argv
 from tests.acceptance.producers import Producers, backlog
@@ -148,11 +147,8 @@ class Programs:
 def make_app(place: Place) -> TidemarkApp:
     """An app in this process with settings of its own: the one in `tasks` reads its environment once."""
     values = {name.removeprefix("TIDEMARK_").lower(): value for name, value in place.env.items()}
-    app = TidemarkApp("tidemark-test", set_as_current=False)
+    app = TidemarkApp("tidemark-test")
     app.settings = Settings.model_validate(values)
-    materialization.register(app)
-    discovery.register(app)
-    maintenance.register(app)
     return app
 
 

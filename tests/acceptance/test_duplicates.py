@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psycopg
 from redis import Redis
 
-from config.celery import is_redis
+from config.redis import is_redis
 from db.discover import find_committed
 from tasks.app import TidemarkApp
 from tests.acceptance.conftest import Log, Programs

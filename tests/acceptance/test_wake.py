@@ -1,5 +1,8 @@
 """Commits through Python wake their partitions; the commit stands whatever becomes of that."""
 
+import itertools
+import os
+import signal
 import time
 
 import pytest
@@ -7,7 +10,11 @@ import pytest
 from config.embedded.redis import RedisServer
 from config.errors import InvalidCommitError
 from tasks.app import TidemarkApp
-from tasks.wake import commit_and_wake, wake
+from tasks.background import Background
+from tasks.dispatch import commit_and_wake, wake
+from tasks.drain import serve
+from tasks.hints import Hints
+from tasks.observers import observers, worker_metrics
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
 
@@ -29,11 +36,14 @@ def test_a_commit_is_visible_without_beat(start: Programs, app: TidemarkApp, log
 def test_partitions_that_wait_already_are_not_queued_again(app: TidemarkApp, log: Log) -> None:
     """No worker runs: one message for each partition, however often it is woken."""
     commit_one(log.conn, log.ledger, "bucket/1", log.partitions)
-    assert wake(app, log.partitions) == 4, "eight partitions on four shards are four tasks"
-    assert wake(app, log.partitions) == 0
     assert app.redis is not None
-    assert [app.redis.llen(f"materialize.{shard}") for shard in range(4)] == [1, 1, 1, 1]
+    for _ in range(2):
+        wake(app, log.partitions)
+        app.once(Background).drain()
+        queues = [app.redis.llen(f"materialize.{shard}") for shard in range(4)]
+        assert queues == [1, 1, 1, 1], "eight partitions on four shards are four tasks"
     commit(app, log, "bucket/2", log.partitions[0])
+    app.once(Background).drain()
     assert app.redis.llen("materialize.0") + app.redis.llen("materialize.1") == 2
 
 
@@ -46,18 +56,73 @@ def test_inside_a_transaction_nothing_is_committed(app: TidemarkApp, log: Log) -
 def test_a_broker_that_is_away_fails_no_commit(
     place: Place, log: Log, crashable_redis: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first commit finds out, quickly; the next ones do not even try for a while. Then it works again."""
+    """The first wake-up finds out; for a while the next ones do not even try. Then it works again."""
     lonely = make_app(Place(database_url=place.database_url, broker_url=crashable_redis.url, directory=place.directory))
     crashable_redis.kill()
-    began = time.monotonic()
     for number in range(20):
         commit(lonely, log, f"bucket/{number}", log.partitions[0])
-    assert time.monotonic() - began < 3
+    background = lonely.once(Background)
+    background.drain()
     assert log.backlog() == 20
-    assert caplog.text.count("waking 1 partitions failed") == 1
+    assert caplog.text.count("waking failed") == 1
     crashable_redis.restart()
-    lonely.waker._silent_until = 0
-    assert wake(lonely, [log.partitions[0]]) == 1
+    background._silent_until = 0
+    lonely.once(Hints)._silent_until = 0
+    wake(lonely, [log.partitions[0]])
+    background.drain()
     assert lonely.redis is not None
+    assert lonely.redis.llen(f"materialize.{log.partitions[0] % 4}") == 1
     lonely.redis.close()
     lonely.close()
+
+
+def test_a_broker_that_hangs_holds_up_no_commit(place: Place, log: Log, crashable_redis: RedisServer) -> None:
+    """SIGSTOP is what a frozen host or a dropped link looks like: the committing thread never talks to Redis."""
+    app = make_app(Place(database_url=place.database_url, broker_url=crashable_redis.url, directory=place.directory))
+    commit(app, log, "bucket/first", log.partitions[0])
+    app.once(Background).drain()
+    os.kill(crashable_redis.pid, signal.SIGSTOP)
+    try:
+        longest = 0.0
+        until = time.monotonic() + 4
+        for number in itertools.count():
+            began = time.monotonic()
+            commit(app, log, f"bucket/{number}", log.partitions[0])
+            longest = max(longest, time.monotonic() - began)
+            if began > until:
+                break
+    finally:
+        os.kill(crashable_redis.pid, signal.SIGCONT)
+    assert number > 100
+    assert longest < 0.5
+    app.once(Background).drain()
+    assert app.redis is not None
+    app.redis.close()
+    app.close()
+
+
+def test_a_hung_redis_of_hints_costs_a_task_half_a_second(place: Place, log: Log, crashable_redis: RedisServer) -> None:
+    """Tokens, metrics and leases share one Redis: it is asked once in a while, for half a second."""
+    app = make_app(
+        Place(
+            database_url=place.database_url,
+            broker_url=place.broker_url,
+            redis_url=crashable_redis.url,
+            directory=place.directory,
+        )
+    )
+    serve(app, log.partitions[:1], observers(app))
+    os.kill(crashable_redis.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        for _ in range(4):
+            serve(app, log.partitions[:1], observers(app))
+            app.once(worker_metrics).flush()
+        took = time.monotonic() - began
+    finally:
+        os.kill(crashable_redis.pid, signal.SIGCONT)
+    assert took < 2
+    app.database.close()
+    assert app.redis is not None
+    app.redis.close()
+    app.close()

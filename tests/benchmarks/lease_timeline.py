@@ -24,6 +24,7 @@ from config.embedded.redis import RedisServer
 from db.commit import Batch, commit_batches
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
+from tasks.leases import KEY, read_entries, redis_time
 from tests.acceptance.nodes import Process, celery_argv
 
 SHARDS = 8
@@ -65,7 +66,8 @@ class Timeline:
 class Watch:
     """Commits to every partition, and looks at heads and leases, until it is closed."""
 
-    def __init__(self, database_url: str, redis_url: str, timeline: Timeline) -> None:
+    def __init__(self, database_url: str, redis_url: str, timeline: Timeline, *, lease: float) -> None:
+        self._lease = lease
         self._database_url = database_url
         self._redis = Redis.from_url(redis_url, decode_responses=True)
         self._timeline = timeline
@@ -87,12 +89,10 @@ class Watch:
         self._timeline.events.append((self.now, what))
 
     def owners(self) -> dict[int, str]:
-        """Worker name by shard; without an entry where the lease has run out."""
-        prefix = f"tidemark:leases:{SHARDS}:"
-        seconds, micros = self._redis.time()
-        living = set(self._redis.zrangebyscore(f"{prefix}members", seconds * 1000 + micros // 1000, "+inf"))
-        leases: dict[str, str] = self._redis.hgetall(f"{prefix}owners")  # type: ignore[assignment]
-        return {int(s): w.split("@")[0] for s, w in leases.items() if w in living}
+        """Worker name by shard, as the workers tell; without those that have told nothing for the lease's time."""
+        entries = read_entries(self._redis.hgetall(KEY))
+        alive = redis_time(self._redis) - self._lease
+        return {s: e.name.split("@")[0] for e in entries.values() if e.seen > alive for s in e.consumes}
 
     def close(self) -> None:
         self._stop.set()
@@ -208,7 +208,7 @@ def main() -> None:
 
         timeline = Timeline()
         process("beat", "beat")
-        watch = Watch(postgres.url(), redis.url, timeline)
+        watch = Watch(postgres.url(), redis.url, timeline, lease=lease)
         stack.callback(watch.close)
         play(watch, lambda name: process(name, "worker", "-n", f"{name}@test"))
         sys.stdout.write(render(timeline) + "\n\n")

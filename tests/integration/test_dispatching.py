@@ -11,24 +11,23 @@ import pytest
 from psycopg import Connection
 from redis import Redis
 
+from config.queues import shard_queue
 from config.settings import Settings
 from db.commit import commit_object
 from db.discover import Pending
 from db.topics import create_topic, partition_ids
-from tasks import discovery, maintenance, materialization
 from tasks.app import TidemarkApp
-from tasks.discovery import fan_out_once, sweep_once
-from tasks.dispatch import dispatch
+from tasks.dispatch import dispatch, fan_out, hand_over, sweep
+from tasks.drain import serve
+from tasks.tokens import QueuedTokens
 from tests.support import wait_until
 
 SHARDS = 4
 
 
 def make_app(database_url: str, broker_url: str, **changes: Any) -> TidemarkApp:
-    app = TidemarkApp("tidemark-test", set_as_current=False)
-    app.settings = Settings(database_url=database_url, broker_url=broker_url, shards=SHARDS, **changes)
-    for module in (materialization, discovery, maintenance):
-        module.register(app)
+    app = TidemarkApp("tidemark-test")
+    app.settings = Settings(**{"database_url": database_url, "broker_url": broker_url, "shards": SHARDS, **changes})
     return app
 
 
@@ -51,16 +50,17 @@ def commit(conn: Connection[Any], key: str, ids: list[int]) -> None:
     commit_object(conn, key, ids, [1] * n, list(range(0, 10 * n, 10)), [10] * n, [0] * n)
 
 
+def messages_of(redis_url: str, *queues: str) -> list[dict[str, Any]]:
+    """The keyword arguments and headers of the messages in these queues."""
+    with Redis.from_url(redis_url, decode_responses=True) as redis:
+        raw = [json.loads(message) for queue in queues for message in redis.lrange(queue, 0, -1)]
+    return [{**message["headers"], "kwargs": json.loads(b64decode(message["body"]))[1]} for message in raw]
+
+
 def queued(redis_url: str) -> dict[str, list[dict[str, Any]]]:
     """Messages by queue: the keyword arguments and headers of each."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    with Redis.from_url(redis_url, decode_responses=True) as redis:
-        for shard in range(SHARDS):
-            for raw in redis.lrange(f"materialize.{shard}", 0, -1):
-                message = json.loads(raw)
-                body = json.loads(b64decode(message["body"]))
-                found.setdefault(f"materialize.{shard}", []).append({**message["headers"], "kwargs": body[1]})
-    return found
+    queues = [shard_queue(shard) for shard in range(SHARDS)]
+    return {queue: found for queue in queues if (found := messages_of(redis_url, queue))}
 
 
 def queued_ids(redis_url: str) -> list[int]:
@@ -72,7 +72,7 @@ def test_each_touched_partition_is_queued_on_its_shard_under_its_name(
 ) -> None:
     commit(conn, "a", [ids[0], ids[4], ids[1], ids[0]])
 
-    assert fan_out_once(app) == {"commits": 1, "partitions": 3, "tasks": 2}
+    assert fan_out(app) == {"commits": 1, "partitions": 3, "tasks": 2}
 
     messages = queued(redis_url)
     assert {queue: [m["kwargs"]["partition_ids"] for m in ms] for queue, ms in messages.items()} == {
@@ -84,9 +84,9 @@ def test_each_touched_partition_is_queued_on_its_shard_under_its_name(
 
 def test_commits_are_dispatched_once(app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str) -> None:
     commit(conn, "a", ids[:1])
-    fan_out_once(app)
+    fan_out(app)
 
-    assert fan_out_once(app) == {"commits": 0, "partitions": 0, "tasks": 0}
+    assert fan_out(app) == {"commits": 0, "partitions": 0, "tasks": 0}
     assert queued_ids(redis_url) == ids[:1]
 
 
@@ -94,14 +94,14 @@ def test_a_queued_partition_is_not_queued_again_until_its_task_starts(
     app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str
 ) -> None:
     commit(conn, "a", ids[:1])
-    fan_out_once(app)
+    fan_out(app)
     commit(conn, "b", ids[:2])
-    fan_out_once(app)
+    fan_out(app)
     assert queued_ids(redis_url) == ids[:2]
 
-    app.queued.release(ids[:1])
+    app.once(QueuedTokens).release(ids[:1])
     commit(conn, "c", ids[:2])
-    fan_out_once(app)
+    fan_out(app)
 
     assert queued_ids(redis_url) == [ids[0], ids[0], ids[1]]
 
@@ -111,10 +111,10 @@ def test_a_token_that_outlived_its_task_expires(
 ) -> None:
     app = make_app(database_url, redis_url, queued_seconds=0.05)
     commit(conn, "a", ids[:1])
-    fan_out_once(app)
+    fan_out(app)
 
     def queued_again() -> bool:
-        sweep_once(app)
+        sweep(app)
         return queued_ids(redis_url) == [ids[0], ids[0]]
 
     wait_until(queued_again)
@@ -125,12 +125,12 @@ def test_the_sweep_finds_what_a_flushed_redis_lost(
     app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str
 ) -> None:
     commit(conn, "a", ids)
-    fan_out_once(app)
+    fan_out(app)
     with Redis.from_url(redis_url) as redis:
         redis.flushall()
-    assert fan_out_once(app)["tasks"] == 0
+    assert fan_out(app)["tasks"] == 0
 
-    assert sweep_once(app) == {"partitions": 8, "tasks": SHARDS}
+    assert sweep(app) == {"partitions": 8, "tasks": SHARDS}
     assert queued_ids(redis_url) == ids
 
 
@@ -141,11 +141,11 @@ def test_a_broker_that_is_down_leaves_the_commits_to_be_found_again(
     down = make_app(database_url, "redis://127.0.0.1:1/0")
     down.conf.task_publish_retry = False
     with pytest.raises(kombu.exceptions.OperationalError):
-        fan_out_once(down)
+        fan_out(down)
     down.database.close()
 
     up = make_app(database_url, redis_url)
-    assert fan_out_once(up)["partitions"] == 1
+    assert fan_out(up)["partitions"] == 1
     up.database.close()
 
 
@@ -156,7 +156,7 @@ def test_tokens_of_what_could_not_be_published_are_dropped(
     with pytest.raises(psycopg.OperationalError):
         # Fails at learning the partition's name, after its token is set.
         dispatch(app, conn, [Pending(partition_id=ids[0], events=1)])
-    assert app.queued.acquire(ids[:1]) == ids[:1]
+    assert app.once(QueuedTokens).acquire(ids[:1]) == ids[:1]
 
 
 def test_after_too_many_commits_the_sweep_takes_over(
@@ -165,6 +165,55 @@ def test_after_too_many_commits_the_sweep_takes_over(
     for number in range(3):
         commit(conn, f"object-{number}", [ids[number]])
 
-    assert fan_out_once(app, commits_at_most=2)["partitions"] == 3
+    assert fan_out(app, commits_at_most=2)["partitions"] == 3
     assert queued_ids(redis_url) == ids[:3]
-    assert fan_out_once(app)["commits"] == 0
+    assert fan_out(app)["commits"] == 0
+
+
+def test_a_task_of_fewer_shards_is_grouped_again(
+    database_url: str, conn: Connection[Any], ids: list[int], redis_url: str
+) -> None:
+    """Published with 2 shards, taken by a worker with 4: queued once more, by its shards, whose tokens it keeps."""
+    commit(conn, "a", ids)
+    old = make_app(database_url, redis_url, shards=2)
+    fan_out(old)
+    (group, _) = (m["kwargs"]["partition_ids"] for m in messages_of(redis_url, "materialize.0", "materialize.1"))
+    new = make_app(database_url, redis_url, shards=4)
+    with Redis.from_url(redis_url) as redis:
+        redis.delete("materialize.0", "materialize.1")
+    done = serve(new, group)
+    assert done["transactions"] == 0
+    found = {queue: m["kwargs"]["partition_ids"] for queue, ms in queued(redis_url).items() for m in ms}
+    shards = {i % 4 for i in group}
+    assert found == {shard_queue(shard): [i for i in group if i % 4 == shard] for shard in shards}
+    assert len(shards) == 2
+    assert new.once(QueuedTokens).acquire(group) == []
+    for made in (old, new):
+        made.database.close()
+
+
+def test_what_cannot_be_handed_over_may_be_queued_again(
+    database_url: str, conn: Connection[Any], ids: list[int], redis_url: str
+) -> None:
+    """The broker is away, the Redis with the tokens is not."""
+    app = make_app(database_url, "redis://127.0.0.1:1/0", redis_url=redis_url)
+    with pytest.raises(kombu.exceptions.OperationalError):
+        hand_over(app, ids[:2])
+    assert app.once(QueuedTokens).acquire(ids[:2]) == ids[:2]
+
+
+def test_tokens_of_purged_messages_count_for_nothing_after_seconds(
+    app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str
+) -> None:
+    commit(conn, "a", ids)
+    fan_out(app)
+    purged = shard_queue(ids[0] % SHARDS)
+    with Redis.from_url(redis_url) as redis:
+        redis.delete(purged)
+        assert sweep(app)["tasks"] == 0, "a message may be on its way"
+        for i in ids:
+            redis.pexpire(f"tidemark:queued:{i}", 60_000 - 5_100)
+    assert sweep(app)["tasks"] == 1
+    assert queued_ids(redis_url) == ids
+    (message,) = queued(redis_url)[purged]
+    assert message["kwargs"]["partition_ids"] == [i for i in ids if shard_queue(i % SHARDS) == purged]

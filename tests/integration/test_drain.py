@@ -11,16 +11,21 @@ from redis import Redis
 
 from config.settings import BATCHINGS
 from db.commit import commit_object
-from db.materialize import materialize
+from db.materialize import MaterializationMetrics, materialize
 from db.topics import create_topic, partition_ids
-from tasks import metrics
+from tasks import exporter, metrics
 from tasks.app import TidemarkApp
-from tasks.exporter import worker_metrics
-from tasks.materialization import drain
+from tasks.drain import drain as drain_sides
+from tasks.drain import together
+from tasks.observers import observers, worker_metrics
 from tests.support import Connect
 from tests.support_commands import app_for
 
 PARTITIONS = 40
+
+
+def drain(app: TidemarkApp, ids: list[int]) -> MaterializationMetrics:
+    return together(drain_sides(app, ids, observers(app)))
 
 
 @pytest.fixture
@@ -69,11 +74,11 @@ def test_a_partition_that_cannot_be_placed(
     record = next(r for r in caplog.records if r.message == "partitions cannot be materialized")
     assert vars(record)["partitions"] == f"orders/{bad}"
     assert "out of range" in vars(record)["error"]
-    app.figures.flush()
+    app.once(worker_metrics).flush()
     with Redis.from_url(redis_url, decode_responses=True) as redis:
         assert list(metrics.read_stuck(redis, seconds=60)) == [f"orders/{bad}"]
         assert metrics.read_stuck(redis, seconds=-60) == {}
-        stuck = next(m for m in worker_metrics(metrics.read(redis)) if m.name == "tidemark_materialize_stuck")
+        stuck = next(m for m in exporter.worker_metrics(metrics.read(redis)) if m.name == "tidemark_materialize_stuck")
     assert [sample.value for sample in stuck.samples] == [1.0]
 
 

@@ -12,12 +12,12 @@ from db.commit import commit_object
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids, set_retention
 from tasks.app import TidemarkApp
-from tasks.maintenance import audit_once, retain_once
+from tasks.maintenance import audit, retain
 
 
 @pytest.fixture
 def app(database_url: str) -> Iterator[TidemarkApp]:
-    made = TidemarkApp("tidemark-test", set_as_current=False)
+    made = TidemarkApp("tidemark-test")
     made.settings = Settings(database_url=database_url, broker_url="redis://127.0.0.1:1/0", delete_batch=2)
     yield made
     made.database.close()
@@ -46,7 +46,7 @@ def test_a_turn_that_is_over_leaves_the_rest_to_the_next(
 ) -> None:
     set_retention(conn, "orders", retention_ms=60_000, retention_bytes=None)
     app.settings = app.settings.model_copy(update={"maintenance_seconds": 0.0})
-    turns = [retain_once(app)["deleted"] for _ in range(40)]
+    turns = [retain(app)["deleted"] for _ in range(40)]
 
     assert 0 < turns[0] < 20
     assert sum(turns) == 20
@@ -54,22 +54,22 @@ def test_a_turn_that_is_over_leaves_the_rest_to_the_next(
 
 
 def test_one_turn_applies_the_limits_of_every_topic(app: TidemarkApp, conn: Connection[Any], ids: list[int]) -> None:
-    assert retain_once(app) == {"deleted": 0, "log_bytes": 0, "objects_freed": 0}
+    assert retain(app) == {"deleted": 0, "log_bytes": 0, "objects_freed": 0}
     set_retention(conn, "orders", retention_ms=60_000, retention_bytes=None)
 
-    assert retain_once(app) == {"deleted": 20, "log_bytes": 2_000, "objects_freed": 5}
+    assert retain(app) == {"deleted": 20, "log_bytes": 2_000, "objects_freed": 5}
     assert count(conn, "record_batches") == 0
 
 
 def test_an_audit_reports_what_is_broken_and_logs_it(
     app: TidemarkApp, conn: Connection[Any], ids: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    sound = audit_once(app)
+    sound = audit(app)
     assert (sound["partitions"], sound["batches"], sound["violations"], sound["complete"]) == (4, 20, 0, True)
 
     conn.execute("update tidemark.runs set end_offset = end_offset + 1 where partition_id = %s", (ids[2],))
     with caplog.at_level(logging.ERROR):
-        broken = audit_once(app)
+        broken = audit(app)
 
     assert broken["violations"] >= 1
     assert broken["first"]

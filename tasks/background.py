@@ -1,0 +1,68 @@
+"""One thread for what a committing thread must not wait for: wake-ups, and traces in Redis.
+
+All of it is hints: what cannot be done is dropped, and fan-out finds the commits. A broker that hangs costs this thread
+seconds; meanwhile commits go on, and beyond a limit their wake-ups are dropped. When the process ends, what waits is
+done first.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from time import monotonic
+from typing import Any
+
+from tasks.app import TidemarkApp
+
+log = logging.getLogger(__name__)
+
+_WAITING = 1_000
+_PAUSE_SECONDS = 5.0
+
+
+class Background:
+    """The thread of one process; a forked child gets its own."""
+
+    def __init__(self, app: TidemarkApp) -> None:  # noqa: ARG002 - made by `app.once`
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._pid = os.getpid()
+        self._lock = Lock()
+        self._waiting = 0
+        self._silent_until = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tidemark-background")
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> bool:
+        """Do it soon; returns False where it is dropped. Never waits, never raises."""
+        if self._pid != os.getpid():
+            self._start_over()
+        with self._lock:
+            if self._waiting >= _WAITING or monotonic() < self._silent_until:
+                return False
+            self._waiting += 1
+        try:
+            self._thread.submit(self._do, work, arguments)
+        except RuntimeError:  # the interpreter is ending
+            return False
+        return True
+
+    def drain(self) -> None:
+        """Wait until all that was submitted is done."""
+        self._thread.submit(int).result()
+
+    def _do(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            if monotonic() >= self._silent_until:
+                work(*arguments)
+        except Exception as error:  # noqa: BLE001 - the commit stands; nothing that happens here may harm anybody
+            with self._lock:
+                self._silent_until = monotonic() + _PAUSE_SECONDS
+            log.warning(
+                "waking failed: for some seconds fan-out alone finds commits",
+                extra={"error": f"{type(error).__name__}: {error}", "seconds": _PAUSE_SECONDS},
+            )
+        finally:
+            with self._lock:
+                self._waiting -= 1

@@ -1,0 +1,73 @@
+"""The tasks. From Python: `from tasks.jobs import materialize_topic; materialize_topic.delay("orders")`.
+
+What they do stands in `tasks.drain`, `tasks.dispatch` and `tasks.maintenance`, as functions of an app.
+"""
+
+from functools import partial
+from typing import Any
+
+from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartitionError, UnknownTopicError
+from config.queues import MATERIALIZE
+from tasks import dispatch, drain, maintenance
+from tasks.app import app
+from tasks.observers import Job, observers
+
+# Celery's retry after the task's own ones: seconds apart, and a message waiting for its time is held by the worker, so
+# well below the visibility timeout. What fails for longer is found by the sweep. Periodic tasks have the next tick.
+_RETRIED: dict[str, Any] = {
+    "autoretry_for": (TransientDatabaseError,),
+    "max_retries": 3,
+    "retry_backoff": 2,
+    "retry_backoff_max": 30,
+    "retry_jitter": True,
+}
+# By name: the result is kept for who asked, and a wrong name is the asker's mistake, for Celery's log no error.
+_ASKED: dict[str, Any] = {
+    **_RETRIED,
+    "ignore_result": False,
+    "throws": (InvalidJobError, UnknownPartitionError, UnknownTopicError),
+}
+# Not `shared`: tasks of this app, and of no other one in the process.
+_job = partial(app.task, base=Job, shared=False)
+
+
+@_job(name=MATERIALIZE, **_RETRIED)
+def materialize(partition_ids: list[int]) -> dict[str, Any]:
+    """Materialize the backlog of partitions of one shard; returns its MaterializationMetrics."""
+    return drain.serve(app, partition_ids, observers(app))
+
+
+@_job(name="tasks.materialize_partition", **_ASKED)
+def materialize_partition(topic: str, partition: int) -> list[str]:
+    """Materialize one partition now; returns the ids of the tasks that do so."""
+    return dispatch.enqueue(app, topic, partition, ignore_result=False)
+
+
+@_job(name="tasks.materialize_topic", **_ASKED)
+def materialize_topic(topic: str) -> list[str]:
+    """Materialize all partitions of a topic now; returns the ids of the tasks that do so."""
+    return dispatch.enqueue(app, topic, None, ignore_result=False)
+
+
+@_job(name="tasks.fan_out")
+def fan_out() -> dict[str, int]:
+    """Find partitions with new commits and queue their materialization."""
+    return dispatch.fan_out(app)
+
+
+@_job(name="tasks.sweep")
+def sweep() -> dict[str, int]:
+    """Probe every partition and queue those with pending events."""
+    return dispatch.sweep(app)
+
+
+@_job(name="tasks.retain")
+def retain() -> dict[str, int]:
+    """Delete batches beyond the topics' retention limits, for as long as a maintenance task may take."""
+    return maintenance.retain(app)
+
+
+@_job(name="tasks.audit")
+def audit() -> dict[str, Any]:
+    """Check the invariants on what was not audited yet, for as long as a maintenance task may take."""
+    return maintenance.audit(app)

@@ -1,0 +1,183 @@
+"""What Tidemark's worker and beat do beside Celery's. Nothing of it is loaded, or changed, before one starts."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import celery.apps.beat
+import celery.apps.worker
+import celery.beat
+from celery import signals
+from celery.utils.log import get_logger
+from celery.worker.consumer import Consumer as CeleryConsumer
+from redis import RedisError
+
+from config.queues import CONTROL, MAINTENANCE, shard_of_queue
+from config.redis import RedisAddress, is_redis
+from tasks import inspection  # noqa: F401 - a command that the worker answers
+from tasks.app import TidemarkApp
+from tasks.dispatch import tracing_of
+from tasks.health import (
+    BEAT_SILENCE,
+    ConnectionSignOfLife,
+    Heartbeat,
+    WorkerSignOfLife,
+    heartbeat_file,
+    watch_beat,
+)
+from tasks.leases import Membership, ShardLeases
+
+log = get_logger(__name__)
+
+# With more ticks than this in a queue nobody takes them; another one would tell nobody anything new.
+_TICKS_WAITING = 100
+
+
+class Worker(celery.apps.worker.Worker):
+    """A worker without `-Q` leases its shards (tasks/leases.py); every worker shows a sign of life."""
+
+    app: TidemarkApp
+    leases_shards = False
+
+    def on_before_init(self, quiet: bool = False, **options: Any) -> None:  # noqa: FBT001, FBT002 - Celery's
+        """Celery's first hook, before the queues are chosen."""
+        super().on_before_init(quiet=quiet, **options)
+        app = self.app
+        tracing_of(app)
+        self.leases_shards = app.redis_url is not None and not _has_queues(options)
+        app.steps["worker"].add(WorkerSignOfLife)
+        app.steps["consumer"] |= {ConnectionSignOfLife, ShardLeases}
+        for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
+            signal.connect(self._close_connections, weak=False)
+
+    def setup_queues(self, include: Any, exclude: Any = None) -> None:
+        """The shards' queues come and go with the leases."""
+        super().setup_queues(include, exclude)
+        if self.leases_shards:
+            queues = self.app.amqp.queues
+            queues.select([name for name in (CONTROL, MAINTENANCE) if name in queues.consume_from])
+
+    def startup_info(self, artlines: bool = True) -> str:  # noqa: FBT001, FBT002 - Celery's
+        """Celery's banner, and which queues will follow."""
+        text = str(super().startup_info(artlines))
+        if not self.leases_shards:
+            return text
+        shards = f"and its share of {self.app.settings.shards} shards, materialize.0 and up"
+        return f"{text.rstrip()}\n                ({shards}; see: celery -A tasks inspect shards)\n"
+
+    def on_consumer_ready(self, consumer: Any) -> None:
+        """Celery's last hook: the worker consumes."""
+        super().on_consumer_ready(consumer)
+        say_ready(f"{self.hostname} is ready")
+        heartbeat: Heartbeat | None = getattr(self, "sign_of_life", None)
+        if heartbeat is not None:
+            heartbeat.set_ready(ready=True)
+
+    def _close_connections(self, **_: Any) -> None:
+        if "database" in vars(self.app):
+            self.app.database.close()
+
+
+def _has_queues(options: Mapping[str, Any]) -> bool:
+    """Whether the command line names the shards' queues: `-Q`, or `-X` with a shard."""
+    excluded = options.get("exclude_queues") or ()
+    excluded = excluded.split(",") if isinstance(excluded, str) else excluded
+    return bool(options.get("queues")) or any(shard_of_queue(name) is not None for name in excluded)
+
+
+class Consumer(CeleryConsumer):
+    """Survives the loss of Redis where Celery 5.7's does not.
+
+    While a late-acknowledging task runs and Redis goes away, the event loop meets a connection that was torn down
+    already and dies with `AttributeError: 'NoneType' object has no attribute …`, which ends the worker. Raised as a
+    lost connection, it makes the consumer start over. tests/acceptance/test_outages.py tells when this can go.
+    """
+
+    loop: Callable[..., Any]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        celerys_loop = self.loop
+
+        def loop(*arguments: Any, **options: Any) -> Any:
+            try:
+                return celerys_loop(*arguments, **options)
+            except AttributeError as error:
+                # Anybody else's AttributeError is a defect, and starting over would only hide it.
+                if not _raised_in(error, "kombu", "redis"):
+                    raise
+                raise ConnectionError(f"the connection to the broker was torn down: {error}") from error
+
+        self.loop = loop
+
+
+def _raised_in(error: BaseException, *packages: str) -> bool:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    name = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
+    return name.partition(".")[0] in packages
+
+
+class _Service(celery.beat.Service):
+    """Beat's service: its scheduler, whichever it is, shows a sign of life and fills no queue without end."""
+
+    def get_scheduler(self, lazy: bool = False, **options: Any) -> Any:  # noqa: FBT001, FBT002 - Celery's
+        """Celery's hook; `lazy` for the banner only."""
+        scheduler = super().get_scheduler(lazy=lazy, **options)
+        if not lazy:
+            watch(scheduler, self.app)
+        return scheduler
+
+
+class Beat(celery.apps.beat.Beat):
+    """Beat with that service."""
+
+    Service = _Service
+
+
+def say_ready(what: str) -> None:
+    """Tell whoever started a program, where its log does not."""
+    if not log.isEnabledFor(logging.INFO):
+        print(what, file=sys.stderr, flush=True)  # noqa: T201 - below the banner, which Celery prints
+
+
+def watch(scheduler: Any, app: TidemarkApp) -> None:
+    """Watch a scheduler's ticks and publications."""
+    watch_beat(scheduler, Heartbeat(heartbeat_file(app.settings, "beat"), "beat", stale_after=BEAT_SILENCE))
+    membership = app.once(Membership)
+    membership.enter(f"beat@{socket.gethostname()}", program="beat", pid=os.getpid())
+    broker = RedisAddress.parse(app.broker_url).client(seconds=1) if is_redis(app.broker_url) else None
+    tick, publish = scheduler.tick, scheduler.apply_async
+    ready = False
+
+    def ticking(*arguments: Any, **options: Any) -> Any:
+        nonlocal ready
+        pause = tick(*arguments, **options)
+        if not ready:
+            ready = True
+            log.info("beat is ready")
+            say_ready("beat is ready")
+        membership.renew_when_due()
+        return pause
+
+    def publishing(entry: Any, *arguments: Any, **options: Any) -> Any:
+        if broker is not None and _waiting(broker, app, entry.task) >= _TICKS_WAITING:
+            log.warning("nobody takes the ticks from their queue: not adding one", extra={"scheduled": entry.task})
+            return None
+        return publish(entry, *arguments, **options)
+
+    scheduler.tick, scheduler.apply_async = ticking, publishing
+
+
+def _waiting(broker: Any, app: TidemarkApp, task: str) -> int:
+    """How many messages wait in a task's queue; 0 where the broker does not say."""
+    queue = app.amqp.router.route({}, task)["queue"].name
+    try:
+        return int(broker.llen(queue))
+    except RedisError:
+        # Publishing will say what is wrong.
+        return 0
