@@ -20,9 +20,11 @@ from config.embedded import Lease, attach
 from config.errors import SettingsError, TidemarkError
 from config.queues import Router
 from config.settings import Settings, Strategy, load_settings
+from db.materialize import ages_of_run
 from db.pool import Database
 from tasks.batching import Controller, make_controllers
-from tasks.metrics import WorkerFigures
+from tasks.compare import DrainComparison
+from tasks.metrics import DrainMetrics, PausingHints, WorkerMetrics
 from tasks.names import PartitionNames
 from tasks.tokens import QueuedTokens
 from tasks.wake import Waker
@@ -100,8 +102,16 @@ class TidemarkApp(Celery):
         return QueuedTokens(self.redis, seconds=self.settings.queued_seconds)
 
     @cached_property
-    def figures(self) -> WorkerFigures:
-        return WorkerFigures(lambda: self.redis, topics=self.settings.metrics_topics)
+    def figures(self) -> WorkerMetrics:
+        return WorkerMetrics(PausingHints(lambda: self.redis), topics=self.settings.metrics_topics)
+
+    @cached_property
+    def observers(self) -> tuple[DrainMetrics, DrainComparison]:
+        def ages_of(partition_id: int, newer: int) -> list[float]:
+            with self.database.connection() as conn:
+                return ages_of_run(conn, partition_id, newer)
+
+        return (DrainMetrics(self.figures, self.names, ages_of), DrainComparison(self.figures, self.settings))
 
     @cached_property
     def controllers(self) -> Mapping[Strategy, Controller]:

@@ -15,7 +15,6 @@ from db.materialize import MaterializationMetrics
 from db.materialize import materialize as materialize_partitions
 from db.topics import partition_ids as ids_of_topic
 from db.translate import would_meet_all
-from tasks import compare
 from tasks.app import TidemarkApp
 from tasks.dispatch import group, publish
 from tasks.retries import with_retries
@@ -103,7 +102,8 @@ class _Drain:
             ):
                 raise
             else:
-                self._app.figures.stuck(ids, error, self._app.names.describe)
+                for observer in self._app.observers:
+                    observer.stuck(ids, error)
                 self._total = replace(self._total, stuck_partition_ids=(*self._total.stuck_partition_ids, *ids))
         else:
             self._busy += done.busy_partition_ids
@@ -125,8 +125,8 @@ class _Drain:
                 wait=wait,
             )
         self._controller.done(done)
-        app.figures.materialized(done, app.names.topics(plan.partition_ids), app.names.topic)
-        compare.materialized(app, self._side, done)
+        for observer in app.observers:
+            observer.transaction(self._side, done)
         # First what it began: `complete` goes on with one partition to its end.
         taken = set(plan.partition_ids)
         rest = tuple(i for i in ids if i not in taken)
@@ -135,8 +135,8 @@ class _Drain:
     def _failed(self, error: BaseException) -> None:
         self._total += MaterializationMetrics(errors=1)
         self._controller.failed()
-        self._app.figures.failed(error)
-        compare.failed(self._app, self._side)
+        for observer in self._app.observers:
+            observer.failed(self._side, error)
 
 
 def register(app: TidemarkApp) -> tuple[Any, Any, Any]:

@@ -1,66 +1,84 @@
-"""Figures from the workers: counters and histogram buckets in one Redis hash, for the exporter to show.
+"""What the workers count: sums and histogram buckets in one Redis hash, which the exporter shows to Prometheus.
 
-A worker process adds up what a task did and sends it when the task ends, in one round trip. The figures live in Redis,
-so they outlast workers and exporter, and start over (as Prometheus' counters may) when Redis is emptied. A hint like
-everything there: while Redis is away a process goes on adding up, and sends it all later; no task fails for it. An
-answer that is lost may count a task twice.
+A worker process adds up what a task did and sends it when the task ends, in one round trip. The sums live in Redis, so
+they outlast workers and exporter, and begin at 0 (as Prometheus' counters may) when Redis is emptied. They are a hint
+like everything there: while Redis is away a process goes on adding up, and sends it all later. No task fails for it.
+An answer that is lost may count a task twice.
 
-How much is kept is bounded: topics get series of their own up to a limit, first come first served, and share
-`OTHER` beyond it; every other label comes from a fixed set.
+How much is kept is bounded: topics get series of their own up to a limit, first come first served, and share `OTHER`
+beyond it. Every other label comes from a fixed set.
 """
 
 import logging
 import os
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from random import choices, randrange
 from threading import Lock
 from time import monotonic, perf_counter, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+import psycopg
 from celery import signals
 from redis import Redis, RedisError
 
 from config.errors import TidemarkError
-from db.materialize import RUN_BYTES, MaterializationMetrics
+from db.materialize import RUN_BYTES, MaterializationMetrics, Moved
 from db.translate import TRANSIENT
+from tasks.names import PartitionNames
+from tasks.rollout import Side
 
 if TYPE_CHECKING:
     from tasks.app import TidemarkApp
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-KEY = "tidemark:figures"
-TOPICS_KEY = "tidemark:figures:topics"
+KEY = "tidemark:metrics"
+TOPICS_KEY = "tidemark:metrics:topics"
 # Partitions that cannot be materialized, by name: when that was found last, and why.
 STUCK_KEY = "tidemark:stuck"
-# No topic can be called so: neither has a legal name.
+# No topic can be called so: neither is a legal name.
 OTHER = "(other)"
 SEVERAL = "(several)"
 
 # Upper bounds in seconds: from an empty transaction to the time limits.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-# Redis adds integers exactly; so times are kept in microseconds.
+# Redis adds integers exactly, so times are kept in microseconds.
 MICROSECONDS = 1_000_000
 
-# One command: all of it or nothing, at half the cost in the worker of a pipeline. The first ARGV[1] pairs are added.
+# All sums in one command, so all of them or none arrive. KEYS: the hash, and the topics with series of their own.
+# ARGV: how many such topics there may be, how many sums follow; of each sum what stands before its topic, the topic (or
+# nothing), what stands behind it, and the amount; then names and values to set.
 _SEND = """
-for i = 2, #ARGV, 2 do
-    if i <= 2 * ARGV[1] then
-        redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1])
-    else
-        redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
+local values = 3 + 4 * ARGV[2]
+for i = 3, values - 1, 4 do
+    local topic = ARGV[i + 1]
+    if topic ~= '' and redis.call('SISMEMBER', KEYS[2], topic) == 0 then
+        if redis.call('SCARD', KEYS[2]) < tonumber(ARGV[1]) then
+            redis.call('SADD', KEYS[2], topic)
+        else
+            topic = '(other)'
+        end
     end
+    redis.call('HINCRBY', KEYS[1], ARGV[i] .. topic .. ARGV[i + 2], ARGV[i + 3])
+end
+for i = values, #ARGV, 2 do
+    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
 end
 """
 
-_PAUSE_SECONDS = 10.0
-_REFUSED_SECONDS = 60.0
-# What is kept of partitions that are stuck: so many of a task, so much of the reason, so long after the last of them.
+# Samples of a kind, of all workers together; a process that cannot send keeps no more of them either.
+SAMPLES = 5_000
+# What is kept of partitions that are stuck: how many of a task, how much of the reason, and for how long.
 _STUCK = 20
 _WHY = 300
 _STUCK_SECONDS = 3600
+_PAUSE_SECONDS = 10.0
+_AGES_SECONDS = 1.0
 _KINDS = frozenset(
     {"OperationalError", "InterfaceError"}
     | {kind.__name__ for kind in TRANSIENT}
@@ -68,14 +86,14 @@ _KINDS = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Family:
     """A metric whose values are in Redis: `name` without Tidemark's prefix and without `_total`."""
 
     name: str
     help: str
     labels: tuple[str, ...] = ()
-    histogram: bool = False
+    kind: Literal["counter", "gauge", "histogram"] = "counter"
     # Kept in microseconds, shown in seconds.
     time: bool = False
 
@@ -84,58 +102,70 @@ _BY_TOPIC = ("topic", "strategy")
 
 FAMILIES = (
     Family(
-        name="materialize_duration_seconds",
-        help="Time of a materializing transaction, lock wait included. Topic (several) where it served more than one.",
-        labels=_BY_TOPIC,
-        histogram=True,
-        time=True,
+        "materialize_duration_seconds",
+        "Time of a materializing transaction, lock wait included. Topic (several) where it served more than one.",
+        _BY_TOPIC,
+        "histogram",
     ),
     Family(
-        name="materialize_lock_wait_seconds",
-        help="Part of a materializing transaction spent on getting its partitions' locks.",
-        labels=_BY_TOPIC,
-        histogram=True,
-        time=True,
-    ),
-    Family(name="materialize_events", help="Events that got their offset.", labels=_BY_TOPIC),
-    Family(name="materialize_records", help="Records in those events.", labels=_BY_TOPIC),
-    Family(name="materialize_log_bytes", help="Bytes of those events in object storage.", labels=_BY_TOPIC),
-    Family(
-        name="materialize_transaction_bytes",
-        help="Bytes that materializing transactions added to runs and its index, estimated by rows.",
-        labels=_BY_TOPIC,
+        "materialize_lock_wait_seconds",
+        "Part of a materializing transaction spent on getting its partitions' locks.",
+        _BY_TOPIC,
+        "histogram",
     ),
     Family(
-        name="materialize_batch_events",
-        help="Events that these transactions would have taken at most; by their number, the size of a batch.",
-        labels=_BY_TOPIC,
+        "commit_to_offset_seconds",
+        "Time from an event's commit to its offset. A sample: once a second, the last run a worker process made.",
+        ("topic",),
+        "histogram",
     ),
-    Family(name="materialize_attempts", help="Materializing transactions tried, failed ones included."),
+    Family("materialize_events", "Events that got their offset.", _BY_TOPIC),
+    Family("materialize_records", "Records in those events.", _BY_TOPIC),
+    Family("materialize_log_bytes", "Bytes of those events in object storage.", _BY_TOPIC),
     Family(
-        name="materialize_errors",
-        help="Materializing transactions that failed, by error; most are repeated at once.",
-        labels=("kind",),
+        "materialize_transaction_bytes",
+        "Bytes that materializing transactions added to runs and its index, estimated by rows.",
+        _BY_TOPIC,
     ),
     Family(
-        name="materialize_stuck", help="Partitions that a task could not materialize; the others of it were served."
+        "materialize_batch_events",
+        "Events that these transactions would have taken at most; by their number, the size of a batch.",
+        _BY_TOPIC,
     ),
-    Family(name="task_runs", help="Tasks that ended, by outcome.", labels=("task", "outcome")),
-    Family(name="task_seconds", help="Time tasks ran.", labels=("task",), time=True),
-    Family(name="fan_out_commits", help="Commits that fan-out found."),
-    Family(name="fan_out_tasks", help="Materialize tasks published by what found the work.", labels=("by",)),
-    Family(name="sweep_partitions", help="Partitions with pending events that the sweep met."),
-    Family(name="retention_batches", help="Batches that retention deleted."),
-    Family(name="retention_log_bytes", help="Their bytes in object storage."),
-    Family(name="audit_violations", help="Broken invariants that tasks.audit met."),
-    Family(name="pool_requests", help="Requests for a database connection in worker processes."),
-    Family(name="pool_requests_queued", help="Those of them that had to wait."),
-    Family(name="pool_requests_failed", help="Those of them that ended without a connection."),
-    Family(name="pool_wait_seconds", help="Time they waited.", time=True),
-    Family(name="pool_connections_opened", help="Attempts of worker processes to connect to the database."),
-    Family(name="pool_connections_failed", help="Those of them that failed."),
-    Family(name="pool_connections_lost", help="Database connections that broke."),
+    Family("materialize_attempts", "Materializing transactions tried, failed ones included."),
+    Family(
+        "materialize_errors",
+        "Materializing transactions that failed, by error; most are repeated at once.",
+        ("kind",),
+    ),
+    Family("materialize_stuck", "Partitions that a task could not materialize; the others of it were served."),
+    Family("task_runs", "Tasks that ended, by outcome.", ("task", "outcome")),
+    Family("task_seconds", "Time tasks ran.", ("task",), time=True),
+    Family(
+        "task_last_success_timestamp_seconds",
+        "When a task last ended well, in seconds since the epoch.",
+        ("task",),
+        "gauge",
+    ),
+    Family("fan_out_commits", "Commits that fan-out found."),
+    Family("fan_out_tasks", "Materialize tasks published by what found the work.", ("by",)),
+    Family("sweep_partitions", "Partitions with pending events that the sweep met."),
+    Family("retention_batches", "Batches that retention deleted."),
+    Family("retention_log_bytes", "Their bytes in object storage."),
+    Family("audit_violations", "Broken invariants that tasks.audit met."),
+    Family("audit_last_violations", "Broken invariants that the last run of tasks.audit met.", kind="gauge"),
+    Family("audit_last_timestamp_seconds", "When that was, in seconds since the epoch.", kind="gauge"),
+    Family("pool_requests", "Requests for a database connection in worker processes."),
+    Family("pool_requests_queued", "Those of them that had to wait."),
+    Family("pool_requests_failed", "Those of them that ended without a connection."),
+    Family("pool_wait_seconds", "Time they waited.", time=True),
+    Family("pool_connections_opened", "Attempts of worker processes to connect to the database."),
+    Family("pool_connections_failed", "Those of them that failed."),
+    Family("pool_connections_lost", "Database connections that broke."),
 )
+_TOPIC_FAMILIES = frozenset(family.name for family in FAMILIES if "topic" in family.labels)
 
+# What psycopg_pool counts, as ours, and in how many of our units.
 _POOL = {
     "requests_num": ("pool_requests", 1),
     "requests_queued": ("pool_requests_queued", 1),
@@ -145,157 +175,225 @@ _POOL = {
     "connections_errors": ("pool_connections_failed", 1),
     "connections_lost": ("pool_connections_lost", 1),
 }
+# What a task's result says, as ours.
+_RESULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "tasks.fan_out": {"commits": ("fan_out_commits",), "tasks": ("fan_out_tasks", "fan_out")},
+    "tasks.sweep": {"partitions": ("sweep_partitions",), "tasks": ("fan_out_tasks", "sweep")},
+    "tasks.retain": {"deleted": ("retention_batches",), "log_bytes": ("retention_log_bytes",)},
+    "tasks.audit": {"violations": ("audit_violations",)},
+}
 
 
-class WorkerFigures:
+class Hints(Protocol):
+    """Redis, for what may be lost: who asks gets `otherwise` while it does not answer."""
+
+    def ask(self, question: Callable[[Redis], T], otherwise: T) -> T: ...
+
+
+@dataclass(slots=True)
+class _Unsent:
+    added: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
+    kept: dict[tuple[str, ...], float] = field(default_factory=dict)
+    samples: dict[str, deque[str]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
+    stuck: dict[str, str] = field(default_factory=dict)
+
+    def merge(self, later: "_Unsent") -> None:
+        for labels, amount in later.added.items():
+            self.added[labels] += amount
+        self.kept |= later.kept
+        for key, values in later.samples.items():
+            self.samples[key].extend(values)
+        self.stuck |= later.stuck
+
+
+class WorkerMetrics:
     """What this process did since it last told Redis. May be used by several threads; a forked child starts empty."""
 
-    def __init__(self, redis: "Callable[[], Redis | None]", *, topics: int) -> None:
-        self._redis = redis
+    def __init__(self, hints: Hints, *, topics: int) -> None:
+        self._hints = hints
         self._topics = topics
-        self._start_over()
+        self._start_empty()
 
-    def _start_over(self) -> None:
+    def _start_empty(self) -> None:
         self._pid = os.getpid()
         self._lock = Lock()
-        self._added: dict[tuple[str, ...], int] = defaultdict(int)
-        self._set: dict[str, float] = {}
-        self._stuck: dict[str, str] = {}
-        self._admitted: set[str] = {SEVERAL, OTHER}
-        self._refused: dict[str, float] = {}
-        self._silent_until = 0.0
+        self._unsent = _Unsent()
 
     def add(self, name: str, *labels: str, amount: int = 1) -> None:
         """Count something; `amount` of times in microseconds."""
         if amount:
             with self._mine():
-                self._added[name, *labels] += amount
+                self._unsent.added[name, *labels] += amount
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
-        """One more observation in a histogram."""
+        """Add an observation to a histogram."""
         bucket = str(bisect_left(BUCKETS, seconds))
         with self._mine():
-            self._added[name, *labels, bucket] += 1
-            self._added[name, *labels, "sum"] += round(seconds * MICROSECONDS)
+            self._unsent.added[name, *labels, bucket] += 1
+            self._unsent.added[name, *labels, "sum"] += round(seconds * MICROSECONDS)
 
-    def keep(self, name: str, value: float) -> None:
+    def keep(self, name: str, *labels: str, value: float) -> None:
         """Set a value instead of adding to it."""
         with self._mine():
-            self._set[name] = value
+            self._unsent.kept[name, *labels] = value
 
-    def materialized(
-        self, done: MaterializationMetrics, topics: Iterable[str], topic_of: Callable[[int], str | None]
-    ) -> None:
-        """Count a transaction that served `topics`: what was placed for each, its time for all together."""
-        first, *others = topics or (OTHER,)
+    def sample(self, key: str, value: str) -> None:
+        """Append to a list in Redis, which keeps the newest `SAMPLES` of all workers."""
+        with self._mine():
+            self._unsent.samples[key].append(value)
+
+    def stuck(self, names: Sequence[str], why: str) -> None:
+        """Keep for `status` why partitions cannot be materialized."""
+        with self._mine():
+            self._unsent.stuck.update({name: f"{time():.0f} {why[:_WHY]}" for name in names[:_STUCK]})
+
+    def task_ended(self, name: str, state: str, seconds: float, retval: object) -> None:
+        """Count a task: its outcome, its time, and what its result says."""
+        self.add("task_runs", name, state.lower())
+        self.add("task_seconds", name, amount=round(seconds * MICROSECONDS))
+        if state != "SUCCESS":
+            return
+        self.keep("task_last_success_timestamp_seconds", name, value=time())
+        if isinstance(retval, Mapping):
+            for field_name, labels in _RESULTS.get(name, {}).items():
+                self.add(*labels, amount=int(retval.get(field_name) or 0))
+            if name == "tasks.audit":
+                self.keep("audit_last_violations", value=int(retval.get("violations") or 0))
+                self.keep("audit_last_timestamp_seconds", value=time())
+
+    def pool_used(self, stats: Mapping[str, int]) -> None:
+        """Count what a connection pool did, by its `pop_stats`."""
+        for name, (ours, scale) in _POOL.items():
+            self.add(ours, amount=stats.get(name, 0) * scale)
+
+    def flush(self) -> None:
+        """Send what was added up, or keep it for the next time where Redis does not take it."""
+        with self._mine():
+            unsent, self._unsent = self._unsent, _Unsent()
+        if unsent != _Unsent() and not self._hints.ask(lambda redis: self._send(redis, unsent), otherwise=False):
+            with self._mine():
+                unsent.merge(self._unsent)
+                self._unsent = unsent
+
+    def _send(self, redis: Redis, unsent: _Unsent) -> bool:
+        arguments: list[str | int | float] = [self._topics, len(unsent.added)]
+        for (name, *labels), amount in unsent.added.items():
+            if name in _TOPIC_FAMILIES and labels[0] not in {OTHER, SEVERAL}:
+                arguments += [f"{name}|", labels[0], "".join(f"|{label}" for label in labels[1:]), amount]
+            else:
+                arguments += ["|".join([name, *labels]), "", "", amount]
+        for labels_, value in unsent.kept.items():
+            arguments += ["|".join(labels_), str(value)]
+        if not unsent.samples and not unsent.stuck:
+            redis.eval(_SEND, 2, KEY, TOPICS_KEY, *arguments)
+            return True
+        with redis.pipeline(transaction=True) as pipeline:
+            pipeline.eval(_SEND, 2, KEY, TOPICS_KEY, *arguments)
+            for key, values in unsent.samples.items():
+                pipeline.rpush(key, *values)
+                pipeline.ltrim(key, -SAMPLES, -1)
+            if unsent.stuck:
+                pipeline.hset(STUCK_KEY, mapping=dict[Any, Any](unsent.stuck))
+                pipeline.expire(STUCK_KEY, _STUCK_SECONDS)
+            pipeline.execute()
+        return True
+
+    def _mine(self) -> Lock:
+        # A forked child must neither send its parent's sums a second time nor wait for a lock its parent held.
+        if self._pid != os.getpid():
+            self._start_empty()
+        return self._lock
+
+
+AgesOf = Callable[[int, int], Sequence[float]]
+
+
+class DrainMetrics:
+    """Counts what a drain does: one of its observers.
+
+    `ages_of` reads how long ago the events of a run were committed, in seconds: of a partition, the run that has so
+    many newer ones.
+    """
+
+    def __init__(self, metrics: WorkerMetrics, names: PartitionNames, ages_of: AgesOf | None = None) -> None:
+        self._metrics = metrics
+        self._names = names
+        self._ages_of = ages_of
+        self._ages_due = 0.0
+
+    def transaction(self, side: Side, done: MaterializationMetrics) -> None:
+        """Count what was placed for each topic, and the transaction's time for all of them together."""
+        add = self._metrics.add
+        first, *others = self._names.topics([m.partition_id for m in done.moved] or side.partition_ids) or [OTHER]
         labels = (SEVERAL if others else first, done.strategy)
-        self.observe("materialize_duration_seconds", done.processing_time_ms / 1000, *labels)
-        self.observe("materialize_lock_wait_seconds", done.lock_wait_time_ms / 1000, *labels)
-        self.add("materialize_batch_events", *labels, amount=done.batch_events)
+        self._metrics.observe("materialize_duration_seconds", done.processing_time_ms / 1000, *labels)
+        self._metrics.observe("materialize_lock_wait_seconds", done.lock_wait_time_ms / 1000, *labels)
+        add("materialize_batch_events", *labels, amount=done.batch_events)
         for moved in done.moved:
-            own = (topic_of(moved.partition_id) or OTHER, done.strategy)
-            self.add("materialize_events", *own, amount=moved.events)
-            self.add("materialize_records", *own, amount=moved.records)
-            self.add("materialize_log_bytes", *own, amount=moved.log_bytes)
-            self.add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
-        self.add("materialize_attempts")
+            own = (self._names.topic(moved.partition_id) or OTHER, done.strategy)
+            add("materialize_events", *own, amount=moved.events)
+            add("materialize_records", *own, amount=moved.records)
+            add("materialize_log_bytes", *own, amount=moved.log_bytes)
+            add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
+        add("materialize_attempts")
+        if done.moved and self._ages_of is not None and monotonic() >= self._ages_due:
+            self._ages_due = monotonic() + _AGES_SECONDS
+            self._sample_ages(done.moved, self._ages_of)
 
-    def failed(self, error: BaseException) -> None:
+    def _sample_ages(self, moved: Sequence[Moved], ages_of: AgesOf) -> None:
+        # Any of the new runs, and each event with the same chance: the newest ones alone have waited least.
+        (chosen,) = choices(moved, [m.events for m in moved])  # noqa: S311 - a sample
+        topic = self._names.topic(chosen.partition_id) or OTHER
+        # A database that fails now fails in the next transaction, too, which reports it.
+        with suppress(psycopg.Error, TidemarkError):
+            for seconds in ages_of(chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
+                self._metrics.observe("commit_to_offset_seconds", max(seconds, 0.0), topic)
+
+    def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
         """Count a transaction that failed."""
         kind = type(error).__name__
-        self.add("materialize_attempts")
-        self.add("materialize_errors", kind if kind in _KINDS else "other")
+        self._metrics.add("materialize_attempts")
+        self._metrics.add("materialize_errors", kind if kind in _KINDS else "other")
 
-    def stuck(self, ids: Sequence[int], error: BaseException, describe: Callable[[Sequence[int]], str]) -> None:
+    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
         """Report partitions that cannot be materialized by name: in the log, as a metric, and for `status`."""
         why = f"{type(error).__name__}: {str(error).strip()}"
         log.error(
             "partitions cannot be materialized",
-            extra={"partitions": describe(ids), "error": why, "next": "each sweep tries again"},
+            extra={
+                "partitions": self._names.describe(partition_ids),
+                "error": why,
+                "next": "each sweep tries them again",
+            },
         )
-        self.add("materialize_stuck", amount=len(ids))
-        with self._mine():
-            self._stuck.update({describe([i]): f"{time():.0f} {why[:_WHY]}" for i in ids[:_STUCK]})
+        self._metrics.add("materialize_stuck", amount=len(partition_ids))
+        self._metrics.stuck([self._names.describe([i]) for i in partition_ids], why)
 
-    def flush(self) -> None:
-        """Send what was added up; keeps it for the next time when Redis does not take it."""
+    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
+        """Nothing to count: its transactions were."""
+
+
+class PausingHints:
+    """Hints that leave Redis alone for a while after it has failed."""
+
+    def __init__(self, redis: Callable[[], Redis | None]) -> None:
+        self._redis = redis
+        self._silent_until = 0.0
+
+    def ask(self, question: Callable[[Redis], T], otherwise: T) -> T:
         redis = self._redis()
-        with self._mine():
-            if not (self._added or self._set or self._stuck) or monotonic() < self._silent_until:
-                return
-            added, self._added = self._added, defaultdict(int)
-            values, self._set = self._set, {}
-            stuck, self._stuck = self._stuck, {}
-        if redis is None:
-            return
+        if redis is None or monotonic() < self._silent_until:
+            return otherwise
         try:
-            admitted = self._admit(redis, {labels[1] for labels in added if _has_topic(labels)})
-            shared = _shared(added, admitted)
-            arguments: list[str | int] = [len(shared)]
-            for labels, amount in shared.items():
-                arguments += ["|".join(labels), amount]
-            for name, value in values.items():
-                arguments += [name, str(value)]
-            redis.eval(_SEND, 1, KEY, *arguments)
-            if stuck:
-                redis.hset(STUCK_KEY, mapping=dict[Any, Any](stuck))
-                redis.expire(STUCK_KEY, _STUCK_SECONDS)
+            return question(redis)
         except RedisError as error:
-            log.warning("figures are kept until Redis is back", extra={"error": str(error)})
-            with self._mine():
-                self._silent_until = monotonic() + _PAUSE_SECONDS
-                for labels, amount in added.items():
-                    self._added[labels] += amount
-                self._set = {**values, **self._set}
-                self._stuck = {**stuck, **self._stuck}
-
-    def _admit(self, redis: "Redis", topics: set[str]) -> set[str]:
-        """Topics with series of their own. Asks Redis about new ones; two who ask at once may admit one too many."""
-        now = monotonic()
-        unknown = [t for t in topics - self._admitted if self._refused.get(t, 0.0) <= now]
-        if unknown:
-            with redis.pipeline(transaction=False) as pipeline:
-                pipeline.scard(TOPICS_KEY)
-                pipeline.smismember(TOPICS_KEY, unknown)
-                count, known = pipeline.execute()
-            fresh = [t for t, is_known in zip(unknown, known, strict=True) if not is_known]
-            admitted = fresh[: max(0, self._topics - count)]
-            if admitted:
-                redis.sadd(TOPICS_KEY, *admitted)
-            refused = set(fresh[len(admitted) :])
-            if len(self._refused) + len(refused) > 10 * self._topics:
-                self._refused.clear()
-            self._refused.update(dict.fromkeys(refused, now + _REFUSED_SECONDS))
-            self._admitted.update(set(unknown) - refused)
-        return self._admitted
-
-    def _mine(self) -> Lock:
-        # A forked child must neither send its parent's figures again nor wait for a lock its parent held.
-        if self._pid != os.getpid():
-            self._start_over()
-        return self._lock
-
-
-def _has_topic(labels: tuple[str, ...]) -> bool:
-    return labels[0] in _TOPIC_FAMILIES
-
-
-def _shared(added: Mapping[tuple[str, ...], int], admitted: set[str]) -> Mapping[tuple[str, ...], int]:
-    """The same with `OTHER` in place of topics that are not admitted."""
-    if all(labels[1] in admitted for labels in added if _has_topic(labels)):
-        return added
-    together: dict[tuple[str, ...], int] = defaultdict(int)
-    for labels, amount in added.items():
-        own = not _has_topic(labels) or labels[1] in admitted
-        together[labels if own else (labels[0], OTHER, *labels[2:])] += amount
-    return together
-
-
-_TOPIC_FAMILIES = frozenset(family.name for family in FAMILIES if "topic" in family.labels)
+            log.warning("metrics are kept until Redis is back", extra={"error": str(error)})
+            self._silent_until = monotonic() + _PAUSE_SECONDS
+            return otherwise
 
 
 def connect(app: "TidemarkApp") -> None:
-    """Count every task of ours when it ends, and send the process's figures then."""
+    """Count every task of ours when it ends, and send the process's metrics then."""
     started: dict[str, float] = {}
 
     def task_prerun(task_id: str, **_: Any) -> None:
@@ -303,56 +401,26 @@ def connect(app: "TidemarkApp") -> None:
 
     def task_postrun(task_id: str, task: Any, retval: Any = None, state: str | None = None, **_: Any) -> None:
         began = started.pop(task_id, None)
-        if task.app is not app or app.redis is None or not task.name.startswith("tasks."):
+        if began is None or task.app is not app or not task.name.startswith("tasks."):
             return
-        figures = app.figures
         # None: the task asked not to be reported, as one does that is put back.
-        figures.add("task_runs", task.name, (state or "ignored").lower())
-        if began is not None:
-            figures.add("task_seconds", task.name, amount=round((perf_counter() - began) * MICROSECONDS))
-        if state == "SUCCESS" and isinstance(retval, dict):
-            _count_result(figures, task.name, retval)
+        app.figures.task_ended(task.name, state or "ignored", perf_counter() - began, retval)
         if "database" in vars(app):
-            for name, value in app.database.pool.pop_stats().items():
-                if name in _POOL:
-                    ours, scale = _POOL[name]
-                    figures.add(ours, amount=value * scale)
-        figures.flush()
+            app.figures.pool_used(app.database.pool.pop_stats())
+        app.figures.flush()
 
     # Strong references: the functions live nowhere else.
     signals.task_prerun.connect(task_prerun, weak=False)
     signals.task_postrun.connect(task_postrun, weak=False)
 
 
-def _count_result(figures: WorkerFigures, task: str, result: Mapping[str, Any]) -> None:
-    if task == "tasks.fan_out":
-        figures.add("fan_out_commits", amount=_number(result, "commits"))
-        figures.add("fan_out_tasks", "fan_out", amount=_number(result, "tasks"))
-    elif task == "tasks.sweep":
-        figures.add("sweep_partitions", amount=_number(result, "partitions"))
-        figures.add("fan_out_tasks", "sweep", amount=_number(result, "tasks"))
-    elif task == "tasks.retain":
-        figures.add("retention_batches", amount=_number(result, "deleted"))
-        figures.add("retention_log_bytes", amount=_number(result, "log_bytes"))
-    elif task == "tasks.audit":
-        violations = _number(result, "violations")
-        figures.add("audit_violations", amount=violations)
-        figures.keep("audit_last_violations", violations)
-        figures.keep("audit_last_timestamp_seconds", time())
-
-
-def _number(result: Mapping[str, Any], name: str) -> int:
-    value = result.get(name, 0)
-    return len(value) if isinstance(value, list | tuple) else int(value or 0)
-
-
-def read(redis: "Redis") -> dict[str, str]:
-    """All figures as they stand in Redis."""
+def read(redis: Redis) -> dict[str, str]:
+    """All values as they stand in Redis."""
     found: Any = redis.hgetall(KEY)
     return dict(found)
 
 
-def read_stuck(redis: "Redis", *, seconds: float) -> dict[str, str]:
+def read_stuck(redis: Redis, *, seconds: float) -> dict[str, str]:
     """Why partitions could not be materialized within the last `seconds`, by name."""
     found: Any = redis.hgetall(STUCK_KEY)
     entries = {name: value.partition(" ") for name, value in found.items()}

@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from prometheus_client.core import Metric
@@ -22,12 +23,13 @@ from psycopg.rows import TupleRow
 from redis import Redis
 
 import db.figures
+from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
-from config.settings import Settings
+from config.settings import DEFAULT_STRATEGY, Settings
 from db.audit import audit
 from db.commit import commit_object
-from db.materialize import MaterializationMetrics, Moved, materialize
+from db.materialize import MaterializationMetrics, Moved, ages_of_run, materialize
 from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tasks import metrics
@@ -35,7 +37,9 @@ from tasks.app import TidemarkApp
 from tasks.exporter import Exporter, ServerError, Source
 from tasks.leases import LeaseStore
 from tasks.materialization import drain
-from tasks.metrics import WorkerFigures
+from tasks.metrics import DrainMetrics, PausingHints, WorkerMetrics
+from tasks.names import PartitionNames
+from tasks.rollout import Side
 from tests.support import Connect, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +104,7 @@ def get(exporter: Exporter, path: str = "metrics") -> str:
 def scrape(exporter: Exporter) -> Scrape:
     # A source rests after it was read.
     time.sleep(0.01)
-    for source in exporter._sources._sources:
+    for source in exporter._sources:
         source._until = 0.0
     return Scrape(get(exporter))
 
@@ -272,13 +276,49 @@ def test_figures_of_the_workers(
     assert found("materialize_duration_seconds_bucket", le=str(bound), **own) == 1
 
 
+def test_how_long_commits_wait_for_their_offsets(
+    app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], orders: list[int]
+) -> None:
+    """Each event of a run counts, by the time of its commit; once a second, whatever the number of transactions."""
+    commit(conn, "old", [orders[0]] * 3)
+    conn.execute("update tidemark.objects set committed_at = committed_at - interval '7 seconds'")
+    commit(conn, "new", [orders[0]] * 2)
+    drain(app, orders[:1])
+    for n in range(3):
+        commit(conn, f"more {n}", orders[1:2])
+        drain(app, orders[1:2])
+    app.figures.flush()
+    found = scrape(exporter)
+    assert found("commit_to_offset_seconds_count", topic="orders") == 5
+    assert found("commit_to_offset_seconds_bucket", topic="orders", le="2.5") == 2
+    assert found("commit_to_offset_seconds_bucket", topic="orders", le="10.0") == 5
+
+
+def test_the_wait_of_commits_is_that_of_a_run_made_now(conn: Connection[TupleRow], orders: list[int]) -> None:
+    for n in range(3):
+        commit(conn, f"object {n}", [orders[0]] * 100)
+        materialize(conn, orders[:1])
+        conn.execute("update tidemark.objects set committed_at = committed_at - interval '1 hour'")
+    waited = [ages_of_run(conn, orders[0], newer) for newer in range(7)]
+    # Runs hold 64 events, or what is left of a transaction.
+    assert [len(ages) for ages in waited] == [36, 64, 36, 64, 36, 64, 0]
+    assert [{round(age / 3600) for age in ages} for ages in waited[:6]] == [{1}, {1}, {2}, {2}, {3}, {3}]
+
+
+def test_a_sample_that_fails_fails_no_task(app: TidemarkApp) -> None:
+    def ages_of(partition_id: int, newer: int) -> list[float]:
+        raise errors.ConnectionTimeout(f"while reading run {newer} of {partition_id}")
+
+    DrainMetrics(app.figures, app.names, ages_of).transaction(SIDE, DONE)
+
+
 def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: Connect, orders: list[int]) -> None:
     holder = connect(autocommit=False)
     holder.execute("select from tidemark.topic_partitions where id = %s for no key update", (orders[0],))
     assert drain(app, orders[:1]).stuck_partition_ids == (orders[0],)
     with pytest.raises(UnknownPartitionError):
         drain(app, [2**31 - 1])
-    app.figures.failed(ZeroDivisionError())
+    app.observers[0].failed(SIDE, ZeroDivisionError())
     app.figures.flush()
     found = scrape(exporter)
     assert found("materialize_errors_total", kind="LockNotAvailable") == 1
@@ -298,13 +338,25 @@ DONE = MaterializationMetrics(
     transactions=1,
     moved=(Moved(partition_id=1, events=10, records=20, log_bytes=30, runs=1),),
 )
+SIDE = Side(strategy=DEFAULT_STRATEGY, partition_ids=[1])
+
+
+def counted(worker: WorkerMetrics, topic: str = "orders") -> None:
+    """A transaction, of one partition of this topic."""
+    names = PartitionNames()
+    names._known[1] = (topic, 0)
+    DrainMetrics(worker, names).transaction(SIDE, DONE)
+
+
+def worker_of(client: Redis | None, topics: int = 5) -> WorkerMetrics:
+    return WorkerMetrics(PausingHints(lambda: client), topics=topics)
 
 
 def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
     """Two processes add to the same figures, and a second exporter shows what the first did."""
     for _ in range(2):
-        worker = WorkerFigures(lambda: app.redis, topics=5)
-        worker.materialized(DONE, ["orders"], lambda _: "orders")
+        worker = worker_of(app.redis)
+        counted(worker)
         worker.flush()
         with Exporter(app, "127.0.0.1", 0) as exporter:
             last = scrape(exporter)
@@ -322,9 +374,9 @@ def test_labels_are_bounded(redis_url: str, database_url: str, conn: Connection[
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
         for _ in range(2):
             # As many processes, each of which meets all topics.
-            worker = WorkerFigures(lambda: app.redis, topics=3)
+            worker = worker_of(app.redis, topics=3)
             for name in names:
-                worker.materialized(DONE, [name], {1: name}.get)
+                counted(worker, name)
             worker.flush()
         found = scrape(exporter)
     shown = {*names[:3], "(other)"}
@@ -341,7 +393,7 @@ def test_labels_are_bounded(redis_url: str, database_url: str, conn: Connection[
 
 
 def test_a_forked_child_does_not_send_its_parents_figures(app: TidemarkApp) -> None:
-    worker = WorkerFigures(lambda: app.redis, topics=5)
+    worker = worker_of(app.redis)
     worker.add("materialize_attempts")
     worker._lock.acquire()
     worker._pid = os.getpid() + 1
@@ -355,18 +407,19 @@ def test_figures_wait_for_a_redis_that_is_away(
     crashable: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Redis.from_url(crashable.url, decode_responses=True, socket_connect_timeout=1)
-    worker = WorkerFigures(lambda: client, topics=5)
+    hints = PausingHints(lambda: client)
+    worker = WorkerMetrics(hints, topics=5)
     crashable.kill()
-    worker.materialized(DONE, ["orders"], lambda _: "orders")
+    counted(worker)
     worker.flush()
-    assert "figures are kept until Redis is back" in caplog.text
+    assert "metrics are kept until Redis is back" in caplog.text
     caplog.clear()
     # Within the pause nobody waits for it again.
-    worker.materialized(DONE, ["orders"], lambda _: "orders")
+    counted(worker)
     worker.flush()
     assert caplog.text == ""
     crashable.restart()
-    worker._silent_until = 0.0
+    hints._silent_until = 0.0
     worker.flush()
     assert metrics.read(client)[f"materialize_events|orders|{DONE.strategy}"] == "20"
     client.close()
@@ -380,13 +433,18 @@ def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[Red
 
 def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
     worker = app.figures
-    metrics._count_result(worker, "tasks.fan_out", {"commits": 3, "partitions": 2, "tasks": 1})
-    metrics._count_result(worker, "tasks.sweep", {"partitions": 5, "tasks": 2})
-    metrics._count_result(worker, "tasks.retain", {"deleted": 4, "log_bytes": 50})
-    metrics._count_result(worker, "tasks.audit", {"violations": 2, "complete": True})
-    metrics._count_result(worker, "tasks.audit", {"violations": 0, "complete": True})
+    worker.task_ended("tasks.fan_out", "SUCCESS", 0.5, {"commits": 3, "partitions": 2, "tasks": 1})
+    worker.task_ended("tasks.sweep", "SUCCESS", 0.5, {"partitions": 5, "tasks": 2})
+    worker.task_ended("tasks.retain", "SUCCESS", 0.5, {"deleted": 4, "log_bytes": 50})
+    worker.task_ended("tasks.audit", "SUCCESS", 0.5, {"violations": 2, "complete": True})
+    worker.task_ended("tasks.audit", "SUCCESS", 0.5, {"violations": 0, "complete": True})
+    worker.task_ended("tasks.audit", "FAILURE", 0.25, ValueError("violations"))
     worker.flush()
     found = scrape(exporter)
+    assert found("task_runs_total", task="tasks.audit", outcome="success") == 2
+    assert found("task_runs_total", task="tasks.audit", outcome="failure") == 1
+    assert found("task_seconds_total", task="tasks.audit") == 1.25
+    assert time.time() - (found("task_last_success_timestamp_seconds", task="tasks.fan_out") or 0) < 10
     assert found("fan_out_commits_total") == 3
     assert found("fan_out_tasks_total", by="fan_out") == 1
     assert found("fan_out_tasks_total", by="sweep") == 2
@@ -439,6 +497,48 @@ def test_redis_and_broker_away(
         wait_until(all_but_postgres_are_down)
 
 
+@contextmanager
+def frozen(*pids: int) -> Iterator[None]:
+    """Servers that hang, with all their processes: they take connections and requests, and answer nothing."""
+    processes = [p for pid in pids for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def test_a_scrape_of_hung_servers_ends_in_time(
+    database_url: str, postgres_server: PostgresServer, crashable: RedisServer, tmp_path: Path
+) -> None:
+    """Well before Prometheus gives it up after 10 s, so that the alert is that of the source, and of nothing else."""
+    with ExitStack() as stack:
+        app = make_app(stack, database_url, crashable.url, tmp_path)
+        connected = stack.enter_context(Exporter(app, "127.0.0.1", 0))
+        connected._heartbeats._heard({"hostname": "celery@test"})
+        sources = ("postgres", "redis", "broker")
+
+        def all_are_up() -> bool:
+            found = scrape(connected)
+            return [found("exporter_source_up", source=s) for s in sources] == [1, 1, 1] and found("workers") == 1
+
+        wait_until(all_are_up)
+        with frozen(postgres_server.pid, crashable.pid):
+            late = stack.enter_context(Exporter(app, "127.0.0.1", 0))
+            with ThreadPoolExecutor(2) as prometheus:
+                began = time.monotonic()
+                found = list(prometheus.map(scrape, (connected, late)))
+                assert time.monotonic() - began < 4
+            for exporter, answer in zip((connected, late), found, strict=True):
+                assert [answer("exporter_source_up", source=s) for s in sources] == [0, 0, 0]
+                # Neither 0 workers nor a worker that is silent.
+                assert not any(name.startswith("tidemark_worker") for name, _ in answer.values)
+                assert exporter.answers()
+        wait_until(all_are_up)
+
+
 def test_a_source_is_not_asked_too_often() -> None:
     asked = []
 
@@ -450,7 +550,8 @@ def test_a_source_is_not_asked_too_often() -> None:
     source = Source("slow", slow, seconds=0.01)
     until = time.monotonic() + 0.6
     while time.monotonic() < until:
-        source.reading()
+        source.ask()
+        source.reading(until)
     # A tenth of the time, so no more than two or so.
     assert 1 <= len(asked) <= 3
 
@@ -460,13 +561,23 @@ def test_where_it_cannot_listen(app: TidemarkApp, exporter: Exporter) -> None:
         Exporter(app, "127.0.0.1", exporter.port)
 
 
-def test_pages(exporter: Exporter) -> None:
-    assert json.loads(get(exporter, "health")) == {"alive": True}
-    assert "metrics" in get(exporter, "")
-    with pytest.raises(urllib.error.HTTPError) as missing:
-        get(exporter, "nosuch")
-    missing.value.close()
-    assert missing.value.code == 404
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_it_listens_on_either_kind_of_address_and_stops(app: TidemarkApp, address: str) -> None:
+    if address == "::1" and not Path("/proc/net/if_inet6").read_text("ascii").strip():
+        pytest.skip("this machine has no IPv6")
+    with Exporter(app, address, 0) as exporter:
+        assert exporter.url.startswith(f"http://{'[::1]' if ':' in address else address}:{exporter.port}/")
+        # Every page is the metrics.
+        assert all("tidemark_build_info" in get(exporter, path) for path in ("metrics", "", "health"))
+        assert exporter.answers()
+    assert not exporter.answers()
+
+
+def test_a_server_that_does_not_answer_is_noticed(exporter: Exporter) -> None:
+    """The heartbeat goes by it; the sources have no part in it."""
+    assert exporter.answers()
+    exporter._server.shutdown()
+    assert not exporter.answers()
 
 
 # --- Form
@@ -478,10 +589,11 @@ def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], order
     commit(conn, "a", orders)
     materialize(conn, orders)
     audit(conn)
-    app.figures.materialized(DONE, ["orders"], lambda _: "orders")
-    metrics._count_result(app.figures, "tasks.audit", {"violations": 0})
+    counted(app.figures)
+    app.figures.task_ended("tasks.audit", "SUCCESS", 0.1, {"violations": 0})
+    app.figures.observe("commit_to_offset_seconds", 0.1, "orders")
     for family in metrics.FAMILIES:
-        if not family.histogram:
+        if family.kind == "counter":
             app.figures.add(family.name, *family.labels)
     app.figures.flush()
     exporter._heartbeats._heard({"hostname": "celery@test"})
@@ -611,9 +723,8 @@ def test_the_figures_cost_little(app: TidemarkApp) -> None:
         return time.process_time() - began
 
     def figures_of_a_task() -> None:
-        worker.materialized(DONE, ["orders"], lambda _: "orders")
-        worker.add("task_runs", "tasks.materialize", "success")
-        worker.add("task_seconds", "tasks.materialize", amount=20_000)
+        counted(worker)
+        worker.task_ended("tasks.materialize", "SUCCESS", 0.02, {})
         worker.flush()
 
     assert cpu_of(figures_of_a_task) < 10 * cpu_of(client.ping)

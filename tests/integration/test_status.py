@@ -146,7 +146,7 @@ def test_why_a_partition_cannot_be_materialized(cli: Cli, conn: Connection[Any],
     commit(conn, "a", ids)
     save_fan_out(conn, find_committed(conn))
     error = ValueError("disk on fire")
-    cli.app.figures.stuck(ids[1:], error, lambda _: "orders/1")
+    cli.app.figures.stuck(["orders/1"], f"{type(error).__name__}: {error}")
     cli.app.figures.flush()
     waiting = cli(status, "--json", "--interval", "0", "--after", "0").json["waiting"]
     assert {p["partition"]: p["waits_for"] for p in waiting} == {
