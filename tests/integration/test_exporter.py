@@ -454,6 +454,26 @@ def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
     assert time.time() - (found("audit_last_timestamp_seconds") or 0) < 10
 
 
+def test_workers_that_are_heard_of_and_those_that_went(exporter: Exporter) -> None:
+    """One that is killed and started again under its name is the same; one that is gone for good leaves no series."""
+    for name in ("celery@a", "celery@5eb63bbb", "celery@c3fcd3d7"):
+        exporter._heartbeats._heard({"hostname": name, "active": 1, "processed": 7})
+    exporter._heartbeats._workers["celery@a"].at -= 90
+    exporter._heartbeats._workers["celery@5eb63bbb"].at -= 90
+    killed = scrape(exporter)
+    assert killed("workers") == 1
+    assert killed.label_values("worker_heartbeat_timestamp_seconds", "worker") == {
+        "celery@a", "celery@5eb63bbb", "celery@c3fcd3d7",
+    }  # fmt: skip
+    exporter._heartbeats._heard({"hostname": "celery@a"})
+    exporter._heartbeats._workers["celery@5eb63bbb"].at -= 900
+    later = scrape(exporter)
+    assert later("workers") == 2
+    assert later.label_values("worker_heartbeat_timestamp_seconds", "worker") == {"celery@a", "celery@c3fcd3d7"}
+    exporter._heartbeats._gone({"hostname": "celery@c3fcd3d7"})
+    assert scrape(exporter).label_values("worker_tasks_total", "worker") == {"celery@a"}
+
+
 def test_leases(app: TidemarkApp, exporter: Exporter) -> None:
     assert app.redis
     nobody = scrape(exporter)
@@ -630,12 +650,23 @@ def dashboard() -> dict[str, Any]:
     return loaded
 
 
+def panels() -> list[dict[str, Any]]:
+    """Those of collapsed rows as well."""
+    return [inner for panel in dashboard()["panels"] for inner in (panel, *panel.get("panels", ()))]
+
+
 def expressions() -> list[str]:
-    variables = {"$__rate_interval": "1m", "$topic": ".*"}
-    found = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())]
+    variables = {"$__rate_interval": "1m", "$topic": ".*", "$installation": "exporter:9890"}
+    found = [target["expr"] for panel in panels() for target in panel.get("targets", ())]
     for variable, value in variables.items():
         found = [expression.replace(variable, value) for expression in found]
     return found
+
+
+def anchors() -> set[str]:
+    """Of the sections of the runbook."""
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs/operations.md").read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_metric_of_dashboard_and_alerts_exists(full: Scrape) -> None:
@@ -664,24 +695,61 @@ def test_every_expression_of_the_dashboard_parses(tmp_path: Path) -> None:
     assert f"{len(rules)} rules found" in done.stdout
 
 
+def cells(panel: dict[str, Any]) -> set[tuple[int, int]]:
+    x, y, w, h = (panel["gridPos"][name] for name in "xywh")
+    return {(x + i, y + j) for i in range(w) for j in range(h)}
+
+
 def test_the_dashboard_is_well_laid_out() -> None:
-    panels = dashboard()["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
-    for panel in panels:
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not taken & cells, panel["title"]
-        assert max(x for x, _ in cells) < 24
-        taken |= cells
+    """Nothing lies on anything else: neither what is open, nor what a row shows when it is opened."""
+    top = dashboard()["panels"]
+    for together in (top, *(panel["panels"] for panel in top if panel["type"] == "row")):
+        taken: set[tuple[int, int]] = set()
+        for panel in together:
+            assert not taken & cells(panel), panel["title"]
+            taken |= cells(panel)
+        assert all(x < 24 for x, _ in taken)
+    assert len({panel["id"] for panel in panels()}) == len(panels())
+    rows = [panel for panel in top if panel["type"] == "row"]
+    # What one looks at first is open, all other rows are not.
+    assert [row["collapsed"] for row in rows] == [False] + [True] * (len(rows) - 1)
+    assert all(bool(row["panels"]) == row["collapsed"] for row in rows)
+    for panel in panels():
         if panel["type"] != "row":
-            assert panel["description"].endswith(".")
-            assert panel["targets"]
-            assert panel["fieldConfig"]["defaults"]["unit"]
+            assert panel["description"].endswith("."), panel["title"]
+            assert bool(panel.get("targets")) == (panel["type"] != "alertlist")
+
+
+def unit_of(expression: str) -> str:
+    """What an expression of the dashboard counts in, by the names of its metrics."""
+    name = _METRIC.findall(expression)[0]
+    if name.endswith("_seconds_total"):
+        # Seconds a second.
+        return "short"
+    if "_bytes" in name:
+        return "Bps" if "rate(" in expression else "bytes"
+    seconds = re.search(r"_seconds(_bucket)?$", name) and not expression.startswith("sum by (le)")
+    return "s" if seconds else "short"
+
+
+def test_no_axis_has_two_units() -> None:
+    for panel in panels():
+        if panel["type"] in {"timeseries", "stat"}:
+            units = {unit_of(target["expr"]) for target in panel["targets"]}
+            assert units == {panel["fieldConfig"]["defaults"]["unit"]}, panel["title"]
+            assert panel["fieldConfig"]["overrides"] == []
+
+
+def test_the_dashboard_shows_one_installation_and_leads_to_runbook_and_flower() -> None:
+    found = dashboard()
+    variables = {variable["name"] for variable in found["templating"]["list"]}
+    assert variables == {"datasource", "installation", "topic", "docs", "flower"}
+    for expression in (target["expr"] for panel in panels() for target in panel.get("targets", ())):
+        assert len(_METRIC.findall(expression)) == expression.count('instance="$installation"'), expression
+    assert {link["url"] for link in found["links"]} == {"${docs}operations.md#alerts", "${flower}"}
+    links = [link["url"] for panel in panels() for link in panel.get("links", ())]
+    assert {url.removeprefix("${docs}operations.md#") for url in links} <= anchors()
+    assert len(links) > 15
 
 
 @pytest.mark.parametrize(
@@ -702,7 +770,7 @@ def test_every_alert_has_its_runbook_and_a_test() -> None:
     alerts = (PROMETHEUS / "alerts.yml").read_text("utf-8")
     names = re.findall(r"- alert: (\w+)", alerts)
     assert len(names) == len(set(names)) > 8
-    for key in ("summary: ", "description: ", r"runbook: docs/operations\.md#[a-z-]+"):
+    for key in ("summary: ", "description: ", r'runbook_url: "\{\{ \$externalLabels\.docs \}\}operations\.md#[a-z-]+"'):
         assert len(re.findall(key, alerts)) == len(names)
     tests = (PROMETHEUS / "alerts_test.yml").read_text("utf-8")
     for name in names:

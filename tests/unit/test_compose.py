@@ -156,7 +156,7 @@ def test_every_runbook_is_a_section_of_the_operations_page() -> None:
         re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
         for heading in re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     }
-    anchors = set(re.findall(r"docs/operations\.md#([\w-]+)", alerts))
+    anchors = set(re.findall(r"operations\.md#([\w-]+)", alerts))
     assert anchors
     assert anchors <= headings
 
