@@ -102,8 +102,12 @@ class TidemarkApp(Celery):
         return QueuedTokens(self.redis, seconds=self.settings.queued_seconds)
 
     @cached_property
+    def hints(self) -> PausingHints:
+        return PausingHints(lambda: self.redis)
+
+    @cached_property
     def figures(self) -> WorkerMetrics:
-        return WorkerMetrics(PausingHints(lambda: self.redis), topics=self.settings.metrics_topics)
+        return WorkerMetrics(self.hints, topics=self.settings.metrics_topics)
 
     @cached_property
     def observers(self) -> tuple[DrainMetrics, DrainComparison]:

@@ -33,8 +33,8 @@ from redis.retry import Retry
 from config.celery import is_redis
 from config.errors import TidemarkError
 from config.queues import all_queues
+from db.direct import connect
 from db.figures import Figures, read_figures
-from db.pool import Database
 from tasks.app import TidemarkApp
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
 
@@ -133,56 +133,21 @@ class Source:
             log.warning("a source of metrics does not answer", extra={"source": self.name, "error": reading.error})
         with self._lock:
             self._reading = reading
-            self._until = time.monotonic() + max(self._seconds, _REST * reading.seconds)
+            # One that hung for an hour is not left alone for nine.
+            self._until = time.monotonic() + max(self._seconds, _REST * min(reading.seconds, _ANSWER_SECONDS))
             self._thread = None
-
-
-class AllSources(Collector):
-    """Reads the sources side by side: those that hang cost one time-out together."""
-
-    def __init__(self, sources: Iterable[Source]) -> None:
-        self._sources = tuple(sources)
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        until = time.monotonic() + _ANSWER_SECONDS
-        for source in self._sources:
-            source.ask()
-        readings = {source.name: source.reading(until) for source in self._sources}
-        yield _gauge("build_info", "Version of the exporter.", {version("tidemark"): 1}, "version")
-        up = {name: reading.error is None for name, reading in readings.items()}
-        yield _gauge("exporter_source_up", "Whether a source answered when it was last asked.", up, "source")
-        seconds = {name: reading.seconds for name, reading in readings.items()}
-        yield _gauge("exporter_source_duration_seconds", "Time it took to read a source.", seconds, "source")
-        for reading in readings.values():
-            yield from reading.metrics
 
 
 # --- Postgres
 
 
-class PostgresSource:
-    """Reads the database over a connection of its own, which gives up early."""
-
-    def __init__(self, app: TidemarkApp) -> None:
-        self._app = app
-        self._database: Database | None = None
-
-    def __call__(self) -> Iterable[Metric]:
-        settings = self._app.settings
-        if self._database is None:
-            limits = dict.fromkeys(("pool_wait", "statement_timeout"), _ANSWER_SECONDS)
-            impatient = {"pool_open": 1, "lock_timeout": 1.0, **limits}
-            self._database = Database(self._app.database_url, settings.model_copy(update=impatient), threads=1)
-        with self._database.connection() as conn:
-            overdue = overdue_seconds(self._app)
-            return postgres_metrics(read_figures(conn, topics=settings.metrics_topics, overdue_seconds=overdue))
-
-    def close(self) -> None:
-        if self._database is not None:
-            self._database.close()
+def read_postgres(app: TidemarkApp) -> Iterable[Metric]:
+    """Over a connection of its own, which gives up early."""
+    settings = app.settings
+    impatient = settings.model_copy(update={"statement_timeout": _ANSWER_SECONDS, "lock_timeout": 1.0})
+    with connect(app.database_url, impatient) as conn:
+        figures = read_figures(conn, topics=settings.metrics_topics, overdue_seconds=overdue_seconds(app))
+    return postgres_metrics(figures)
 
 
 def overdue_seconds(app: TidemarkApp) -> float:
@@ -324,23 +289,47 @@ class Seen:
     processed: int = 0
 
 
-class Heartbeats:
-    """Listens to the heartbeats that Celery's workers send anyway, in a thread of its own."""
+class Broker:
+    """Queue depths from a Redis broker, and the heartbeats that Celery's workers send anyway, heard by a thread."""
 
     def __init__(self, app: TidemarkApp) -> None:
         self._app = app
+        self._queues = all_queues(app.settings.shards)
+        self._redis = _impatient(app.broker_url) if is_redis(app.broker_url) else None
         self._lock = threading.Lock()
         self._workers: dict[str, Seen] = {}
         self._stop = threading.Event()
         self._receiver: Any = None
         # Why nothing is heard, if so.
-        self.error: str | None = None
+        self._error: str | None = None
         self._thread = threading.Thread(target=self._listen, name="heartbeats", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def seen(self) -> dict[str, Seen]:
+    def __call__(self) -> Iterable[Metric]:
+        if self._error is not None:
+            raise ServerError(self._error)
+        depths: dict[str, float] = {}
+        if self._redis is not None:
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for queue in self._queues:
+                    pipeline.llen(queue)
+                depths = dict(zip(self._queues, pipeline.execute(), strict=True))
+        seen = self._seen()
+        recent = sum(worker.at >= time.time() - _WORKER_SILENT_SECONDS for worker in seen.values())
+        heard = {name: worker.at for name, worker in seen.items()}
+        active = {name: worker.active for name, worker in seen.items()}
+        processed = {name: worker.processed for name, worker in seen.items()}
+        return [
+            _gauge("queue_tasks", "Tasks that wait in a queue, those handed to a worker left out.", depths, "queue"),
+            _gauge("workers", "Workers heard of within the last minute.", recent),
+            _gauge("worker_heartbeat_timestamp_seconds", "When a worker was last heard of.", heard, "worker"),
+            _gauge("worker_active_tasks", "Tasks a worker runs.", active, "worker"),
+            _counter("worker_tasks", "Tasks since its start.", processed, "worker"),
+        ]
+
+    def _seen(self) -> dict[str, Seen]:
         """The workers heard of lately that did not say goodbye; the latest, if there are very many."""
         with self._lock:
             oldest = time.time() - _WORKER_GONE_SECONDS
@@ -361,7 +350,7 @@ class Heartbeats:
                     connection.ensure_connection(max_retries=1, timeout=_ANSWER_SECONDS)
                     self._capture(connection)
             except Exception as error:  # noqa: BLE001 - a broker that is away comes back
-                self.error = _said(error)
+                self._error = _said(error)
             self._stop.wait(1)
 
     def _capture(self, connection: Any) -> None:
@@ -370,7 +359,7 @@ class Heartbeats:
             handlers=dict.fromkeys(("worker-heartbeat", "worker-online"), self._heard) | {"worker-offline": self._gone},
             routing_key="worker.#",
         )
-        self.error = None
+        self._error = None
         # The interval is how soon it hears that it is to stop.
         for _ in receiver.consume(limit=None, timeout=None, safety_interval=0.3, wakeup=True):
             if self._stop.is_set():
@@ -387,63 +376,47 @@ class Heartbeats:
             self._workers.pop(str(event["hostname"]), None)
 
 
-class BrokerSource:
-    """Queue depths from a Redis broker, and the workers that were heard of."""
-
-    def __init__(self, app: TidemarkApp, heartbeats: Heartbeats) -> None:
-        self._queues = all_queues(app.settings.shards)
-        self._heartbeats = heartbeats
-        self._redis = _impatient(app.broker_url) if is_redis(app.broker_url) else None
-
-    def __call__(self) -> Iterable[Metric]:
-        if self._heartbeats.error is not None:
-            raise ServerError(self._heartbeats.error)
-        depths = {} if self._redis is None else self._depths(self._redis)
-        seen = self._heartbeats.seen()
-        recent = sum(worker.at >= time.time() - _WORKER_SILENT_SECONDS for worker in seen.values())
-        heard = {name: worker.at for name, worker in seen.items()}
-        active = {name: worker.active for name, worker in seen.items()}
-        processed = {name: worker.processed for name, worker in seen.items()}
-        return [
-            _gauge("queue_tasks", "Tasks that wait in a queue, those handed to a worker left out.", depths, "queue"),
-            _gauge("workers", "Workers heard of within the last minute.", recent),
-            _gauge("worker_heartbeat_timestamp_seconds", "When a worker was last heard of.", heard, "worker"),
-            _gauge("worker_active_tasks", "Tasks a worker runs.", active, "worker"),
-            _counter("worker_tasks", "Tasks since its start.", processed, "worker"),
-        ]
-
-    def _depths(self, redis: Redis) -> dict[str, float]:
-        with redis.pipeline(transaction=False) as pipeline:
-            for queue in self._queues:
-                pipeline.llen(queue)
-            return dict(zip(self._queues, pipeline.execute(), strict=True))
-
-
 # --- The program
 
 
-class Exporter:
+class Exporter(Collector):
     """Serves the metrics until it is left; at every path, for prometheus_client's server knows no other page."""
 
     def __init__(self, app: TidemarkApp, address: str, port: int) -> None:
         self._address = address
-        self._postgres = PostgresSource(app)
-        self._heartbeats = Heartbeats(app)
+        self._broker = Broker(app)
         reads: dict[str, Callable[[], Iterable[Metric]]] = {
-            "postgres": self._postgres,
-            "broker": BrokerSource(app, self._heartbeats),
+            "postgres": lambda: read_postgres(app),
+            "broker": self._broker,
         }
         if app.redis_url is not None:
             redis, shards = _impatient(app.redis_url), app.settings.shards
             reads["redis"] = lambda: worker_metrics(read(redis)) + lease_metrics(redis, shards)
-        registry = CollectorRegistry()
         self._sources = [Source(name, read, seconds=app.settings.metrics_seconds) for name, read in reads.items()]
-        registry.register(AllSources(self._sources))
+        registry = CollectorRegistry()
+        registry.register(self)
         try:
             self._server, self._thread = start_http_server(port, address, registry)
         except (OSError, OverflowError) as error:
             raise ServerError(f"cannot listen on {address} port {port}: {error}") from None
-        self._heartbeats.start()
+        self._broker.start()
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the sources side by side: those that hang cost one time-out together."""
+        until = time.monotonic() + _ANSWER_SECONDS
+        for source in self._sources:
+            source.ask()
+        readings = {source.name: source.reading(until) for source in self._sources}
+        yield _gauge("build_info", "Version of the exporter.", {version("tidemark"): 1}, "version")
+        up = {name: reading.error is None for name, reading in readings.items()}
+        yield _gauge("exporter_source_up", "Whether a source answered when it was last asked.", up, "source")
+        seconds = {name: reading.seconds for name, reading in readings.items()}
+        yield _gauge("exporter_source_duration_seconds", "Time it took to read a source.", seconds, "source")
+        for reading in readings.values():
+            yield from reading.metrics
 
     @property
     def port(self) -> int:
@@ -463,8 +436,7 @@ class Exporter:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        self._heartbeats.close()
-        self._postgres.close()
+        self._broker.close()
 
     def answers(self) -> bool:
         """Whether a request of our own is answered: for the one page that asks no source."""

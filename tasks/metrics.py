@@ -101,52 +101,21 @@ class Family:
 _BY_TOPIC = ("topic", "strategy")
 
 FAMILIES = (
-    Family(
-        "materialize_duration_seconds",
-        "Time of a materializing transaction, lock wait included. Topic (several) where it served more than one.",
-        _BY_TOPIC,
-        "histogram",
-    ),
-    Family(
-        "materialize_lock_wait_seconds",
-        "Part of a materializing transaction spent on getting its partitions' locks.",
-        _BY_TOPIC,
-        "histogram",
-    ),
-    Family(
-        "commit_to_offset_seconds",
-        "Time from an event's commit to its offset. A sample: once a second, the last run a worker process made.",
-        ("topic",),
-        "histogram",
-    ),
+    # Of a transaction that served several topics the topic is SEVERAL.
+    Family("materialize_duration_seconds", "Time of a transaction, lock wait included.", _BY_TOPIC, "histogram"),
+    Family("materialize_lock_wait_seconds", "Its part spent on getting locks.", _BY_TOPIC, "histogram"),
+    Family("commit_to_offset_seconds", "Wait of an event for its offset, sampled.", ("topic",), "histogram"),
     Family("materialize_events", "Events that got their offset.", _BY_TOPIC),
     Family("materialize_records", "Records in those events.", _BY_TOPIC),
     Family("materialize_log_bytes", "Bytes of those events in object storage.", _BY_TOPIC),
-    Family(
-        "materialize_transaction_bytes",
-        "Bytes that materializing transactions added to runs and its index, estimated by rows.",
-        _BY_TOPIC,
-    ),
-    Family(
-        "materialize_batch_events",
-        "Events that these transactions would have taken at most; by their number, the size of a batch.",
-        _BY_TOPIC,
-    ),
+    Family("materialize_transaction_bytes", "Bytes added to runs and its index, estimated by rows.", _BY_TOPIC),
+    Family("materialize_batch_events", "Events that transactions would have taken at most.", _BY_TOPIC),
     Family("materialize_attempts", "Materializing transactions tried, failed ones included."),
-    Family(
-        "materialize_errors",
-        "Materializing transactions that failed, by error; most are repeated at once.",
-        ("kind",),
-    ),
+    Family("materialize_errors", "Transactions that failed, by error; most are repeated at once.", ("kind",)),
     Family("materialize_stuck", "Partitions that a task could not materialize; the others of it were served."),
     Family("task_runs", "Tasks that ended, by outcome.", ("task", "outcome")),
     Family("task_seconds", "Time tasks ran.", ("task",), time=True),
-    Family(
-        "task_last_success_timestamp_seconds",
-        "When a task last ended well, in seconds since the epoch.",
-        ("task",),
-        "gauge",
-    ),
+    Family("task_last_success_timestamp_seconds", "When a task last ended well.", ("task",), "gauge"),
     Family("fan_out_commits", "Commits that fan-out found."),
     Family("fan_out_tasks", "Materialize tasks published by what found the work.", ("by",)),
     Family("sweep_partitions", "Partitions with pending events that the sweep met."),
@@ -358,14 +327,8 @@ class DrainMetrics:
     def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
         """Report partitions that cannot be materialized by name: in the log, as a metric, and for `status`."""
         why = f"{type(error).__name__}: {str(error).strip()}"
-        log.error(
-            "partitions cannot be materialized",
-            extra={
-                "partitions": self._names.describe(partition_ids),
-                "error": why,
-                "next": "each sweep tries them again",
-            },
-        )
+        extra = {"partitions": self._names.describe(partition_ids), "error": why, "next": "each sweep tries them again"}
+        log.error("partitions cannot be materialized", extra=extra)
         self._metrics.add("materialize_stuck", amount=len(partition_ids))
         self._metrics.stuck([self._names.describe([i]) for i in partition_ids], why)
 
@@ -374,7 +337,7 @@ class DrainMetrics:
 
 
 class PausingHints:
-    """Hints that leave Redis alone for a while after it has failed."""
+    """Leaves Redis alone for a while after it has failed."""
 
     def __init__(self, redis: Callable[[], Redis | None]) -> None:
         self._redis = redis
@@ -387,7 +350,7 @@ class PausingHints:
         try:
             return question(redis)
         except RedisError as error:
-            log.warning("metrics are kept until Redis is back", extra={"error": str(error)})
+            log.warning("Redis does not answer", extra={"error": str(error)})
             self._silent_until = monotonic() + _PAUSE_SECONDS
             return otherwise
 

@@ -32,7 +32,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode
-from redis import RedisError
+from redis import Redis
 
 from config.errors import SettingsError
 from config.queues import MATERIALIZE, partition_ids_of
@@ -56,6 +56,24 @@ _unannounced: ContextVar[set[int] | None] = ContextVar("unannounced", default=No
 
 def _key(partition_id: int) -> str:
     return f"tidemark:trace:{partition_id}"
+
+
+def _put(redis: Redis, partition_ids: set[int], traceparent: str) -> bool:
+    with redis.pipeline(transaction=False) as pipeline:
+        for key in map(_key, partition_ids):
+            pipeline.rpush(key, traceparent)
+            pipeline.ltrim(key, 0, _LINKS)
+            pipeline.expire(key, _NOTED_SECONDS)
+        pipeline.execute()
+    return True
+
+
+def _pop(redis: Redis, partition_ids: Sequence[int]) -> list[str]:
+    with redis.pipeline(transaction=False) as pipeline:
+        for key in map(_key, partition_ids):
+            pipeline.lrange(key, 0, -1)
+            pipeline.delete(key)
+        return [value for values in pipeline.execute()[::2] for value in values]
 
 
 def make_provider() -> TracerProvider:
@@ -115,35 +133,19 @@ class Tracing:
         if ids and span.get_span_context().trace_flags.sampled:
             self._note(ids, span)
 
-    # --- Contexts of commits, in Redis
-
     def _note(self, partition_ids: set[int], span: Span) -> None:
         carrier: dict[str, str] = {}
         propagate.inject(carrier, trace.set_span_in_context(span, Context()))
-        if self._app.redis is None or "traceparent" not in carrier:
-            return
-        try:
-            with self._app.redis.pipeline(transaction=False) as pipeline:
-                for key in map(_key, partition_ids):
-                    pipeline.rpush(key, carrier["traceparent"])
-                    pipeline.ltrim(key, 0, _LINKS)
-                    pipeline.expire(key, _NOTED_SECONDS)
-                pipeline.execute()
-        except RedisError as error:
-            log.warning("a commit's trace ends with it: Redis is away", extra={"error": str(error)})
+        traceparent = carrier.get("traceparent")
+        if traceparent and not self._app.hints.ask(
+            lambda redis: _put(redis, partition_ids, traceparent), otherwise=False
+        ):
+            log.warning("a commit's trace ends with it: Redis does not answer")
 
     def _take(self, partition_ids: Sequence[int]) -> list[SpanContext]:
         """What is noted for partitions, each once."""
-        if self._app.redis is None:
-            return []
-        try:
-            with self._app.redis.pipeline(transaction=False) as pipeline:
-                for key in map(_key, partition_ids):
-                    pipeline.lrange(key, 0, -1)
-                    pipeline.delete(key)
-                noted = [value for values in pipeline.execute()[::2] for value in values]
-        except RedisError:
-            return []
+        nothing: list[str] = []
+        noted = self._app.hints.ask(lambda redis: _pop(redis, partition_ids), otherwise=nothing)
         spans = (
             trace.get_current_span(propagate.extract({"traceparent": value}, Context())).get_span_context()
             for value in dict.fromkeys(noted)

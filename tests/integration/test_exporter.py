@@ -412,7 +412,7 @@ def test_figures_wait_for_a_redis_that_is_away(
     crashable.kill()
     counted(worker)
     worker.flush()
-    assert "metrics are kept until Redis is back" in caplog.text
+    assert "Redis does not answer" in caplog.text
     caplog.clear()
     # Within the pause nobody waits for it again.
     counted(worker)
@@ -457,20 +457,20 @@ def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
 def test_workers_that_are_heard_of_and_those_that_went(exporter: Exporter) -> None:
     """One that is killed and started again under its name is the same; one that is gone for good leaves no series."""
     for name in ("celery@a", "celery@5eb63bbb", "celery@c3fcd3d7"):
-        exporter._heartbeats._heard({"hostname": name, "active": 1, "processed": 7})
-    exporter._heartbeats._workers["celery@a"].at -= 90
-    exporter._heartbeats._workers["celery@5eb63bbb"].at -= 90
+        exporter._broker._heard({"hostname": name, "active": 1, "processed": 7})
+    exporter._broker._workers["celery@a"].at -= 90
+    exporter._broker._workers["celery@5eb63bbb"].at -= 90
     killed = scrape(exporter)
     assert killed("workers") == 1
     assert killed.label_values("worker_heartbeat_timestamp_seconds", "worker") == {
         "celery@a", "celery@5eb63bbb", "celery@c3fcd3d7",
     }  # fmt: skip
-    exporter._heartbeats._heard({"hostname": "celery@a"})
-    exporter._heartbeats._workers["celery@5eb63bbb"].at -= 900
+    exporter._broker._heard({"hostname": "celery@a"})
+    exporter._broker._workers["celery@5eb63bbb"].at -= 900
     later = scrape(exporter)
     assert later("workers") == 2
     assert later.label_values("worker_heartbeat_timestamp_seconds", "worker") == {"celery@a", "celery@c3fcd3d7"}
-    exporter._heartbeats._gone({"hostname": "celery@c3fcd3d7"})
+    exporter._broker._gone({"hostname": "celery@c3fcd3d7"})
     assert scrape(exporter).label_values("worker_tasks_total", "worker") == {"celery@a"}
 
 
@@ -537,7 +537,7 @@ def test_a_scrape_of_hung_servers_ends_in_time(
     with ExitStack() as stack:
         app = make_app(stack, database_url, crashable.url, tmp_path)
         connected = stack.enter_context(Exporter(app, "127.0.0.1", 0))
-        connected._heartbeats._heard({"hostname": "celery@test"})
+        connected._broker._heard({"hostname": "celery@test"})
         sources = ("postgres", "redis", "broker")
 
         def all_are_up() -> bool:
@@ -574,6 +574,27 @@ def test_a_source_is_not_asked_too_often() -> None:
         source.reading(until)
     # A tenth of the time, so no more than two or so.
     assert 1 <= len(asked) <= 3
+
+
+def test_a_source_that_hung_is_asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after nine times as long as it hung."""
+    monkeypatch.setattr("tasks.exporter._ANSWER_SECONDS", 0.05)
+    asked = []
+
+    def hangs_once() -> list[Metric]:
+        asked.append(True)
+        time.sleep(0.5 if len(asked) == 1 else 0)
+        return []
+
+    source = Source("hung", hangs_once, seconds=0.01)
+    source.ask()
+    assert source.reading(time.monotonic() + 0.05).error == "it hangs"
+
+    def it_is_asked_again() -> bool:
+        source.ask()
+        return len(asked) == 2
+
+    wait_until(it_is_asked_again, timeout=2.5)
 
 
 def test_where_it_cannot_listen(app: TidemarkApp, exporter: Exporter) -> None:
@@ -616,7 +637,7 @@ def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], order
         if family.kind == "counter":
             app.figures.add(family.name, *family.labels)
     app.figures.flush()
-    exporter._heartbeats._heard({"hostname": "celery@test"})
+    exporter._broker._heard({"hostname": "celery@test"})
     return scrape(exporter)
 
 
