@@ -184,3 +184,8 @@ def materialize(
         batch_events=events_per_partition * len(ids),
         moved=moved,
     )
+
+
+def ages_of_run(conn: psycopg.Connection[Any], partition_id: int, newer: int) -> list[float]:
+    """Seconds since the commit of each event in the partition's run that has `newer` ones after it."""
+    return [row[0] for row in run(conn, "ages_of_run", (partition_id, newer), prepare=True)]

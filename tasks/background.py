@@ -13,8 +13,6 @@ from threading import Lock
 from time import monotonic
 from typing import Any
 
-from tasks.app import TidemarkApp
-
 log = logging.getLogger(__name__)
 
 _WAITING = 1_000
@@ -24,7 +22,7 @@ _PAUSE_SECONDS = 5.0
 class Background:
     """The thread of one process; a forked child gets its own."""
 
-    def __init__(self, app: TidemarkApp) -> None:  # noqa: ARG002 - made by `app.once`
+    def __init__(self, _app: object = None) -> None:
         self._start_over()
 
     def _start_over(self) -> None:

@@ -136,6 +136,11 @@ def redis_time(redis: "Redis") -> float:
     return float(seconds) + float(microseconds) / 1e6
 
 
+def read_programs(redis: "Redis") -> dict[str, Program]:
+    """Every entry by its id; those of `GONE_SECONDS` ago may be among them."""
+    return read_entries(redis.hgetall(KEY))  # type: ignore[arg-type] # typed for both of its clients
+
+
 def read_entries(found: Mapping[str, str]) -> dict[str, Program]:
     """Entries as they stand in Redis; those of another release are left out."""
     entries = {}

@@ -18,21 +18,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from random import choices, randrange
 from threading import Lock
-from time import monotonic, perf_counter, time
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
-from celery import signals
-from redis import Redis, RedisError
+from redis import Redis
 
 from config.errors import TidemarkError
 from db.materialize import RUN_BYTES, MaterializationMetrics, Moved
 from db.translate import TRANSIENT
+from tasks.hints import Hints
 from tasks.names import PartitionNames
 from tasks.rollout import Side
 
 if TYPE_CHECKING:
-    from tasks.app import TidemarkApp
+    pass
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -101,52 +101,21 @@ class Family:
 _BY_TOPIC = ("topic", "strategy")
 
 FAMILIES = (
-    Family(
-        "materialize_duration_seconds",
-        "Time of a materializing transaction, lock wait included. Topic (several) where it served more than one.",
-        _BY_TOPIC,
-        "histogram",
-    ),
-    Family(
-        "materialize_lock_wait_seconds",
-        "Part of a materializing transaction spent on getting its partitions' locks.",
-        _BY_TOPIC,
-        "histogram",
-    ),
-    Family(
-        "commit_to_offset_seconds",
-        "Time from an event's commit to its offset. A sample: once a second, the last run a worker process made.",
-        ("topic",),
-        "histogram",
-    ),
+    # Of a transaction that served several topics the topic is SEVERAL.
+    Family("materialize_duration_seconds", "Time of a transaction, lock wait included.", _BY_TOPIC, "histogram"),
+    Family("materialize_lock_wait_seconds", "Its part spent on getting locks.", _BY_TOPIC, "histogram"),
+    Family("commit_to_offset_seconds", "Wait of an event for its offset, sampled.", ("topic",), "histogram"),
     Family("materialize_events", "Events that got their offset.", _BY_TOPIC),
     Family("materialize_records", "Records in those events.", _BY_TOPIC),
     Family("materialize_log_bytes", "Bytes of those events in object storage.", _BY_TOPIC),
-    Family(
-        "materialize_transaction_bytes",
-        "Bytes that materializing transactions added to runs and its index, estimated by rows.",
-        _BY_TOPIC,
-    ),
-    Family(
-        "materialize_batch_events",
-        "Events that these transactions would have taken at most; by their number, the size of a batch.",
-        _BY_TOPIC,
-    ),
+    Family("materialize_transaction_bytes", "Bytes added to runs and its index, estimated by rows.", _BY_TOPIC),
+    Family("materialize_batch_events", "Events that transactions would have taken at most.", _BY_TOPIC),
     Family("materialize_attempts", "Materializing transactions tried, failed ones included."),
-    Family(
-        "materialize_errors",
-        "Materializing transactions that failed, by error; most are repeated at once.",
-        ("kind",),
-    ),
+    Family("materialize_errors", "Transactions that failed, by error; most are repeated at once.", ("kind",)),
     Family("materialize_stuck", "Partitions that a task could not materialize; the others of it were served."),
     Family("task_runs", "Tasks that ended, by outcome.", ("task", "outcome")),
     Family("task_seconds", "Time tasks ran.", ("task",), time=True),
-    Family(
-        "task_last_success_timestamp_seconds",
-        "When a task last ended well, in seconds since the epoch.",
-        ("task",),
-        "gauge",
-    ),
+    Family("task_last_success_timestamp_seconds", "When a task last ended well.", ("task",), "gauge"),
     Family("fan_out_commits", "Commits that fan-out found."),
     Family("fan_out_tasks", "Materialize tasks published by what found the work.", ("by",)),
     Family("sweep_partitions", "Partitions with pending events that the sweep met."),
@@ -182,12 +151,6 @@ _RESULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "tasks.retain": {"deleted": ("retention_batches",), "log_bytes": ("retention_log_bytes",)},
     "tasks.audit": {"violations": ("audit_violations",)},
 }
-
-
-class Hints(Protocol):
-    """Redis, for what may be lost: who asks gets `otherwise` while it does not answer."""
-
-    def ask(self, question: Callable[[Redis], T], otherwise: T) -> T: ...
 
 
 @dataclass(slots=True)
@@ -356,54 +319,13 @@ class DrainMetrics:
         self._metrics.add("materialize_errors", kind if kind in _KINDS else "other")
 
     def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        """Report partitions that cannot be materialized by name: in the log, as a metric, and for `status`."""
+        """Count them, and keep why for `status`."""
         why = f"{type(error).__name__}: {str(error).strip()}"
         self._metrics.add("materialize_stuck", amount=len(partition_ids))
         self._metrics.stuck([self._names.describe([i]) for i in partition_ids], why)
 
     def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
         """Nothing to count: its transactions were."""
-
-
-class PausingHints:
-    """Hints that leave Redis alone for a while after it has failed."""
-
-    def __init__(self, redis: Callable[[], Redis | None]) -> None:
-        self._redis = redis
-        self._silent_until = 0.0
-
-    def ask(self, question: Callable[[Redis], T], otherwise: T) -> T:
-        redis = self._redis()
-        if redis is None or monotonic() < self._silent_until:
-            return otherwise
-        try:
-            return question(redis)
-        except RedisError as error:
-            log.warning("metrics are kept until Redis is back", extra={"error": str(error)})
-            self._silent_until = monotonic() + _PAUSE_SECONDS
-            return otherwise
-
-
-def connect(app: "TidemarkApp") -> None:
-    """Count every task of ours when it ends, and send the process's metrics then."""
-    started: dict[str, float] = {}
-
-    def task_prerun(task_id: str, **_: Any) -> None:
-        started[task_id] = perf_counter()
-
-    def task_postrun(task_id: str, task: Any, retval: Any = None, state: str | None = None, **_: Any) -> None:
-        began = started.pop(task_id, None)
-        if began is None or task.app is not app or not task.name.startswith("tasks."):
-            return
-        # None: the task asked not to be reported, as one does that is put back.
-        app.figures.task_ended(task.name, state or "ignored", perf_counter() - began, retval)
-        if "database" in vars(app):
-            app.figures.pool_used(app.database.pool.pop_stats())
-        app.figures.flush()
-
-    # Strong references: the functions live nowhere else.
-    signals.task_prerun.connect(task_prerun, weak=False)
-    signals.task_postrun.connect(task_postrun, weak=False)
 
 
 def read(redis: Redis) -> dict[str, str]:

@@ -8,7 +8,6 @@ from typing import Any
 import psycopg
 
 from db.topics import names_of
-from tasks.app import TidemarkApp
 
 # Enough for every partition of a large installation; beyond that, starting over costs one query.
 _REMEMBERED = 200_000
@@ -17,7 +16,7 @@ _REMEMBERED = 200_000
 class PartitionNames:
     """Topic and partition number by partition id; read once, since they never change."""
 
-    def __init__(self, app: TidemarkApp) -> None:  # noqa: ARG002 - made by `app.once`
+    def __init__(self, _app: object = None) -> None:
         self._known: dict[int, tuple[str, int]] = {}
 
     def learn(self, conn: psycopg.Connection[Any], ids: Iterable[int]) -> None:

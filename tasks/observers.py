@@ -10,8 +10,9 @@ from celery import Task
 from celery.exceptions import Ignore, Retry
 
 from config.queues import shard_of
-from db.materialize import MaterializationMetrics
+from db.materialize import MaterializationMetrics, ages_of_run
 from tasks.app import TidemarkApp
+from tasks.compare import DrainComparison
 from tasks.dispatch import tracing_of
 from tasks.drain import Observer
 from tasks.hints import Hints
@@ -58,13 +59,22 @@ def worker_metrics(app: TidemarkApp) -> WorkerMetrics:
     return WorkerMetrics(app.once(Hints), topics=app.settings.metrics_topics)
 
 
-def _drain_metrics(app: TidemarkApp) -> DrainMetrics:
-    return DrainMetrics(app.once(worker_metrics), app.once(PartitionNames))
-
-
 def observers(app: TidemarkApp) -> tuple[Observer, ...]:
-    """Everybody who wants to know what a task's partitions go through."""
-    return app.once(_drain_metrics), app.once(DrainLog)
+    """Everybody who wants to know what a task's partitions go through; one set for each app."""
+    return app.once(_observers)
+
+
+def _observers(app: TidemarkApp) -> tuple[Observer, ...]:
+    def ages_of(partition_id: int, newer: int) -> list[float]:
+        with app.database.connection() as conn:
+            return ages_of_run(conn, partition_id, newer)
+
+    metrics = app.once(worker_metrics)
+    return (
+        DrainMetrics(metrics, app.once(PartitionNames), ages_of),
+        DrainComparison(metrics, app.settings),
+        DrainLog(app),
+    )
 
 
 class DrainLog:

@@ -6,6 +6,7 @@ First of three lines: then Celery retries the task, and at last the next tick or
 
 import logging
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 from typing import TypeVar
 
@@ -24,7 +25,7 @@ def with_retries(
     settings: Settings,
     work: Callable[[], _Result],
     *,
-    until: float,
+    until: float = inf,
     on_error: Callable[[BaseException], None] | None = None,
     retry: Callable[[BaseException], bool] = is_transient,
 ) -> _Result:

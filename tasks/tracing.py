@@ -4,8 +4,8 @@ Imported only where `TIDEMARK_TRACING` is set; without it nothing of OpenTelemet
 
 How a trace gets from a commit to its materialization:
 
-- `app.committing(key, partition_ids)` around a commit makes its span. What is published inside it (a wake-up) carries
-  the span's context in Celery's message headers, and the materialization becomes its child.
+- `dispatch.committing(app, key, partition_ids)` around a commit makes its span. What is published inside it (a
+  wake-up) carries the span's context in Celery's message headers, and the materialization becomes its child.
 - Fan-out finds commits in Postgres, which knows nothing of traces. So on leaving, `committing` notes its context in
   Redis for each partition that was not published, and whoever publishes a partition takes what is noted for it: the
   oldest commit is the parent, the others (and fan-out's own span) are links.
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from importlib.metadata import entry_points
 from os import environ
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import signals
 from opentelemetry import context as contexts
@@ -32,13 +32,13 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode
-from redis import RedisError
+from redis import Redis
 
 from config.errors import SettingsError
 from config.queues import MATERIALIZE, partition_ids_of
-
-if TYPE_CHECKING:
-    from tasks.app import TidemarkApp
+from tasks.app import TidemarkApp
+from tasks.background import Background
+from tasks.hints import Hints
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,24 @@ _unannounced: ContextVar[set[int] | None] = ContextVar("unannounced", default=No
 
 def _key(partition_id: int) -> str:
     return f"tidemark:trace:{partition_id}"
+
+
+def _put(redis: Redis, partition_ids: set[int], traceparent: str) -> bool:
+    with redis.pipeline(transaction=False) as pipeline:
+        for key in map(_key, partition_ids):
+            pipeline.rpush(key, traceparent)
+            pipeline.ltrim(key, 0, _LINKS)
+            pipeline.expire(key, _NOTED_SECONDS)
+        pipeline.execute()
+    return True
+
+
+def _pop(redis: Redis, partition_ids: Sequence[int]) -> list[str]:
+    with redis.pipeline(transaction=False) as pipeline:
+        for key in map(_key, partition_ids):
+            pipeline.lrange(key, 0, -1)
+            pipeline.delete(key)
+        return [value for values in pipeline.execute()[::2] for value in values]
 
 
 def make_provider() -> TracerProvider:
@@ -81,7 +99,7 @@ def make_provider() -> TracerProvider:
 class Tracing:
     """Makes the spans of one app's tasks; `close` ends that."""
 
-    def __init__(self, app: "TidemarkApp", provider: TracerProvider | None = None) -> None:
+    def __init__(self, app: TidemarkApp, provider: TracerProvider | None = None) -> None:
         self._app = app
         self._provider = provider or make_provider()
         self._tracer = self._provider.get_tracer("tidemark")
@@ -112,38 +130,25 @@ class Tracing:
                 yield
             finally:
                 _unannounced.reset(token)
-        if ids and span.get_span_context().trace_flags.sampled:
-            self._note(ids, span)
-
-    # --- Contexts of commits, in Redis
+        if span.get_span_context().trace_flags.sampled:
+            # After the wake-up, which the same thread publishes; what that announces needs no note.
+            self._app.once(Background).submit(self._note, ids, span)
 
     def _note(self, partition_ids: set[int], span: Span) -> None:
         carrier: dict[str, str] = {}
         propagate.inject(carrier, trace.set_span_in_context(span, Context()))
-        if self._app.redis is None or "traceparent" not in carrier:
-            return
-        try:
-            with self._app.redis.pipeline(transaction=False) as pipeline:
-                for key in map(_key, partition_ids):
-                    pipeline.rpush(key, carrier["traceparent"])
-                    pipeline.ltrim(key, 0, _LINKS)
-                    pipeline.expire(key, _NOTED_SECONDS)
-                pipeline.execute()
-        except RedisError as error:
-            log.warning("a commit's trace ends with it: Redis is away", extra={"error": str(error)})
+        traceparent = carrier.get("traceparent")
+        if (
+            partition_ids
+            and traceparent
+            and not self._app.once(Hints).ask(lambda redis: _put(redis, partition_ids, traceparent), otherwise=False)
+        ):
+            log.warning("a commit's trace ends with it: Redis does not answer")
 
     def _take(self, partition_ids: Sequence[int]) -> list[SpanContext]:
         """What is noted for partitions, each once."""
-        if self._app.redis is None:
-            return []
-        try:
-            with self._app.redis.pipeline(transaction=False) as pipeline:
-                for key in map(_key, partition_ids):
-                    pipeline.lrange(key, 0, -1)
-                    pipeline.delete(key)
-                noted = [value for values in pipeline.execute()[::2] for value in values]
-        except RedisError:
-            return []
+        nothing: list[str] = []
+        noted = self._app.once(Hints).ask(lambda redis: _pop(redis, partition_ids), otherwise=nothing)
         spans = (
             trace.get_current_span(propagate.extract({"traceparent": value}, Context())).get_span_context()
             for value in dict.fromkeys(noted)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
@@ -11,7 +12,12 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
 from config.settings import Settings
+from db.materialize import MaterializationMetrics
 from tasks.app import TidemarkApp
+from tasks.dispatch import enqueue, fan_out
+from tasks.drain import drain as drain_sides
+from tasks.drain import serve, together
+from tasks.observers import Job, observers
 
 COLUMNS = 80
 
@@ -64,3 +70,25 @@ def app_for(database_url: str, broker_url: str, **changes: Any) -> Iterator[Tide
     yield app
     app.database.close()
     app.close()
+
+
+def drain(app: TidemarkApp, ids: Sequence[int]) -> MaterializationMetrics:
+    """As a task does, with all its observers."""
+    return together(drain_sides(app, ids, observers(app)))
+
+
+def declare_jobs(app: TidemarkApp) -> None:
+    """Some of the jobs as tasks of this app: those of `tasks.jobs` belong to the one in `tasks`."""
+    job = partial(app.task, base=Job, shared=False)
+
+    @job(name="tasks.materialize")
+    def materialize(partition_ids: list[int]) -> dict[str, Any]:
+        return serve(app, partition_ids, observers(app))
+
+    @job(name="tasks.materialize_topic")
+    def materialize_topic(topic: str) -> list[str]:
+        return enqueue(app, topic, None)
+
+    @job(name="tasks.fan_out")
+    def find() -> dict[str, int]:
+        return fan_out(app)

@@ -288,3 +288,18 @@ select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as 
        )) as has_more
 from run t
 group by t.partition_id;
+
+-- name: ages_of_run
+-- For a sample of how long commits wait: the seconds since the commit of each event of a run, $1 partition, $2 how many newer
+-- runs it has. A commit's time is when commit_object ran; its transaction may have ended later.
+select extract(epoch from clock_timestamp() - o.committed_at)::float8 as seconds
+from (
+    select r as run
+    from tidemark.runs r
+    where r.partition_id = $1::int
+    order by r.start_offset desc
+    offset $2::int
+    limit 1
+) n
+cross join lateral tidemark.run_events(n.run) e
+join tidemark.objects o on o.id = e.object_id;

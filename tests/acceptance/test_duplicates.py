@@ -31,7 +31,7 @@ def test_two_workers_on_the_same_shards_with_doubled_and_lost_messages(
         began = time.monotonic()
         for turn in itertools.count():
             for partition in log.partitions:
-                app.tasks["tasks.materialize"].apply_async(kwargs={"partition_ids": [partition]})
+                app.send_task("tasks.materialize", kwargs={"partition_ids": [partition]})
             if turn % 20 == 10:
                 redis.flushall()
                 flushes += 1
@@ -54,7 +54,7 @@ def test_a_lost_message_is_found_by_the_sweep(start: Programs, app: TidemarkApp,
     """The fan-out has dispatched the commit and will not look at it again; its message and token are gone."""
     commit_one(log.conn, log.ledger, "bucket/1", log.partitions)
     first = start.worker("-Q", "control")
-    app.tasks["tasks.fan_out"].apply_async()
+    app.send_task("tasks.fan_out")
 
     with Redis.from_url(start.place.broker_url) as redis:
 
@@ -84,7 +84,7 @@ def test_kill_9_in_mid_task(start: Programs, app: TidemarkApp, log: Log) -> None
     # The first statement of the task waits until it is killed; what it did before is rolled back.
     with psycopg.connect(log.url) as holder:
         holder.execute("lock table tidemark.runs in exclusive mode")
-        app.tasks["tasks.materialize"].apply_async(kwargs={"partition_ids": [slow]})
+        app.send_task("tasks.materialize", kwargs={"partition_ids": [slow]})
 
         def the_task_is_about_to_place_batches() -> bool:
             row = log.conn.execute(

@@ -111,7 +111,7 @@ def test_a_busy_solo_worker_lives_and_leaves_no_sign(
     commit_one(log.conn, log.ledger, "bucket/1", log.partitions[:1])
     with log.conn.transaction():
         log.conn.execute("select from tidemark.topic_partitions where id = %s for no key update", (log.partitions[0],))
-        app.tasks["tasks.materialize"].apply_async(kwargs={"partition_ids": log.partitions[:1]})
+        app.send_task("tasks.materialize", kwargs={"partition_ids": log.partitions[:1]})
 
         def it_is_silent() -> bool:
             return age(file) > INTERVAL + 1

@@ -69,7 +69,7 @@ def tasks_in_flight(app: TidemarkApp, log: Log, partitions: list[int]) -> Iterat
     with psycopg.connect(log.url, application_name=name) as holder:
         holder.execute("select from tidemark.topic_partitions where id = any(%s) for update", (partitions,))
         for partition in partitions:
-            app.tasks["tasks.materialize"].apply_async(kwargs={"partition_ids": [partition]})
+            app.send_task("tasks.materialize", kwargs={"partition_ids": [partition]})
 
         def all_tasks_wait_for_the_lock() -> bool:
             row = log.conn.execute(

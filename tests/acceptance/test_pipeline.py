@@ -12,7 +12,7 @@ from config.errors import UnknownPartitionError, UnknownTopicError
 from db.fetch import fetch_batches
 from db.materialize import MaterializationMetrics
 from tasks.app import TidemarkApp
-from tasks.materialization import enqueue
+from tasks.dispatch import enqueue
 from tests.acceptance.conftest import Log, Programs
 from tests.acceptance.producers import Producers, commit_one
 from tests.support import wait_until
@@ -76,7 +76,7 @@ def test_ad_hoc_jobs(
     assert log.backlog() == 6
 
     # By task, as Flower's API or another program would send it: the task resolves the names in the worker.
-    published = app.tasks["tasks.materialize_partition"].apply_async(("orders", 0), ignore_result=False)
+    published = app.send_task("tasks.materialize_partition", ("orders", 0), ignore_result=False)
     assert len(published.get(timeout=20)) == 1
 
     def partition_0_is_done() -> bool:
@@ -97,7 +97,7 @@ def test_ad_hoc_jobs(
     assert called.returncode == 0, called.stderr
     log.wait_until_drained()
 
-    failing = app.tasks["tasks.materialize_topic"].apply_async(("nosuch",), ignore_result=False)
+    failing = app.send_task("tasks.materialize_topic", ("nosuch",), ignore_result=False)
     with pytest.raises(UnknownTopicError, match="nosuch"):
         failing.get(timeout=20)
 

@@ -69,7 +69,7 @@ def test_the_next_worker_takes_over(
     first = start.worker()
     second = start.worker()
     for partition in log.partitions:
-        app.tasks["tasks.materialize"].apply_async(kwargs={"partition_ids": [partition]})
+        app.send_task("tasks.materialize", kwargs={"partition_ids": [partition]})
 
     def all_tasks_are_taken() -> bool:
         return start.stats(first).get("tasks.materialize") == len(log.partitions)

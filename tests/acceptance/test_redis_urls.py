@@ -190,7 +190,7 @@ def test_a_sentinel_and_a_fail_over(servers: Servers, place: Place, log: Log) ->
 
         def the_replica_follows() -> bool:
             with suppress(RedisError):
-                return replica.info("replication")["master_link_status"] == "up"
+                return bool(replica.info("replication")["master_link_status"] == "up")
             return False
 
         wait_until(the_replica_follows)
@@ -209,12 +209,12 @@ def test_a_sentinel_and_a_fail_over(servers: Servers, place: Place, log: Log) ->
             servers.kill("first")
 
             def the_replica_is_master() -> bool:
-                return replica.info("replication")["role"] == "master"
+                return bool(replica.info("replication")["role"] == "master")
 
             wait_until(the_replica_is_master, timeout=30)
 
             def the_worker_is_back() -> bool:
-                return replica.info("clients")["blocked_clients"] > 0
+                return bool(replica.info("clients")["blocked_clients"] > 0)
 
             wait_until(the_worker_is_back, timeout=60)
             at.materialize(log, "bucket/2")

@@ -65,7 +65,7 @@ class Run:
 
 
 class Worker:
-    """Materializes as `tasks.materialization` does, and keeps the figures."""
+    """Materializes as `tasks.drain` does, and keeps the figures."""
 
     def __init__(self, conn: Conn, controller: Controller) -> None:
         self._conn = conn

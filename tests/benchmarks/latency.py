@@ -28,9 +28,8 @@ from db.discover import sweep
 from db.materialize import materialize
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
-from tasks import materialization
 from tasks.app import TidemarkApp
-from tasks.wake import commit_and_wake
+from tasks.dispatch import commit_and_wake
 from tests.acceptance.nodes import Process, celery_argv
 
 PARTITIONS = 16
@@ -101,9 +100,8 @@ def run(samples: int, stack: ExitStack) -> dict[str, list[float]]:
     for name in ("worker", "beat"):
         process = Process(celery_argv(name), env, directory / f"{name}.log")
         stack.callback(process.close)
-    app = TidemarkApp("latency", set_as_current=False)
+    app = TidemarkApp("latency")
     app.settings = Settings(database_url=postgres.url(), broker_url=redis.url)
-    materialization.register(app)
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     poller = context.Process(target=poll, args=(postgres.url("polled"), stop))

@@ -24,7 +24,7 @@ from config.embedded.redis import RedisServer
 from db.commit import Batch, commit_batches
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
-from tasks.leases import KEY, read_entries, redis_time
+from tasks.leases import read_programs, redis_time
 from tests.acceptance.nodes import Process, celery_argv
 
 SHARDS = 8
@@ -90,7 +90,7 @@ class Watch:
 
     def owners(self) -> dict[int, str]:
         """Worker name by shard, as the workers tell; without those that have told nothing for the lease's time."""
-        entries = read_entries(self._redis.hgetall(KEY))
+        entries = read_programs(self._redis)
         alive = redis_time(self._redis) - self._lease
         return {s: e.name.split("@")[0] for e in entries.values() if e.seen > alive for s in e.consumes}
 

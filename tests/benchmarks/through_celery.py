@@ -21,9 +21,8 @@ import psycopg
 from config.embedded.redis import RedisServer
 from config.queues import shard_of_queue
 from config.settings import Settings
-from tasks import discovery, maintenance, materialization
 from tasks.app import TidemarkApp
-from tasks.discovery import fan_out_once
+from tasks.dispatch import fan_out
 from tests.acceptance.nodes import Process, celery_argv
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, drain, shares
@@ -86,10 +85,8 @@ class Rig:
         redis = stack.enter_context(RedisServer.start(directory / "redis"))
         self.conn: psycopg.Connection[Any] = stack.enter_context(psycopg.connect(url, autocommit=True))
         self.crew = stack.enter_context(Crew(url, _WORKERS))
-        self._app = TidemarkApp("tidemark-bench", set_as_current=False)
+        self._app = TidemarkApp("tidemark-bench")
         self._app.settings = Settings(database_url=url, broker_url=redis.url, data_dir=directory)
-        for module in (materialization, discovery, maintenance):
-            module.register(self._app)
         stack.callback(self._app.database.close)
         env = {
             "TIDEMARK_DATABASE_URL": url,
@@ -116,7 +113,7 @@ class Rig:
     def through_celery(self, backlog: Backlog) -> Sample:
         records = _reset(self.conn, backlog)
         begin = time.perf_counter()
-        fan_out_once(self._app)
+        fan_out(self._app)
         _wait(self.conn, records)
         return Sample(seconds=time.perf_counter() - begin, cpu_seconds=0.0, units=backlog.events)
 

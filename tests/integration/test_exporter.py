@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from prometheus_client.core import Metric
@@ -22,21 +23,26 @@ from psycopg.rows import TupleRow
 from redis import Redis
 
 import db.figures
+from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
-from config.settings import Settings
+from config.settings import DEFAULT_STRATEGY, Settings
 from db.audit import audit
 from db.commit import commit_object
-from db.materialize import MaterializationMetrics, Moved, materialize
+from db.materialize import MaterializationMetrics, Moved, ages_of_run, materialize
 from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.exporter import Exporter, ServerError, Source
-from tasks.leases import LeaseStore
-from tasks.materialization import drain
-from tasks.metrics import WorkerFigures
+from tasks.hints import Hints
+from tasks.leases import Membership
+from tasks.metrics import DrainMetrics, WorkerMetrics
+from tasks.names import PartitionNames
+from tasks.observers import observers, worker_metrics
+from tasks.rollout import Side
 from tests.support import Connect, wait_until
+from tests.support_commands import drain
 
 ROOT = Path(__file__).parents[2]
 PROMTOOL = shutil.which("promtool")
@@ -72,7 +78,7 @@ def app(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[TidemarkA
 
 
 def make_app(stack: ExitStack, database_url: str, redis_url: str, directory: Path, **settings: Any) -> TidemarkApp:
-    app = TidemarkApp("exported", set_as_current=False)
+    app = TidemarkApp("exported")
     app.settings = Settings(
         database_url=database_url,
         broker_url=redis_url,
@@ -100,7 +106,7 @@ def get(exporter: Exporter, path: str = "metrics") -> str:
 def scrape(exporter: Exporter) -> Scrape:
     # A source rests after it was read.
     time.sleep(0.01)
-    for source in exporter._sources._sources:
+    for source in exporter._sources:
         source._until = 0.0
     return Scrape(get(exporter))
 
@@ -252,7 +258,7 @@ def test_figures_of_the_workers(
     done = drain(app, orders[:1])
     commit(conn, "b", [orders[0], *partition_ids(conn, "payments")])
     drain(app, [orders[0], *partition_ids(conn, "payments")])
-    app.figures.flush()
+    app.once(worker_metrics).flush()
     found = scrape(exporter)
     own = {"topic": "orders", "strategy": done.strategy}
     both = {"topic": "(several)", "strategy": done.strategy}
@@ -272,14 +278,50 @@ def test_figures_of_the_workers(
     assert found("materialize_duration_seconds_bucket", le=str(bound), **own) == 1
 
 
+def test_how_long_commits_wait_for_their_offsets(
+    app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], orders: list[int]
+) -> None:
+    """Each event of a run counts, by the time of its commit; once a second, whatever the number of transactions."""
+    commit(conn, "old", [orders[0]] * 3)
+    conn.execute("update tidemark.objects set committed_at = committed_at - interval '7 seconds'")
+    commit(conn, "new", [orders[0]] * 2)
+    drain(app, orders[:1])
+    for n in range(3):
+        commit(conn, f"more {n}", orders[1:2])
+        drain(app, orders[1:2])
+    app.once(worker_metrics).flush()
+    found = scrape(exporter)
+    assert found("commit_to_offset_seconds_count", topic="orders") == 5
+    assert found("commit_to_offset_seconds_bucket", topic="orders", le="2.5") == 2
+    assert found("commit_to_offset_seconds_bucket", topic="orders", le="10.0") == 5
+
+
+def test_the_wait_of_commits_is_that_of_a_run_made_now(conn: Connection[TupleRow], orders: list[int]) -> None:
+    for n in range(3):
+        commit(conn, f"object {n}", [orders[0]] * 100)
+        materialize(conn, orders[:1])
+        conn.execute("update tidemark.objects set committed_at = committed_at - interval '1 hour'")
+    waited = [ages_of_run(conn, orders[0], newer) for newer in range(7)]
+    # Runs hold 64 events, or what is left of a transaction.
+    assert [len(ages) for ages in waited] == [36, 64, 36, 64, 36, 64, 0]
+    assert [{round(age / 3600) for age in ages} for ages in waited[:6]] == [{1}, {1}, {2}, {2}, {3}, {3}]
+
+
+def test_a_sample_that_fails_fails_no_task(app: TidemarkApp) -> None:
+    def ages_of(partition_id: int, newer: int) -> list[float]:
+        raise errors.ConnectionTimeout(f"while reading run {newer} of {partition_id}")
+
+    DrainMetrics(app.once(worker_metrics), app.once(PartitionNames), ages_of).transaction(SIDE, DONE)
+
+
 def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: Connect, orders: list[int]) -> None:
     holder = connect(autocommit=False)
     holder.execute("select from tidemark.topic_partitions where id = %s for no key update", (orders[0],))
     assert drain(app, orders[:1]).stuck_partition_ids == (orders[0],)
     with pytest.raises(UnknownPartitionError):
         drain(app, [2**31 - 1])
-    app.figures.failed(ZeroDivisionError())
-    app.figures.flush()
+    observers(app)[0].failed(SIDE, ZeroDivisionError())
+    app.once(worker_metrics).flush()
     found = scrape(exporter)
     assert found("materialize_errors_total", kind="LockNotAvailable") == 1
     assert found("materialize_stuck_total") == 1
@@ -298,13 +340,31 @@ DONE = MaterializationMetrics(
     transactions=1,
     moved=(Moved(partition_id=1, events=10, records=20, log_bytes=30, runs=1),),
 )
+SIDE = Side(strategy=DEFAULT_STRATEGY, partition_ids=[1])
+
+
+def counted(worker: WorkerMetrics, topic: str = "orders") -> None:
+    """A transaction, of one partition of this topic."""
+    names = PartitionNames()
+    names._known[1] = (topic, 0)
+    DrainMetrics(worker, names).transaction(SIDE, DONE)
+
+
+def hints_of(client: Redis | None) -> Hints:
+    app = TidemarkApp("hints")
+    app.redis = client
+    return Hints(app)
+
+
+def worker_of(client: Redis | None, topics: int = 5) -> WorkerMetrics:
+    return WorkerMetrics(hints_of(client), topics=topics)
 
 
 def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
     """Two processes add to the same figures, and a second exporter shows what the first did."""
     for _ in range(2):
-        worker = WorkerFigures(lambda: app.redis, topics=5)
-        worker.materialized(DONE, ["orders"], lambda _: "orders")
+        worker = worker_of(app.redis)
+        counted(worker)
         worker.flush()
         with Exporter(app, "127.0.0.1", 0) as exporter:
             last = scrape(exporter)
@@ -322,9 +382,9 @@ def test_labels_are_bounded(redis_url: str, database_url: str, conn: Connection[
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
         for _ in range(2):
             # As many processes, each of which meets all topics.
-            worker = WorkerFigures(lambda: app.redis, topics=3)
+            worker = worker_of(app.redis, topics=3)
             for name in names:
-                worker.materialized(DONE, [name], {1: name}.get)
+                counted(worker, name)
             worker.flush()
         found = scrape(exporter)
     shown = {*names[:3], "(other)"}
@@ -341,7 +401,7 @@ def test_labels_are_bounded(redis_url: str, database_url: str, conn: Connection[
 
 
 def test_a_forked_child_does_not_send_its_parents_figures(app: TidemarkApp) -> None:
-    worker = WorkerFigures(lambda: app.redis, topics=5)
+    worker = worker_of(app.redis)
     worker.add("materialize_attempts")
     worker._lock.acquire()
     worker._pid = os.getpid() + 1
@@ -355,18 +415,19 @@ def test_figures_wait_for_a_redis_that_is_away(
     crashable: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Redis.from_url(crashable.url, decode_responses=True, socket_connect_timeout=1)
-    worker = WorkerFigures(lambda: client, topics=5)
+    hints = hints_of(client)
+    worker = WorkerMetrics(hints, topics=5)
     crashable.kill()
-    worker.materialized(DONE, ["orders"], lambda _: "orders")
+    counted(worker)
     worker.flush()
-    assert "figures are kept until Redis is back" in caplog.text
+    assert "Redis does not answer" in caplog.text
     caplog.clear()
     # Within the pause nobody waits for it again.
-    worker.materialized(DONE, ["orders"], lambda _: "orders")
+    counted(worker)
     worker.flush()
     assert caplog.text == ""
     crashable.restart()
-    worker._silent_until = 0.0
+    hints._silent_until = 0.0
     worker.flush()
     assert metrics.read(client)[f"materialize_events|orders|{DONE.strategy}"] == "20"
     client.close()
@@ -379,14 +440,19 @@ def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[Red
 
 
 def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
-    worker = app.figures
-    metrics._count_result(worker, "tasks.fan_out", {"commits": 3, "partitions": 2, "tasks": 1})
-    metrics._count_result(worker, "tasks.sweep", {"partitions": 5, "tasks": 2})
-    metrics._count_result(worker, "tasks.retain", {"deleted": 4, "log_bytes": 50})
-    metrics._count_result(worker, "tasks.audit", {"violations": 2, "complete": True})
-    metrics._count_result(worker, "tasks.audit", {"violations": 0, "complete": True})
+    worker = app.once(worker_metrics)
+    worker.task_ended("tasks.fan_out", "SUCCESS", 0.5, {"commits": 3, "partitions": 2, "tasks": 1})
+    worker.task_ended("tasks.sweep", "SUCCESS", 0.5, {"partitions": 5, "tasks": 2})
+    worker.task_ended("tasks.retain", "SUCCESS", 0.5, {"deleted": 4, "log_bytes": 50})
+    worker.task_ended("tasks.audit", "SUCCESS", 0.5, {"violations": 2, "complete": True})
+    worker.task_ended("tasks.audit", "SUCCESS", 0.5, {"violations": 0, "complete": True})
+    worker.task_ended("tasks.audit", "FAILURE", 0.25, ValueError("violations"))
     worker.flush()
     found = scrape(exporter)
+    assert found("task_runs_total", task="tasks.audit", outcome="success") == 2
+    assert found("task_runs_total", task="tasks.audit", outcome="failure") == 1
+    assert found("task_seconds_total", task="tasks.audit") == 1.25
+    assert time.time() - (found("task_last_success_timestamp_seconds", task="tasks.fan_out") or 0) < 10
     assert found("fan_out_commits_total") == 3
     assert found("fan_out_tasks_total", by="fan_out") == 1
     assert found("fan_out_tasks_total", by="sweep") == 2
@@ -396,14 +462,40 @@ def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
     assert time.time() - (found("audit_last_timestamp_seconds") or 0) < 10
 
 
+def test_workers_that_are_heard_of_and_those_that_went(exporter: Exporter) -> None:
+    """One that is killed and started again under its name is the same; one that is gone for good leaves no series."""
+    for name in ("celery@a", "celery@5eb63bbb", "celery@c3fcd3d7"):
+        exporter._broker._heard({"hostname": name, "active": 1, "processed": 7})
+    exporter._broker._workers["celery@a"].at -= 90
+    exporter._broker._workers["celery@5eb63bbb"].at -= 90
+    killed = scrape(exporter)
+    assert killed("workers") == 1
+    assert killed.label_values("worker_heartbeat_timestamp_seconds", "worker") == {
+        "celery@a", "celery@5eb63bbb", "celery@c3fcd3d7",
+    }  # fmt: skip
+    exporter._broker._heard({"hostname": "celery@a"})
+    exporter._broker._workers["celery@5eb63bbb"].at -= 900
+    later = scrape(exporter)
+    assert later("workers") == 2
+    assert later.label_values("worker_heartbeat_timestamp_seconds", "worker") == {"celery@a", "celery@c3fcd3d7"}
+    exporter._broker._gone({"hostname": "celery@c3fcd3d7"})
+    assert scrape(exporter).label_values("worker_tasks_total", "worker") == {"celery@a"}
+
+
 def test_leases(app: TidemarkApp, exporter: Exporter) -> None:
     assert app.redis
     nobody = scrape(exporter)
     assert (nobody("shards"), nobody("lease_members"), nobody("leased_shards")) == (8, 0, 0)
-    store = LeaseStore(app.redis, app.settings, "worker")
-    store.tick(fresh=True)
+    membership = app.once(Membership)
+    membership.enter("w@host", program="worker", pid=1, slots=1, leases=True)
+    membership.renew(consumes=tuple(range(7)))
     one = scrape(exporter)
-    assert (one("shards"), one("lease_members"), one("leased_shards")) == (8, 1, 8)
+    assert (one("shards"), one("lease_members"), one("leased_shards")) == (8, 1, 7)
+    assert one("beat_last_tick_timestamp_seconds") is None
+    beat = Membership(app)
+    beat.enter("beat@host", program="beat", pid=2)
+    beat.renew()
+    assert time.time() - (scrape(exporter)("beat_last_tick_timestamp_seconds") or 0) < 10
 
 
 # --- When servers are away
@@ -439,6 +531,48 @@ def test_redis_and_broker_away(
         wait_until(all_but_postgres_are_down)
 
 
+@contextmanager
+def frozen(*pids: int) -> Iterator[None]:
+    """Servers that hang, with all their processes: they take connections and requests, and answer nothing."""
+    processes = [p for pid in pids for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+def test_a_scrape_of_hung_servers_ends_in_time(
+    database_url: str, postgres_server: PostgresServer, crashable: RedisServer, tmp_path: Path
+) -> None:
+    """Well before Prometheus gives it up after 10 s, so that the alert is that of the source, and of nothing else."""
+    with ExitStack() as stack:
+        app = make_app(stack, database_url, crashable.url, tmp_path)
+        connected = stack.enter_context(Exporter(app, "127.0.0.1", 0))
+        connected._broker._heard({"hostname": "celery@test"})
+        sources = ("postgres", "redis", "broker")
+
+        def all_are_up() -> bool:
+            found = scrape(connected)
+            return [found("exporter_source_up", source=s) for s in sources] == [1, 1, 1] and found("workers") == 1
+
+        wait_until(all_are_up)
+        with frozen(postgres_server.pid, crashable.pid):
+            late = stack.enter_context(Exporter(app, "127.0.0.1", 0))
+            with ThreadPoolExecutor(2) as prometheus:
+                began = time.monotonic()
+                found = list(prometheus.map(scrape, (connected, late)))
+                assert time.monotonic() - began < 4
+            for exporter, answer in zip((connected, late), found, strict=True):
+                assert [answer("exporter_source_up", source=s) for s in sources] == [0, 0, 0]
+                # Neither 0 workers nor a worker that is silent.
+                assert not any(name.startswith("tidemark_worker") for name, _ in answer.values)
+                assert exporter.answers()
+        wait_until(all_are_up)
+
+
 def test_a_source_is_not_asked_too_often() -> None:
     asked = []
 
@@ -450,9 +584,31 @@ def test_a_source_is_not_asked_too_often() -> None:
     source = Source("slow", slow, seconds=0.01)
     until = time.monotonic() + 0.6
     while time.monotonic() < until:
-        source.reading()
+        source.ask()
+        source.reading(until)
     # A tenth of the time, so no more than two or so.
     assert 1 <= len(asked) <= 3
+
+
+def test_a_source_that_hung_is_asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after nine times as long as it hung."""
+    monkeypatch.setattr("tasks.exporter._ANSWER_SECONDS", 0.05)
+    asked = []
+
+    def hangs_once() -> list[Metric]:
+        asked.append(True)
+        time.sleep(0.5 if len(asked) == 1 else 0)
+        return []
+
+    source = Source("hung", hangs_once, seconds=0.01)
+    source.ask()
+    assert source.reading(time.monotonic() + 0.05).error == "it hangs"
+
+    def it_is_asked_again() -> bool:
+        source.ask()
+        return len(asked) == 2
+
+    wait_until(it_is_asked_again, timeout=2.5)
 
 
 def test_where_it_cannot_listen(app: TidemarkApp, exporter: Exporter) -> None:
@@ -460,13 +616,23 @@ def test_where_it_cannot_listen(app: TidemarkApp, exporter: Exporter) -> None:
         Exporter(app, "127.0.0.1", exporter.port)
 
 
-def test_pages(exporter: Exporter) -> None:
-    assert json.loads(get(exporter, "health")) == {"alive": True}
-    assert "metrics" in get(exporter, "")
-    with pytest.raises(urllib.error.HTTPError) as missing:
-        get(exporter, "nosuch")
-    missing.value.close()
-    assert missing.value.code == 404
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_it_listens_on_either_kind_of_address_and_stops(app: TidemarkApp, address: str) -> None:
+    if address == "::1" and not Path("/proc/net/if_inet6").read_text("ascii").strip():
+        pytest.skip("this machine has no IPv6")
+    with Exporter(app, address, 0) as exporter:
+        assert exporter.url.startswith(f"http://{'[::1]' if ':' in address else address}:{exporter.port}/")
+        # Every page is the metrics.
+        assert all("tidemark_build_info" in get(exporter, path) for path in ("metrics", "", "health"))
+        assert exporter.answers()
+    assert not exporter.answers()
+
+
+def test_a_server_that_does_not_answer_is_noticed(exporter: Exporter) -> None:
+    """The heartbeat goes by it; the sources have no part in it."""
+    assert exporter.answers()
+    exporter._server.shutdown()
+    assert not exporter.answers()
 
 
 # --- Form
@@ -478,13 +644,16 @@ def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], order
     commit(conn, "a", orders)
     materialize(conn, orders)
     audit(conn)
-    app.figures.materialized(DONE, ["orders"], lambda _: "orders")
-    metrics._count_result(app.figures, "tasks.audit", {"violations": 0})
+    counted(app.once(worker_metrics))
+    app.once(worker_metrics).task_ended("tasks.audit", "SUCCESS", 0.1, {"violations": 0})
+    app.once(worker_metrics).observe("commit_to_offset_seconds", 0.1, "orders")
     for family in metrics.FAMILIES:
-        if not family.histogram:
-            app.figures.add(family.name, *family.labels)
-    app.figures.flush()
-    exporter._heartbeats._heard({"hostname": "celery@test"})
+        if family.kind == "counter":
+            app.once(worker_metrics).add(family.name, *family.labels)
+    app.once(worker_metrics).flush()
+    exporter._broker._heard({"hostname": "celery@test"})
+    app.once(Membership).enter("beat@test", program="beat", pid=1)
+    app.once(Membership).renew()
     return scrape(exporter)
 
 
@@ -518,12 +687,23 @@ def dashboard() -> dict[str, Any]:
     return loaded
 
 
+def panels() -> list[dict[str, Any]]:
+    """Those of collapsed rows as well."""
+    return [inner for panel in dashboard()["panels"] for inner in (panel, *panel.get("panels", ()))]
+
+
 def expressions() -> list[str]:
-    variables = {"$__rate_interval": "1m", "$topic": ".*"}
-    found = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", ())]
+    variables = {"$__rate_interval": "1m", "$topic": ".*", "$installation": "exporter:9890"}
+    found = [target["expr"] for panel in panels() for target in panel.get("targets", ())]
     for variable, value in variables.items():
         found = [expression.replace(variable, value) for expression in found]
     return found
+
+
+def anchors() -> set[str]:
+    """Of the sections of the runbook."""
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs/operations.md").read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_metric_of_dashboard_and_alerts_exists(full: Scrape) -> None:
@@ -552,24 +732,61 @@ def test_every_expression_of_the_dashboard_parses(tmp_path: Path) -> None:
     assert f"{len(rules)} rules found" in done.stdout
 
 
+def cells(panel: dict[str, Any]) -> set[tuple[int, int]]:
+    x, y, w, h = (panel["gridPos"][name] for name in "xywh")
+    return {(x + i, y + j) for i in range(w) for j in range(h)}
+
+
 def test_the_dashboard_is_well_laid_out() -> None:
-    panels = dashboard()["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels)
-    taken: set[tuple[int, int]] = set()
-    for panel in panels:
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not taken & cells, panel["title"]
-        assert max(x for x, _ in cells) < 24
-        taken |= cells
+    """Nothing lies on anything else: neither what is open, nor what a row shows when it is opened."""
+    top = dashboard()["panels"]
+    for together in (top, *(panel["panels"] for panel in top if panel["type"] == "row")):
+        taken: set[tuple[int, int]] = set()
+        for panel in together:
+            assert not taken & cells(panel), panel["title"]
+            taken |= cells(panel)
+        assert all(x < 24 for x, _ in taken)
+    assert len({panel["id"] for panel in panels()}) == len(panels())
+    rows = [panel for panel in top if panel["type"] == "row"]
+    # What one looks at first is open, all other rows are not.
+    assert [row["collapsed"] for row in rows] == [False] + [True] * (len(rows) - 1)
+    assert all(bool(row["panels"]) == row["collapsed"] for row in rows)
+    for panel in panels():
         if panel["type"] != "row":
-            assert panel["description"].endswith(".")
-            assert panel["targets"]
-            assert panel["fieldConfig"]["defaults"]["unit"]
+            assert panel["description"].endswith("."), panel["title"]
+            assert bool(panel.get("targets")) == (panel["type"] != "alertlist")
+
+
+def unit_of(expression: str) -> str:
+    """What an expression of the dashboard counts in, by the names of its metrics."""
+    name = _METRIC.findall(expression)[0]
+    if name.endswith("_seconds_total"):
+        # Seconds a second.
+        return "short"
+    if "_bytes" in name:
+        return "Bps" if "rate(" in expression else "bytes"
+    seconds = re.search(r"_seconds(_bucket)?$", name) and not expression.startswith("sum by (le)")
+    return "s" if seconds else "short"
+
+
+def test_no_axis_has_two_units() -> None:
+    for panel in panels():
+        if panel["type"] in {"timeseries", "stat"}:
+            units = {unit_of(target["expr"]) for target in panel["targets"]}
+            assert units == {panel["fieldConfig"]["defaults"]["unit"]}, panel["title"]
+            assert panel["fieldConfig"]["overrides"] == []
+
+
+def test_the_dashboard_shows_one_installation_and_leads_to_runbook_and_flower() -> None:
+    found = dashboard()
+    variables = {variable["name"] for variable in found["templating"]["list"]}
+    assert variables == {"datasource", "installation", "topic", "docs", "flower"}
+    for expression in (target["expr"] for panel in panels() for target in panel.get("targets", ())):
+        assert len(_METRIC.findall(expression)) == expression.count('instance="$installation"'), expression
+    assert {link["url"] for link in found["links"]} == {"${docs}operations.md#alerts", "${flower}"}
+    links = [link["url"] for panel in panels() for link in panel.get("links", ())]
+    assert {url.removeprefix("${docs}operations.md#") for url in links} <= anchors()
+    assert len(links) > 15
 
 
 @pytest.mark.parametrize(
@@ -590,7 +807,7 @@ def test_every_alert_has_its_runbook_and_a_test() -> None:
     alerts = (PROMETHEUS / "alerts.yml").read_text("utf-8")
     names = re.findall(r"- alert: (\w+)", alerts)
     assert len(names) == len(set(names)) > 8
-    for key in ("summary: ", "description: ", r"runbook: docs/operations\.md#[a-z-]+"):
+    for key in ("summary: ", "description: ", r'runbook_url: "\{\{ \$externalLabels\.docs \}\}operations\.md#[a-z-]+"'):
         assert len(re.findall(key, alerts)) == len(names)
     tests = (PROMETHEUS / "alerts_test.yml").read_text("utf-8")
     for name in names:
@@ -600,7 +817,7 @@ def test_every_alert_has_its_runbook_and_a_test() -> None:
 
 def test_the_figures_cost_little(app: TidemarkApp) -> None:
     """CPU of a task's figures, in round trips to Redis: the same machine, the same moment."""
-    worker, client = app.figures, app.redis
+    worker, client = app.once(worker_metrics), app.redis
     assert client
 
     def cpu_of(work: Callable[[], object]) -> float:
@@ -611,9 +828,8 @@ def test_the_figures_cost_little(app: TidemarkApp) -> None:
         return time.process_time() - began
 
     def figures_of_a_task() -> None:
-        worker.materialized(DONE, ["orders"], lambda _: "orders")
-        worker.add("task_runs", "tasks.materialize", "success")
-        worker.add("task_seconds", "tasks.materialize", amount=20_000)
+        counted(worker)
+        worker.task_ended("tasks.materialize", "SUCCESS", 0.02, {})
         worker.flush()
 
     assert cpu_of(figures_of_a_task) < 10 * cpu_of(client.ping)

@@ -14,12 +14,14 @@ from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
+from tasks.background import Background
 from tasks.batching import Adaptive
-from tasks.dispatch import publish
-from tasks.materialization import drain
+from tasks.dispatch import publish, wake
+from tasks.drain import controllers, serve
+from tasks.observers import observers
 from tasks.rollout import strategy_of
 from tests.support import Connect
-from tests.support_commands import app_for
+from tests.support_commands import app_for, drain
 
 PARTITIONS = 24
 HALF: dict[str, Any] = {"strategy": "window", "candidate": "incremental", "candidate_percent": 50}
@@ -134,7 +136,7 @@ def test_a_task_with_both_sides_says_what_each_did(
 ) -> None:
     app = stack.enter_context(app_for(database_url, redis_url, shards=1, **HALF))
     commit(conn, "a", ids)
-    result = app.tasks["tasks.materialize"](partition_ids=ids)
+    result = serve(app, ids, observers(app))
     candidate = sum(strategy_of(i, app.settings) == "incremental" for i in ids)
     assert 0 < candidate < PARTITIONS
     assert (result["strategy"], result["events_processed"]) == ("several", PARTITIONS)
@@ -142,7 +144,7 @@ def test_a_task_with_both_sides_says_what_each_did(
     assert result["partitions_processed"] == PARTITIONS
     assert sum(s["events_processed"] for s in result["sides"] if s["strategy"] == "incremental") == candidate
     one = [i for i in ids if strategy_of(i, app.settings) == "incremental"][:1]
-    alone = app.tasks["tasks.materialize"](partition_ids=one)
+    alone = serve(app, one, observers(app))
     assert alone["strategy"] == "incremental"
     assert "sides" not in alone
 
@@ -162,7 +164,7 @@ def test_a_candidate_that_fails_holds_up_its_own_partitions_alone(
             raise psycopg.ProgrammingError("a candidate with a mistake")
         return materialize(*args, strategy=strategy, **more)
 
-    monkeypatch.setattr("tasks.materialization.materialize_partitions", broken)
+    monkeypatch.setattr("tasks.drain.materialize", broken)
     commit(conn, "a", ids)
     with pytest.raises(psycopg.ProgrammingError):
         drain(app, ids)
@@ -199,7 +201,7 @@ def test_adaptive_shrinks_when_another_transaction_holds_the_partition(
     holder = connect(autocommit=False)
     holder.execute("select from tidemark.topic_partitions where id = %s for no key update", (ids[0],))
     assert drain(app, ids[:1]).stuck_partition_ids == tuple(ids[:1])
-    controller = app.controllers[app.settings.strategy]
+    controller = app.once(controllers)[app.settings.strategy]
     assert isinstance(controller, Adaptive)
     assert controller.events == app.settings.events_per_task // 2
     holder.rollback()
@@ -213,15 +215,18 @@ def due(redis_url: str, queue: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_only_window_collects_and_only_after_a_wake_up(
+def test_only_collect_collects_and_only_after_a_wake_up(
     batching: Any, database_url: str, redis_url: str, ids: list[int], stack: ExitStack
 ) -> None:
     app = stack.enter_context(app_for(database_url, redis_url, shards=1, batching=batching, collect_seconds=0.5))
-    assert app.waker.wake(ids[:1]) == 1
+    wake(app, ids[:1])
+    app.once(Background).drain()
     publish(app, ids[1:2], at_once=True)
     assert sorted(due(redis_url, "materialize.0")) == [False, batching == "collect"]
     # It collects: what is committed meanwhile is queued already.
-    assert app.waker.wake(ids[:1]) == 0
+    wake(app, ids[:1])
+    app.once(Background).drain()
+    assert len(due(redis_url, "materialize.0")) == 2
 
 
 def test_settings_of_a_rollout_reach_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ SQL = Path(db.__file__).parent / "sql"
 
 # Values for $1, $2, … of each statement; `{p}` is a partition id.
 PARAMETERS: dict[str, tuple[str, ...]] = {
+    "ages_of_run": ("{p}", "0"),
     "audit_left": ("orders",),
     "commit_object": ("a key", "{{{p}}}", "{{1}}", "{{0}}", "{{10}}", "{{0}}"),
     "describe_partitions": ("{{orders}}", "100", "true"),

@@ -24,6 +24,7 @@ from db.status import read_status
 from db.topics import create_topic, partition_ids
 from tasks.commands.status import status
 from tasks.commands.top import top
+from tasks.observers import worker_metrics
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 
@@ -146,8 +147,8 @@ def test_why_a_partition_cannot_be_materialized(cli: Cli, conn: Connection[Any],
     commit(conn, "a", ids)
     save_fan_out(conn, find_committed(conn))
     error = ValueError("disk on fire")
-    cli.app.figures.stuck(ids[1:], error, lambda _: "orders/1")
-    cli.app.figures.flush()
+    cli.app.once(worker_metrics).stuck(["orders/1"], f"{type(error).__name__}: {error}")
+    cli.app.once(worker_metrics).flush()
     waiting = cli(status, "--json", "--interval", "0", "--after", "0").json["waiting"]
     assert {p["partition"]: p["waits_for"] for p in waiting} == {
         0: f"a worker on materialize.{ids[0] % 8}",

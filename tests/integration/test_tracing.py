@@ -21,10 +21,13 @@ from config.queues import all_queues
 from config.settings import Settings
 from db.commit import commit_object
 from db.topics import create_topic, partition_ids
-from tasks import discovery, materialization
 from tasks.app import TidemarkApp
+from tasks.background import Background
+from tasks.dispatch import committing
+from tasks.dispatch import wake as wake_up
 from tasks.tracing import Tracing, make_provider
 from tests.support import wait_until
+from tests.support_commands import declare_jobs
 
 
 class Traced:
@@ -52,17 +55,17 @@ class Traced:
 
 
 def make_app(database_url: str, redis_url: str, directory: Path) -> TidemarkApp:
-    app = TidemarkApp("traced", set_as_current=False)
+    app = TidemarkApp("traced")
     # Tracing is made by the test, with a provider of its own.
-    app.settings = Settings(database_url=database_url, broker_url=redis_url, data_dir=directory, shards=2)
-    materialization.register(app)
-    discovery.register(app)
+    app.settings = Settings(database_url=database_url, broker_url=redis_url, data_dir=directory, shards=2, tracing=True)
+    declare_jobs(app)
     return app
 
 
 def trace_with(app: TidemarkApp, provider: TracerProvider) -> Tracing:
-    app.tracing = Tracing(app, provider)
-    return app.tracing
+    tracing = Tracing(app, provider)
+    app._parts[Tracing] = tracing
+    return tracing
 
 
 @pytest.fixture
@@ -87,10 +90,11 @@ def orders(conn: Connection[TupleRow]) -> list[int]:
 
 def commit(app: TidemarkApp, conn: Connection[Any], key: str, partitions: Sequence[int], *, wake: bool = False) -> None:
     count = len(partitions)
-    with app.committing(key, partitions):
+    with committing(app, key, partitions):
         commit_object(conn, key, partitions, [1] * count, [0] * count, [1] * count, [0] * count)
         if wake:
-            app.tasks["tasks.materialize"].apply_async(kwargs={"partition_ids": list(partitions)})
+            wake_up(app, partitions)
+    app.once(Background).drain()
 
 
 def context_of(span: ReadableSpan) -> SpanContext:
@@ -167,8 +171,10 @@ def test_an_idle_fan_out_leaves_nothing_and_a_failed_job_its_error(traced: Trace
 def test_a_trace_that_is_not_sampled_is_not_noted(database_url: str, redis_url: str, tmp_path: Path) -> None:
     app = make_app(database_url, redis_url, tmp_path)
     tracing = trace_with(app, TracerProvider(sampler=ALWAYS_OFF))
-    with app.committing("a", [1]):
+    with committing(app, "a", [1]):
         pass
+    app.once(Background).drain()
+    app.once(Background).drain()
     assert app.redis
     assert app.redis.keys("tidemark:trace:*") == []
     tracing.close()
@@ -192,7 +198,8 @@ def test_an_exporter_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("value", "loaded"), [("0", False), ("1", True)])
 def test_it_is_loaded_only_when_asked_for(value: str, loaded: bool) -> None:  # noqa: FBT001 - a parameter
     script = (
-        "import sys, tasks; tasks.app.conf.task_routes; tasks.app.committing('a', [1]); "
+        "import sys, tasks; from tasks import dispatch; "
+        "tasks.app.conf.task_routes; dispatch.committing(tasks.app, 'a', [1]); "
         "print('opentelemetry.sdk.trace' in sys.modules, 'tasks.tracing' in sys.modules)"
     )
     done = subprocess.run(

@@ -123,7 +123,7 @@ def test_nobody_starts_before_the_schema_is_there() -> None:
 
 
 def test_stopping_leaves_time_for_the_soft_shutdown() -> None:
-    soft = celery_config(Settings(), "redis://", "redis://")["worker_soft_shutdown_timeout"]
+    soft = celery_config(Settings(), "redis://redis", "redis://redis")["worker_soft_shutdown_timeout"]
     assert seconds(SERVICES["worker"]["stop_grace_period"]) >= soft + 15
     unit = (ROOT / "config/systemd/tidemark-worker@.service").read_text("utf-8")
     assert int(re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[0]) >= soft + 15
@@ -156,7 +156,7 @@ def test_every_runbook_is_a_section_of_the_operations_page() -> None:
         re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
         for heading in re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     }
-    anchors = set(re.findall(r"docs/operations\.md#([\w-]+)", alerts))
+    anchors = set(re.findall(r"operations\.md#([\w-]+)", alerts))
     assert anchors
     assert anchors <= headings
 
