@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from celery import bootsteps, signals
 
-from config.embedded.files import write_private
+from config.embedded.host import write_private
 from config.heartbeat import SignOfLife
 from config.settings import Settings
 

@@ -14,18 +14,19 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar, Self
 
 import psutil
 
-from config.embedded.account import Account, claim_for
-from config.embedded.files import open_log, tail
-from config.embedded.locks import FileLock
+from config.embedded.host import Account, FileLock, claim, open_log, tail
 from config.errors import EmbeddedServerError
+
+OWNER_LOCK = "owner.lock"
 
 _POLL = 0.02
 _KILL_SECONDS = 10.0
+# Who looks whether somebody has the lock takes it for an instant.
+_LOCK_SECONDS = 1.0
 
 
 class EmbeddedServer(ABC):
@@ -38,10 +39,10 @@ class EmbeddedServer(ABC):
 
     def __init__(self, directory: Path) -> None:
         self._account = Account.for_servers()
-        self._directory = claim_for(self._account, directory)
+        self._directory = claim(directory, self._account)
         self._data = self._directory / "data"
         self._log = self._directory / "server.log"
-        self._owner = FileLock(self._directory / "owner.lock")
+        self._owner = FileLock(self._directory / OWNER_LOCK)
         self._process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
@@ -54,10 +55,6 @@ class EmbeddedServer(ABC):
     @abstractmethod
     def _is_ready(self, pid: int) -> bool: ...
 
-    @abstractmethod
-    def _clean_up(self) -> None:
-        """Remove what lies outside the directory."""
-
     @property
     def pid(self) -> int:
         if self._process is None:
@@ -67,6 +64,20 @@ class EmbeddedServer(ABC):
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def own(self) -> None:
+        """Become the one process that may run a server here."""
+        if not self._owner.acquire(time.monotonic() + _LOCK_SECONDS):
+            raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
+
+    def begin(self) -> None:
+        """Start it for the first time; on return it answers."""
+        self.own()
+        try:
+            self._first_launch()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Stop in order. Does nothing when it is stopped, or when another process owns the directory by now."""
@@ -86,32 +97,21 @@ class EmbeddedServer(ABC):
 
     def restart(self) -> None:
         """Stop what still runs and start again, at the same URL (a Postgres after `stop`: at a new one)."""
-        self._own()
+        self.own()
         self._end()
         self._launch()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def _own(self) -> None:
-        if not self._owner.try_acquire():
-            raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
-
-    def _start(self) -> None:
-        self._own()
-        try:
-            self._first_launch()
-        except BaseException:
-            self.stop()
-            raise
 
     def _first_launch(self) -> None:
         self._launch()
+
+    def _clean_up(self) -> None:  # noqa: B027 - most of it lies in the directory
+        """Remove what lies outside the directory."""
 
     def _launch(self) -> None:
         self._kill_all()
@@ -131,23 +131,19 @@ class EmbeddedServer(ABC):
         deadline = time.monotonic() + self.start_seconds
         while not self._is_ready(process.pid):
             if process.poll() is not None:
-                raise EmbeddedServerError(
-                    f"{self.program} in {self._directory} did not start (exit code {process.returncode}):\n"
-                    f"{tail(self._log)}"
-                )
-            if time.monotonic() > deadline:
-                raise EmbeddedServerError(
-                    f"{self.program} in {self._directory} was not ready after {self.start_seconds:g} s:\n"
-                    f"{tail(self._log)}"
-                )
-            time.sleep(_POLL)
+                problem = f"did not start (exit code {process.returncode})"
+            elif time.monotonic() > deadline:
+                problem = f"was not ready after {self.start_seconds:g} s"
+            else:
+                time.sleep(_POLL)
+                continue
+            raise EmbeddedServerError(f"{self.program} in {self._directory} {problem}:\n{tail(self._log)}")
 
     def _end(self) -> None:
-        if self._process is not None and self.running:
-            self._process.send_signal(self.stop_signal)
+        if self._process is not None:
+            self._process.send_signal(self.stop_signal)  # does nothing to one that has ended
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self.stop_seconds)
-        if self._process is not None:
             self._kill_all()
 
     def _kill_all(self) -> None:
