@@ -136,7 +136,7 @@ class AllSources(Collector):
                 strict=True,
             )
         )
-        yield _gauge("build_info", "Version of the exporter.", {(version("tidemark"),): 1}, "version")
+        yield _gauge("build_info", "Version of the exporter.", {(version("tidemark-sequencer"),): 1}, "version")
         yield _gauge(
             "exporter_source_up",
             "Whether a source of these metrics answered when it was last asked.",
