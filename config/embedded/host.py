@@ -10,18 +10,18 @@ import pwd
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from config.errors import EmbeddedServerError
 
 _ROOT = 0
 _POLL = 0.02
 _TAIL_LINES = 12
-_TAIL_BYTES = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Account:
             ) from None
         return cls(name=nobody.pw_name, uid=nobody.pw_uid, gid=nobody.pw_gid)
 
-    def spawn(self, argv: Sequence[str | Path], *, directory: Path, log: int) -> subprocess.Popen[bytes]:
+    def spawn(self, argv: Sequence[str | Path], *, directory: Path, log: BinaryIO) -> subprocess.Popen[bytes]:
         return subprocess.Popen(argv, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, **self._how())
 
     def run(
@@ -79,12 +79,11 @@ def claim(directory: Path, account: Account | None = None) -> Path:
     mode of a directory that somebody has filled is left alone: it could be a home.
     """
     directory = directory.expanduser().absolute()
-    mode = 0o711 if os.geteuid() == _ROOT else 0o700
     try:
         directory.mkdir(parents=True, exist_ok=True)
         owner = directory.stat().st_uid
         if owner == os.geteuid() and not any(directory.iterdir()):
-            directory.chmod(mode)
+            directory.chmod(0o711 if os.geteuid() == _ROOT else 0o700)
     except OSError as error:
         raise EmbeddedServerError(
             f"Cannot use {directory} for the embedded servers ({error.strerror}): choose another TIDEMARK_DATA_DIR"
@@ -122,22 +121,19 @@ def write_private(path: Path, text: str, *, owner: Account | None = None) -> Non
         raise
 
 
-def open_log(path: Path) -> int:
+def open_log(path: Path) -> BinaryIO:
     """Open a fresh log file and keep the one before it, which may say why the last run ended."""
     with suppress(FileNotFoundError):
         path.replace(path.with_name(f"{path.name}.1"))
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb")
 
 
 def tail(path: Path) -> str:
     """Return the end of a log, for an error message."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-    except FileNotFoundError:
-        lines = []
-    return "\n".join(lines[-_TAIL_LINES:]) or f"({path} is empty)"
+    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
+        if lines := "".join(deque(file, _TAIL_LINES)).strip():
+            return lines
+    return f"({path} is empty)"
 
 
 class FileLock:
@@ -169,10 +165,7 @@ class FileLock:
         return True
 
     def acquire(self, deadline: float) -> bool:
-        """Take the lock before `deadline` (of `time.monotonic`).
-
-        Polls, because a blocking `flock` knows no time-out.
-        """
+        """Take the lock before `deadline` (of `time.monotonic`). Polls: a blocking `flock` knows no time-out."""
         while not self.try_acquire():
             if time.monotonic() >= deadline:
                 return False
@@ -190,8 +183,3 @@ class FileLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-    def renew(self, deadline: float) -> bool:
-        """Take it again in a forked child that may have closed all files, whose numbers may mean others by now."""
-        self._fd = None
-        return self.acquire(deadline)

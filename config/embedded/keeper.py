@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from config.embedded.host import FileLock
 from config.embedded.lease import Place
@@ -29,41 +28,40 @@ class Keeper:
 
     def __init__(self, server: PostgresServer | RedisServer, directory: Path, linger: float) -> None:
         self._server = server
-        self._place = Place(directory=directory)
+        self._place = Place(directory)
         self._linger = linger
         self._users = FileLock(self._place.users_lock)
         self._stopping = False
-        self._published = False
         self._pause = 0.0
         self._retry_at = 0.0
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        self._server.begin()
         try:
+            self._server.launch()
             self._publish()
             self._watch()
-        finally:
             log.info("stopping %s", self._server.program)
-            self._withdraw()
+            return 0
+        except (EmbeddedServerError, OSError) as error:
+            # Before the lock goes: whoever attaches reads it as soon as nobody has the lock.
+            log.error("%s", error)  # noqa: TRY400 - a traceback would bury the message
+            return 1
+        finally:
+            self._place.withdraw()
             self._server.stop()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         """Only take a note: raising here could break off a start half-way."""
-        del frame
         log.info("received %s", signal.Signals(number).name)
         self._stopping = True
 
     def _publish(self) -> None:
         server = self._server
         self._place.publish(server.url() if isinstance(server, PostgresServer) else server.url)
-        self._published = True
         log.info("%s (pid %d) is ready", server.program, server.pid)
-
-    def _withdraw(self) -> None:
-        self._place.withdraw()
-        self._published = False
 
     def _watch(self) -> None:
         """Return when asked to, or when the server went unused for the linger time.
@@ -86,11 +84,11 @@ class Keeper:
 
     def _revive(self) -> None:
         """Start a server again that has ended. A full disk, too, is only a reason to try once more, later."""
-        if self._server.running and self._published:
+        if self._server.running and self._place.url is not None:
             return
         try:
             # Who attaches now waits until it answers again.
-            self._withdraw()
+            self._place.withdraw()
             if not self._server.running:
                 log.warning("%s (pid %d) is gone: starting it again", self._server.program, self._server.pid)
                 self._server.restart()
@@ -112,11 +110,10 @@ def main(arguments: list[str]) -> int:
         if os.fork():
             # Who started us gets on with its work and knows that the lock is taken: our child has inherited it.
             os._exit(0)
-        Keeper(server, Path(directory), float(linger)).run()
     except (EmbeddedServerError, OSError) as error:
-        log.error("%s", error)  # noqa: TRY400 - the message is for whoever attached; a traceback would bury it
+        log.error("%s", error)  # noqa: TRY400 - as above
         return 1
-    return 0
+    return Keeper(server, Path(directory), float(linger)).run()
 
 
 if __name__ == "__main__":

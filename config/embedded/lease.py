@@ -20,10 +20,9 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.util import register_after_fork
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import config
 from config.embedded.host import FileLock, claim, open_log, tail, write_private
@@ -33,7 +32,7 @@ from config.errors import EmbeddedServerError
 ServerName = Literal["postgres", "redis"]
 
 # More than a program takes to start: `worker --detach` closes all files and then starts itself a second time.
-LINGER_SECONDS = 10.0
+_LINGER_SECONDS = 10.0
 _START_SECONDS = 180.0
 _RENEW_SECONDS = 5.0
 _POLL = 0.02
@@ -41,19 +40,14 @@ _POLL = 0.02
 log = logging.getLogger("tidemark.embedded")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Place:
     """The directory of a server, and the files in it by which users and keeper find each other."""
 
-    directory: Path
-
-    @property
-    def users_lock(self) -> Path:
-        return self.directory / "users.lock"
-
-    @property
-    def log(self) -> Path:
-        return self.directory / "keeper.log"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.users_lock = directory / "users.lock"
+        self.log = directory / "keeper.log"
+        self._url = directory / "url"
 
     @property
     def kept(self) -> bool:
@@ -68,14 +62,14 @@ class Place:
     def url(self) -> str | None:
         """The server's URL while the server runs."""
         with suppress(FileNotFoundError):
-            return (self.directory / "url").read_text(encoding="utf-8")
+            return self._url.read_text(encoding="utf-8")
         return None
 
     def publish(self, url: str) -> None:
-        write_private(self.directory / "url", url)
+        write_private(self._url, url)
 
     def withdraw(self) -> None:
-        (self.directory / "url").unlink(missing_ok=True)
+        self._url.unlink(missing_ok=True)
 
 
 class Lease:
@@ -101,31 +95,26 @@ class Lease:
         """Leave. Forked children that still live keep the server running."""
         self._users.leave()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _renew(self) -> None:
-        if self._users.held and not self._users.renew(time.monotonic() + _RENEW_SECONDS):
+        held = self._users.held
+        # The old one is not closed: the number of its file may be another file's by now.
+        self._users = FileLock(self._place.users_lock, shared=True)
+        if held and not self._users.acquire(time.monotonic() + _RENEW_SECONDS):
             log.error("lost the lease on the embedded server in %s", self._place.directory)
 
 
-def attach(
-    data_dir: Path, server: ServerName, *, linger: float = LINGER_SECONDS, timeout: float = _START_SECONDS
-) -> Lease:
+def attach(data_dir: Path, server: ServerName, *, linger: float = _LINGER_SECONDS) -> Lease:
     """Return a lease on one of the data directory's servers, which runs when this returns.
 
     `linger` counts for the call that starts the keeper: the server outlives its last user by as many seconds.
     """
-    place = Place(directory=claim(claim(data_dir) / server))
-    deadline = time.monotonic() + timeout
+    place = Place(claim(claim(data_dir) / server))
+    deadline = time.monotonic() + _START_SECONDS
     users = FileLock(place.users_lock, shared=True)
     start = FileLock(place.directory / "start.lock")
     try:
         if not (users.acquire(deadline) and start.acquire(deadline)):
-            raise TimeoutError(f"not ready after {timeout:g} s")  # noqa: TRY301 - an OSError, like a full disk's below
+            raise TimeoutError(f"not ready after {_START_SECONDS:g} s")  # noqa: TRY301 - an OSError, like a full disk's below
         url = _await_url(place, deadline)
         if url is None:
             _spawn_keeper(place, server, linger)
@@ -160,29 +149,22 @@ def _spawn_keeper(place: Place, server: ServerName, linger: float) -> None:
     """
     # A killed keeper's; after this, whatever is published is the new one's.
     place.withdraw()
-    output = open_log(place.log)
-    try:
-        # -P: the working directory is a data directory, no place to import from. The path to ourselves: we may run
-        # from a checkout that is not installed.
+    # We may run from a checkout that is not installed.
+    path = [str(Path(config.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with open_log(place.log) as output:
+        # -P: the working directory is a data directory, no place to import from.
         process = subprocess.run(
             [sys.executable, "-P", "-m", "config.embedded.keeper", server, place.directory, str(linger)],
             check=False,
             cwd=place.directory,
-            env={**os.environ, "PYTHONPATH": _python_path()},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    finally:
-        os.close(output)
     if process.returncode != 0:
         raise _failed(place)
-
-
-def _python_path() -> str:
-    ours = str(Path(config.__file__).parents[1])
-    return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _failed(place: Place, why: str = "") -> EmbeddedServerError:

@@ -94,19 +94,18 @@ class PostgresServer(EmbeddedServer):
 
     def _command(self) -> list[str | Path]:
         # On the command line, which beats the files and ALTER SYSTEM: the URL and the `trust` above rest on them.
-        return [
-            self._bin / "postgres",
-            *("-D", self._data),
-            *("-c", "listen_addresses="),
-            *("-c", "port=5432"),
-            *("-c", f"unix_socket_directories={self._socket_directory}"),
-            *("-c", "unix_socket_permissions=0700"),
-        ]
+        settings = {
+            "listen_addresses": "",
+            "port": "5432",
+            "unix_socket_directories": self._socket_directory,
+            "unix_socket_permissions": "0700",
+        }
+        return [self._bin / "postgres", "-D", self._data, *(f"--{name}={value}" for name, value in settings.items())]
 
     def _is_ready(self, pid: int) -> bool:
         """Read what pg_ctl reads: no client library is needed, and a server in recovery is told from a ready one."""
         try:
-            lines = (self._data / "postmaster.pid").read_text().splitlines()
+            lines = (self._data / "postmaster.pid").read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return False
         # As src/include/utils/pidfile.h says, the first line is the pid and the last one, once it is there, the status.
@@ -140,32 +139,21 @@ class PostgresServer(EmbeddedServer):
             shutil.rmtree(unfinished)
         unfinished.mkdir(0o700)
         self._account.take(unfinished)
-        # As ".", because initdb refuses some characters that the directory's path may have.
-        self._run_once(
-            [
-                self._bin / "initdb",
-                *("--pgdata", "."),
-                *("--username", _USER),
-                *("--encoding", "UTF8"),
-                *("--locale", "C"),
-                "--auth-local=trust",
-                "--auth-host=reject",  # nobody listens there; should somebody change that, it stays shut
-                *(["--no-sync"] if self._settings.get("fsync") == "off" else []),
-            ],
-            directory=unfinished,
-        )
+        # --pgdata=. because initdb refuses some characters that the directory's path may have. --auth-host: nobody
+        # listens on TCP; should somebody change that, it stays shut.
+        options = [f"--username={_USER}", "--encoding=UTF8", "--locale=C", "--auth-local=trust", "--auth-host=reject"]
+        if self._settings.get("fsync") == "off":
+            options.append("--no-sync")
         # Single-user mode needs no client, and goes on after an error unless told not to.
-        self._run_once(
-            [self._bin / "postgres", "--single", "-D", ".", "-c", "exit_on_error=on", "template1"],
-            directory=unfinished,
-            stdin=f"CREATE DATABASE {_DATABASE}\n",
-        )
+        single = ["--single", "-D", ".", "-c", "exit_on_error=on", "template1"]
+        for stdin, program, *arguments in (
+            ("", "initdb", "--pgdata=.", *options),
+            (f"CREATE DATABASE {_DATABASE}\n", "postgres", *single),
+        ):
+            done = self._account.run([self._bin / program, *arguments], directory=unfinished, stdin=stdin)
+            if done.returncode != 0:
+                raise EmbeddedServerError(f"{program} failed (exit code {done.returncode}):\n{done.stdout.strip()}")
         unfinished.rename(self._data)
-
-    def _run_once(self, command: list[str | Path], *, directory: Path, stdin: str = "") -> None:
-        done = self._account.run(command, directory=directory, stdin=stdin)
-        if done.returncode != 0:
-            raise EmbeddedServerError(f"{command[0]} failed (exit code {done.returncode}):\n{done.stdout.strip()}")
 
     def _find_socket_directory(self) -> Path:
         """Reuse what a killed run left, so that its clients' URL stays right and nothing piles up in /tmp.
@@ -184,12 +172,9 @@ class PostgresServer(EmbeddedServer):
         return created
 
     def _write_settings(self) -> None:
-        """Write both files on every start, so that a new release's settings reach old data directories."""
-        base = _SERVER_CONF.read_text(encoding="utf-8")
-        lines = [f"{name} = '{_escaped(value)}'\n" for name, value in self._settings.items()]
-        write_private(self._data / "embedded.conf", "".join(lines), owner=self._account)
-        write_private(self._data / "postgresql.conf", f"{base}\ninclude 'embedded.conf'\n", owner=self._account)
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("'", "''")
+        """Write the file on every start, so that a new release's settings reach old data directories."""
+        quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in self._settings.items()}
+        ours = "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
+        # The last line of a setting counts.
+        text = f"{_SERVER_CONF.read_text(encoding='utf-8')}\n# --- Embedded\n\n{ours}"
+        write_private(self._data / "postgresql.conf", text, owner=self._account)

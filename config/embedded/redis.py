@@ -8,6 +8,7 @@ import re
 import secrets
 import signal
 import socket
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
@@ -50,18 +51,17 @@ class RedisServer(EmbeddedServer):
     start_seconds: ClassVar[float] = 60  # includes reading the append-only file
     stop_seconds: ClassVar[float] = 20
 
-    def __init__(self, directory: Path, binary: Path | None = None, port: int | None = None) -> None:
+    def __init__(self, directory: Path, binary: Path | None = None) -> None:
         super().__init__(directory)
         self._wanted_binary = binary
-        self._wanted_port = port
         self._conf = self._directory / "redis.conf"
         self._port = 0
         self._password = ""
 
     @classmethod
-    def start(cls, directory: Path, *, binary: Path | None = None, port: int | None = None) -> Self:
-        """Return a server that answers, on `port` or on the last run's or else on a free one."""
-        server = cls(directory, binary, port)
+    def start(cls, directory: Path, *, binary: Path | None = None) -> Self:
+        """Return a server that answers, on the last run's port or else on a free one."""
+        server = cls(directory, binary)
         server.begin()
         return server
 
@@ -73,18 +73,15 @@ class RedisServer(EmbeddedServer):
     def _binary(self) -> Path:
         return runnable(self._wanted_binary or redis_binary(), self._account, self._directory)
 
-    def _first_launch(self) -> None:
+    def launch(self) -> None:
         last_port, self._password = self._last_run()
         ports = [last_port, *(_FIRST_PORT + secrets.randbelow(_PORTS) for _ in range(_ATTEMPTS))]
-        for port in filter(None, [self._wanted_port] if self._wanted_port else ports):
-            self._port = port
+        for self._port in filter(None, ports):
             try:
-                self._launch()
+                return self._launch()
             except EmbeddedServerError:
-                if self._wanted_port or _TAKEN not in tail(self._log):
+                if _TAKEN not in tail(self._log):
                     raise
-            else:
-                return
         raise EmbeddedServerError(f"Found no free port for Redis on {_HOST} in {_ATTEMPTS} attempts")
 
     def _prepare(self) -> None:
@@ -100,13 +97,12 @@ class RedisServer(EmbeddedServer):
     def _is_ready(self, pid: int) -> bool:
         """Whether the server we mean answers: another one on this port would not take the password."""
         del pid
-        try:
-            with socket.create_connection((_HOST, self._port), timeout=_ANSWER_SECONDS) as connection:
-                connection.sendall(f"AUTH {self._password}\r\nPING\r\nQUIT\r\n".encode())
-                answer = b"".join(iter(lambda: connection.recv(4096), b""))
-        except OSError:
-            return False
-        return b"+PONG" in answer  # not so while it loads: -LOADING
+        address = (_HOST, self._port)
+        with suppress(OSError), socket.create_connection(address, timeout=_ANSWER_SECONDS) as connection:
+            connection.sendall(f"AUTH {self._password}\r\nPING\r\nQUIT\r\n".encode())
+            # Not so while it loads: -LOADING.
+            return b"+PONG" in b"".join(iter(lambda: connection.recv(4096), b""))
+        return False
 
     def _last_run(self) -> tuple[int | None, str]:
         """Return the port and the password of the last run, or no port and a new password."""

@@ -7,7 +7,6 @@
   files, and the next start recovers it.
 """
 
-import os
 import signal
 import subprocess
 import time
@@ -71,13 +70,17 @@ class EmbeddedServer(ABC):
             raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
 
     def begin(self) -> None:
-        """Start it for the first time; on return it answers."""
+        """Own and launch it, or leave nothing behind."""
         self.own()
         try:
-            self._first_launch()
+            self.launch()
         except BaseException:
             self.stop()
             raise
+
+    def launch(self) -> None:
+        """Start it for the first time; on return it answers."""
+        self._launch()
 
     def stop(self) -> None:
         """Stop in order. Does nothing when it is stopped, or when another process owns the directory by now."""
@@ -107,20 +110,14 @@ class EmbeddedServer(ABC):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _first_launch(self) -> None:
-        self._launch()
-
     def _clean_up(self) -> None:  # noqa: B027 - most of it lies in the directory
         """Remove what lies outside the directory."""
 
     def _launch(self) -> None:
         self._kill_all()
         self._prepare()
-        log = open_log(self._log)
-        try:
+        with open_log(self._log) as log:
             self._process = self._account.spawn(self._command(), directory=self._data, log=log)
-        finally:
-            os.close(log)
         try:
             self._await_ready(self._process)
         except BaseException:  # Ctrl-C as well: nobody else knows of the process yet
@@ -130,14 +127,11 @@ class EmbeddedServer(ABC):
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self.start_seconds
         while not self._is_ready(process.pid):
-            if process.poll() is not None:
-                problem = f"did not start (exit code {process.returncode})"
-            elif time.monotonic() > deadline:
-                problem = f"was not ready after {self.start_seconds:g} s"
-            else:
-                time.sleep(_POLL)
-                continue
-            raise EmbeddedServerError(f"{self.program} in {self._directory} {problem}:\n{tail(self._log)}")
+            if (code := process.poll()) is not None or time.monotonic() > deadline:
+                late = f"was not ready after {self.start_seconds:g} s"
+                what = late if code is None else f"did not start (exit code {code})"
+                raise EmbeddedServerError(f"{self.program} in {self._directory} {what}:\n{tail(self._log)}")
+            time.sleep(_POLL)
 
     def _end(self) -> None:
         if self._process is not None:
@@ -147,26 +141,16 @@ class EmbeddedServer(ABC):
             self._kill_all()
 
     def _kill_all(self) -> None:
-        """End every process of this server, and those it forks meanwhile."""
+        """End every process of this server, and those it forks meanwhile; zombies have no working directory."""
         deadline = time.monotonic() + _KILL_SECONDS
-        while left := self._processes():
+        ours = {"name": self.program, "cwd": str(self._data.resolve())}
+        while left := [process for process in psutil.process_iter([*ours]) if process.info == ours]:
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            if self._process is not None:
-                self._process.poll()
             if time.monotonic() > deadline:
                 raise EmbeddedServerError(f"Processes of {self._data} do not die: {[p.pid for p in left]}")
             time.sleep(_POLL)
         if self._process is not None:
             self._process.kill()  # for a system that does not tell us its working directory; else a no-op
             self._process.wait(_KILL_SECONDS)
-
-    def _processes(self) -> list[psutil.Process]:
-        """Every process of this server but zombies, which have no working directory any more."""
-        data = str(self._data.resolve())
-        return [
-            process
-            for process in psutil.process_iter(["name", "cwd"])
-            if process.info["name"] == self.program and process.info["cwd"] == data
-        ]

