@@ -21,9 +21,17 @@ setup: $(INSTALLED) ## Make the environment in .venv, from a hash-locked file
 $(INSTALLED): config/requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; name one with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --require-hashes --requirement config/requirements-dev.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
+	@echo '1/4  $(VENV): an empty environment'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@echo '2/4  uv, to install the rest faster'
+	@sed -n '/^uv==/,/[^\\]$$/p' config/requirements-dev.lock > $(VENV)/uv.lock
+	@$(BIN)/python -m pip install --quiet --require-hashes --requirement $(VENV)/uv.lock
+	@echo '3/4  the packages of config/requirements-dev.lock'
+	@# pip, where only its own configuration leads to an index.
+	@$(BIN)/uv pip install --python $(BIN)/python --require-hashes --requirement config/requirements-dev.lock || \
+		$(BIN)/python -m pip install --require-hashes --requirement config/requirements-dev.lock
+	@echo '4/4  Tidemark itself, from this directory'
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 	@touch $@
 
 .PHONY: demo

@@ -64,23 +64,29 @@ class TidemarkApp(Celery):
 
         return load_settings()
 
+    # Both are held until the process ends: an embedded server stops after the last process that uses it.
     @cached_property
-    def _embedded(self) -> "Lease":
-        # Held until the process ends: the servers stop after the last process that uses them.
+    def embedded_postgres(self) -> "Lease":
         from config.embedded import attach  # noqa: PLC0415 - most installations have servers of their own
         from db.migrate import bring_up  # noqa: PLC0415 - Alembic would cost every program half a second
 
-        lease = attach(self.settings.data_dir)
-        bring_up(lease.endpoints.database_url)
+        lease = attach(self.settings.data_dir, "postgres")
+        bring_up(lease.url)
         return lease
+
+    @cached_property
+    def embedded_redis(self) -> "Lease":
+        from config.embedded import attach  # noqa: PLC0415 - as above
+
+        return attach(self.settings.data_dir, "redis")
 
     @property
     def database_url(self) -> str:
-        return self.settings.database_url or self._embedded.endpoints.database_url
+        return self.settings.database_url or self.embedded_postgres.url
 
     @property
     def broker_url(self) -> str:
-        return self.settings.broker_url or self._embedded.endpoints.broker_url
+        return self.settings.broker_url or self.embedded_redis.url
 
     @property
     def redis_url(self) -> str | None:
@@ -121,6 +127,8 @@ class TidemarkApp(Celery):
         """Celery's hook for a configuration computed late."""
         try:
             ours = celery_config(self.settings, self.broker_url, self.redis_url)
+            # An embedded Postgres is held by this process, rather than by those of its pool, which come and go.
+            _ = self.database_url
         except TidemarkError as error:
             if click.get_current_context(silent=True) is not None:
                 # A mistake of the user's on the command line: a message, no traceback.

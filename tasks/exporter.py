@@ -402,7 +402,7 @@ class Exporter(Collector):
         for source in self._sources:
             source.ask()
         readings = {source.name: source.reading(until) for source in self._sources}
-        yield _gauge("build_info", "Version of the exporter.", {version("tidemark"): 1}, "version")
+        yield _gauge("build_info", "Version of the exporter.", {version("tidemark-sequencer"): 1}, "version")
         up = {name: reading.error is None for name, reading in readings.items()}
         yield _gauge("exporter_source_up", "Whether a source answered when it was last asked.", up, "source")
         seconds = {name: reading.seconds for name, reading in readings.items()}

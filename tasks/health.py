@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from celery import bootsteps
 
-from config.embedded.files import write_private
+from config.embedded.host import write_private
 from config.heartbeat import SignOfLife
 from config.settings import Settings
 

@@ -1,197 +1,171 @@
-"""Sharing the embedded servers among processes that know nothing of each other.
+"""Sharing an embedded server among processes that know nothing of each other.
 
 A worker, beat and a command line each call `attach`; the keeper (`config.embedded.keeper`), a process of its own, owns
-the servers. Three locks in the directory, always taken in this order:
+the server. Postgres and Redis have a directory and a keeper each, so that only what is needed runs. Three locks in the
+directory, always taken in this order:
 
-- `users.lock`: shared by every user while it lives. The keeper turns the servers off only while it holds it
-  exclusively, so an `attach` that comes in that moment waits until they are off, and then starts them anew.
+- `users.lock`: shared by every user while it lives. The keeper turns the server off only while it holds it
+  exclusively, so an `attach` that comes in that moment waits until it is off, and then starts it again.
 - `start.lock`: held by the one `attach` that looks for the keeper or starts it.
-- `keeper.lock`: held by the keeper while it lives; its content is the keeper's pid.
+- `owner.lock`: held by the keeper while it lives.
 
 A crash leaves behind: of a user, nothing (the kernel drops its lock, and the keeper notices); of a starter, at most a
-keeper without users, which goes by itself; of the keeper, `endpoints.json` and two running servers. The next
-`attach` starts a new keeper, which replaces them at the same URLs.
+keeper without users, which goes by itself; of the keeper, the file `url` and a running server. The next `attach`
+starts a new keeper, which replaces it at the same URL.
 """
 
-import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from multiprocessing.util import register_after_fork
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Literal
 
 import config
-from config.embedded.account import claim
-from config.embedded.files import open_log, tail, write_private
-from config.embedded.locks import FileLock
+from config.embedded.host import FileLock, claim, open_log, tail, write_private
+from config.embedded.server import OWNER_LOCK
 from config.errors import EmbeddedServerError
 
-LINGER_SECONDS = 2.0
+ServerName = Literal["postgres", "redis"]
+
+# More than a program takes to start: `worker --detach` closes all files and then starts itself a second time.
+_LINGER_SECONDS = 10.0
 _START_SECONDS = 180.0
+_RENEW_SECONDS = 5.0
 _POLL = 0.02
 
-
-@dataclass(frozen=True, kw_only=True)
-class Endpoints:
-    database_url: str
-    broker_url: str
+log = logging.getLogger("tidemark.embedded")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Places:
-    """The files by which users and keeper of a directory find each other."""
+class Place:
+    """The directory of a server, and the files in it by which users and keeper find each other."""
 
-    directory: Path
-
-    @property
-    def users_lock(self) -> Path:
-        return self.directory / "users.lock"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.users_lock = directory / "users.lock"
+        self.log = directory / "keeper.log"
+        self._url = directory / "url"
 
     @property
-    def start_lock(self) -> Path:
-        return self.directory / "start.lock"
+    def kept(self) -> bool:
+        """Whether a keeper lives."""
+        lock = FileLock(self.directory / OWNER_LOCK)
+        if lock.try_acquire():
+            lock.release()
+            return False
+        return True
 
     @property
-    def keeper_lock(self) -> Path:
-        return self.directory / "keeper.lock"
+    def url(self) -> str | None:
+        """The server's URL while the server runs."""
+        with suppress(FileNotFoundError):
+            return self._url.read_text(encoding="utf-8")
+        return None
 
-    @property
-    def log(self) -> Path:
-        return self.directory / "keeper.log"
-
-    def publish(self, endpoints: Endpoints) -> None:
-        write_private(self.directory / "endpoints.json", json.dumps(asdict(endpoints)))
-
-    def published(self) -> Endpoints | None:
-        try:
-            return Endpoints(**json.loads((self.directory / "endpoints.json").read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
+    def publish(self, url: str) -> None:
+        write_private(self._url, url)
 
     def withdraw(self) -> None:
-        (self.directory / "endpoints.json").unlink(missing_ok=True)
+        self._url.unlink(missing_ok=True)
 
 
 class Lease:
-    """The right to use the servers until `close`, or until this process and all it forked are gone."""
+    """The right to use a server until `close`, or until this process and all it forked are gone."""
 
-    def __init__(self, endpoints: Endpoints, users: FileLock) -> None:
-        self.endpoints = endpoints
+    def __init__(self, place: Place, url: str, users: FileLock) -> None:
+        self.url = url
+        self._place = place
         self._users = users
+        # A daemon closes every file when it detaches itself (`beat --detach`), and runs these right after.
+        register_after_fork(self, Lease._renew)
+
+    def runs(self) -> bool:
+        """Whether the server runs; False while its keeper starts it again. Without a keeper nobody does: an error."""
+        if not self._place.kept:
+            raise EmbeddedServerError(
+                f"The embedded server in {self._place.directory} has lost its keeper ({self._place.log} may say why): "
+                f"start this program again"
+            )
+        return self._place.url is not None
 
     def close(self) -> None:
-        """Leave. Forked children that still live keep the servers running."""
+        """Leave. Forked children that still live keep the server running."""
         self._users.leave()
 
-    def __enter__(self) -> Self:
-        return self
+    def _renew(self) -> None:
+        held = self._users.held
+        # The old one is not closed: the number of its file may be another file's by now.
+        self._users = FileLock(self._place.users_lock, shared=True)
+        if held and not self._users.acquire(time.monotonic() + _RENEW_SECONDS):
+            log.error("lost the lease on the embedded server in %s", self._place.directory)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
+def attach(data_dir: Path, server: ServerName, *, linger: float = _LINGER_SECONDS) -> Lease:
+    """Return a lease on one of the data directory's servers, which runs when this returns.
 
-def attach(directory: Path, *, linger: float = LINGER_SECONDS, timeout: float = _START_SECONDS) -> Lease:
-    """Return a lease on the directory's servers, which run when this returns.
-
-    `linger` counts for the call that starts the keeper: so long the servers outlive their last user.
+    `linger` counts for the call that starts the keeper: the server outlives its last user by as many seconds.
     """
-    places = Places(directory=claim(directory))
-    deadline = time.monotonic() + timeout
-    users = FileLock(places.users_lock, shared=True)
-    if not users.acquire(deadline):
-        raise _too_late(places, timeout)
-    start = FileLock(places.start_lock)
+    place = Place(claim(claim(data_dir) / server))
+    deadline = time.monotonic() + _START_SECONDS
+    users = FileLock(place.users_lock, shared=True)
+    start = FileLock(place.directory / "start.lock")
     try:
-        if not start.acquire(deadline):
-            raise _too_late(places, timeout)  # noqa: TRY301 -- the lock above must go, whatever the reason
-        endpoints = _find_or_start(places, linger, deadline, timeout)
-    except BaseException:
+        if not (users.acquire(deadline) and start.acquire(deadline)):
+            raise TimeoutError(f"not ready after {_START_SECONDS:g} s")  # noqa: TRY301 - an OSError, like a full disk's below
+        url = _await_url(place, deadline)
+        if url is None:
+            _spawn_keeper(place, server, linger)
+            url = _await_url(place, deadline)
+        if url is None:
+            raise _failed(place)  # noqa: TRY301 - the lock must go, whatever the reason
+    except BaseException as error:
         users.release()
+        if isinstance(error, OSError):
+            raise _failed(place, f" ({error})") from error
         raise
     finally:
         start.release()
-    return Lease(endpoints, users)
+    return Lease(place, url, users)
 
 
-def keeper_pid(directory: Path) -> int | None:
-    """Return the pid of the directory's keeper, or None when none runs."""
-    places = Places(directory=directory)
-    if not places.keeper_lock.exists() or not _keeper_runs(places):
-        return None
-    return int(places.keeper_lock.read_text(encoding="ascii") or 0) or None
-
-
-def _find_or_start(places: Places, linger: float, deadline: float, timeout: float) -> Endpoints:
-    endpoints = _await_keeper(places, deadline, timeout)
-    if endpoints is None:
-        _spawn_keeper(places, linger)
-        endpoints = _await_keeper(places, deadline, timeout)
-    if endpoints is None:
-        raise _failed(places)
-    return endpoints
-
-
-def _await_keeper(places: Places, deadline: float, timeout: float) -> Endpoints | None:
-    """Return what the running keeper has published, or None as soon as no keeper runs."""
-    while _keeper_runs(places):
-        if (endpoints := places.published()) is not None:
-            return endpoints
+def _await_url(place: Place, deadline: float) -> str | None:
+    """Return what the keeper publishes, or None as soon as no keeper lives."""
+    while place.kept:
+        if (url := place.url) is not None:
+            return url
         if time.monotonic() > deadline:
-            raise _too_late(places, timeout)
+            raise TimeoutError("its keeper has not got it ready in time")
         time.sleep(_POLL)
     return None
 
 
-def _keeper_runs(places: Places) -> bool:
-    lock = FileLock(places.keeper_lock)
-    if lock.try_acquire():
-        lock.release()
-        return False
-    return True
-
-
-def _spawn_keeper(places: Places, linger: float) -> None:
+def _spawn_keeper(place: Place, server: ServerName, linger: float) -> None:
     """Start a keeper; on return it holds its lock and has left our process tree.
 
     So it is nobody's zombie when it ends, and no signal to our process group reaches it.
     """
-    # A killed keeper's endpoints; after this, whatever is published is the new one's.
-    places.withdraw()
-    log = open_log(places.log)
-    try:
-        # -P: the working directory is a data directory, no place to import from. The path to ourselves: we may run
-        # from a checkout that is not installed.
+    # A killed keeper's; after this, whatever is published is the new one's.
+    place.withdraw()
+    # We may run from a checkout that is not installed.
+    path = [str(Path(config.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with open_log(place.log) as output:
+        # -P: the working directory is a data directory, no place to import from.
         process = subprocess.run(
-            [sys.executable, "-P", "-m", "config.embedded.keeper", places.directory, str(linger)],
+            [sys.executable, "-P", "-m", "config.embedded.keeper", server, place.directory, str(linger)],
             check=False,
-            cwd=places.directory,
-            env={**os.environ, "PYTHONPATH": _python_path()},
+            cwd=place.directory,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    finally:
-        os.close(log)
     if process.returncode != 0:
-        raise _failed(places)
+        raise _failed(place)
 
 
-def _python_path() -> str:
-    ours = str(Path(config.__file__).parents[1])
-    return os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _failed(places: Places) -> EmbeddedServerError:
-    return EmbeddedServerError(f"The embedded servers in {places.directory} did not start:\n{tail(places.log)}")
-
-
-def _too_late(places: Places, timeout: float) -> EmbeddedServerError:
-    return EmbeddedServerError(
-        f"The embedded servers in {places.directory} were not ready after {timeout:g} s:\n{tail(places.log)}"
-    )
+def _failed(place: Place, why: str = "") -> EmbeddedServerError:
+    return EmbeddedServerError(f"The embedded server in {place.directory} did not start{why}:\n{tail(place.log)}")

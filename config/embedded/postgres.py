@@ -13,12 +13,13 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
 from urllib.parse import quote
 
 import config
-from config.embedded.files import write_private
+from config.embedded.host import write_private
 from config.embedded.server import EmbeddedServer
 from config.embedded.wheels import postgres_bin, runnable
 from config.errors import EmbeddedServerError
@@ -33,13 +34,9 @@ _SMALLER = {
     "effective_cache_size": "1GB",
     "work_mem": "16MB",
     "maintenance_work_mem": "64MB",
-    "max_connections": "100",
     "max_wal_size": "1GB",
     "min_wal_size": "80MB",
 }
-
-# postmaster.pid, as src/include/utils/pidfile.h numbers its lines (from 1).
-_PID_LINE, _STATUS_LINE = 1, 8
 
 
 class PostgresServer(EmbeddedServer):
@@ -50,10 +47,9 @@ class PostgresServer(EmbeddedServer):
     start_seconds: ClassVar[float] = 120  # includes crash recovery
     stop_seconds: ClassVar[float] = 60  # includes a checkpoint
 
-    def __init__(self, directory: Path, bin_dir: Path | None, settings: Mapping[str, str] | None) -> None:
+    def __init__(self, directory: Path, bin_dir: Path | None = None, settings: Mapping[str, str] | None = None) -> None:
         super().__init__(directory)
         self._wanted_bin = bin_dir
-        self._bin: Path | None = None
         self._settings = {**_SMALLER, **(settings or {})}
         self._socket_link = self._directory / "socket"
         self._socket_directory: Path | None = None
@@ -66,7 +62,7 @@ class PostgresServer(EmbeddedServer):
         `config/postgresql.conf`.
         """
         server = cls(directory, bin_dir, settings)
-        server._start()
+        server.begin()
         return server
 
     def url(self, database: str = _DATABASE) -> str:
@@ -79,14 +75,16 @@ class PostgresServer(EmbeddedServer):
         host = quote(str(self._socket_directory), safe="")
         return f"postgresql://{_USER}@/{quote(database, safe='')}?host={host}&port=5432"
 
+    @cached_property
+    def _bin(self) -> Path:
+        program = (self._wanted_bin or postgres_bin()) / self.program
+        return runnable(program, self._account, self._directory).parent
+
     def _prepare(self) -> None:
-        if self._bin is None:
-            program = (self._wanted_bin or postgres_bin()) / self.program
-            self._bin = runnable(program, self._account, self._directory).parent
         if self._data.exists():
             self._check_version()
         else:
-            self._initialize(self._bin)
+            self._initialize()
         self._socket_directory = self._find_socket_directory()
         # No process of this cluster is left, so these are stale; but the pid in them may be another process's by now
         # (or a zombie's, where nobody reaps orphans), and Postgres would refuse to start.
@@ -96,32 +94,27 @@ class PostgresServer(EmbeddedServer):
 
     def _command(self) -> list[str | Path]:
         # On the command line, which beats the files and ALTER SYSTEM: the URL and the `trust` above rest on them.
-        return [
-            self._binary("postgres"),
-            *("-D", self._data),
-            *("-c", "listen_addresses="),
-            *("-c", "port=5432"),
-            *("-c", f"unix_socket_directories={self._socket_directory}"),
-            *("-c", "unix_socket_permissions=0700"),
-        ]
+        settings = {
+            "listen_addresses": "",
+            "port": "5432",
+            "unix_socket_directories": self._socket_directory,
+            "unix_socket_permissions": "0700",
+        }
+        return [self._bin / "postgres", "-D", self._data, *(f"--{name}={value}" for name, value in settings.items())]
 
     def _is_ready(self, pid: int) -> bool:
         """Read what pg_ctl reads: no client library is needed, and a server in recovery is told from a ready one."""
         try:
-            lines = ["", *(self._data / "postmaster.pid").read_text().splitlines()]
+            lines = (self._data / "postmaster.pid").read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return False
-        return len(lines) > _STATUS_LINE and lines[_PID_LINE] == str(pid) and lines[_STATUS_LINE].strip() == "ready"
+        # As src/include/utils/pidfile.h says, the first line is the pid and the last one, once it is there, the status.
+        return bool(lines) and lines[0] == str(pid) and lines[-1].strip() == "ready"
 
     def _clean_up(self) -> None:
         if self._socket_directory is not None:
             shutil.rmtree(self._socket_directory, ignore_errors=True)
         self._socket_link.unlink(missing_ok=True)
-
-    def _binary(self, name: str) -> Path:
-        if self._bin is None:
-            raise EmbeddedServerError(f"Postgres in {self._directory} was never started")
-        return self._bin / name
 
     def _check_version(self) -> None:
         try:
@@ -131,44 +124,36 @@ class PostgresServer(EmbeddedServer):
                 f"{self._data} is not empty and no Postgres data directory: move it away, or choose another "
                 f"TIDEMARK_DATA_DIR"
             ) from None
-        printed = self._account.run([self._binary("postgres"), "--version"]).stdout
+        printed = self._account.run([self._bin / "postgres", "--version"]).stdout
         match = re.search(r"\d+", printed)
         if match is None or match[0] != found:
             raise EmbeddedServerError(
-                f"{self._data} was created by PostgreSQL {found}, and {self._binary('postgres')} is {printed.strip()}: "
+                f"{self._data} was created by PostgreSQL {found}, and {self._bin / 'postgres'} is {printed.strip()}: "
                 f"dump and restore it with the old binaries, or choose another TIDEMARK_DATA_DIR"
             )
 
-    def _initialize(self, binaries: Path) -> None:
+    def _initialize(self) -> None:
         """Create the cluster beside its place and move it there whole: a crash half-way leaves nothing to repair."""
         unfinished = self._data.with_suffix(".new")
         if unfinished.exists():
             shutil.rmtree(unfinished)
         unfinished.mkdir(0o700)
         self._account.take(unfinished)
-        self._run_once(
-            [
-                binaries / "initdb",
-                *("--pgdata", unfinished),
-                *("--username", _USER),
-                *("--encoding", "UTF8"),
-                *("--locale", "C"),
-                "--auth-local=trust",
-                "--auth-host=reject",  # nobody listens there; should somebody change that, it stays shut
-                *(["--no-sync"] if self._settings.get("fsync") == "off" else []),
-            ]
-        )
+        # --pgdata=. because initdb refuses some characters that the directory's path may have. --auth-host: nobody
+        # listens on TCP; should somebody change that, it stays shut.
+        options = [f"--username={_USER}", "--encoding=UTF8", "--locale=C", "--auth-local=trust", "--auth-host=reject"]
+        if self._settings.get("fsync") == "off":
+            options.append("--no-sync")
         # Single-user mode needs no client, and goes on after an error unless told not to.
-        self._run_once(
-            [binaries / "postgres", "--single", "-D", unfinished, "-c", "exit_on_error=on", "template1"],
-            stdin=f"CREATE DATABASE {_DATABASE}\n",
-        )
+        single = ["--single", "-D", ".", "-c", "exit_on_error=on", "template1"]
+        for stdin, program, *arguments in (
+            ("", "initdb", "--pgdata=.", *options),
+            (f"CREATE DATABASE {_DATABASE}\n", "postgres", *single),
+        ):
+            done = self._account.run([self._bin / program, *arguments], directory=unfinished, stdin=stdin)
+            if done.returncode != 0:
+                raise EmbeddedServerError(f"{program} failed (exit code {done.returncode}):\n{done.stdout.strip()}")
         unfinished.rename(self._data)
-
-    def _run_once(self, command: list[str | Path], *, stdin: str = "") -> None:
-        done = self._account.run(command, stdin=stdin)
-        if done.returncode != 0:
-            raise EmbeddedServerError(f"{command[0]} failed (exit code {done.returncode}):\n{done.stdout.strip()}")
 
     def _find_socket_directory(self) -> Path:
         """Reuse what a killed run left, so that its clients' URL stays right and nothing piles up in /tmp.
@@ -177,8 +162,8 @@ class PostgresServer(EmbeddedServer):
         """
         with suppress(OSError):
             known = self._socket_link.readlink()
-            mode = known.lstat().st_mode
-            if stat.S_ISDIR(mode) and stat.S_IMODE(mode) == stat.S_IRWXU and self._account.owns(known):
+            status = known.lstat()
+            if status.st_mode == stat.S_IFDIR | stat.S_IRWXU and status.st_uid == self._account.uid:
                 return known
         created = Path(tempfile.mkdtemp(prefix="tm-", dir="/tmp"))
         self._account.take(created)
@@ -187,12 +172,9 @@ class PostgresServer(EmbeddedServer):
         return created
 
     def _write_settings(self) -> None:
-        """Write both files on every start, so that a new release's settings reach old data directories."""
-        base = _SERVER_CONF.read_text(encoding="utf-8")
-        lines = [f"{name} = '{_escaped(value)}'\n" for name, value in self._settings.items()]
-        write_private(self._data / "embedded.conf", "".join(lines), owner=self._account)
-        write_private(self._data / "postgresql.conf", f"{base}\ninclude 'embedded.conf'\n", owner=self._account)
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("'", "''")
+        """Write the file on every start, so that a new release's settings reach old data directories."""
+        quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in self._settings.items()}
+        ours = "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
+        # The last line of a setting counts.
+        text = f"{_SERVER_CONF.read_text(encoding='utf-8')}\n# --- Embedded\n\n{ours}"
+        write_private(self._data / "postgresql.conf", text, owner=self._account)

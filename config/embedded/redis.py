@@ -4,15 +4,16 @@ TCP, because a password in a URL is understood by every client the broker's URL 
 stands in 0600 files only: everybody can read a command line.
 """
 
-import json
+import re
 import secrets
 import signal
 import socket
-from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
 
-from config.embedded.files import tail, write_private
+from config.embedded.host import tail, write_private
 from config.embedded.server import EmbeddedServer
 from config.embedded.wheels import redis_binary, runnable
 from config.errors import EmbeddedServerError
@@ -25,11 +26,11 @@ _ANSWER_SECONDS = 0.3
 _HOST = "127.0.0.1"
 _TAKEN = "Address already in use"
 
+# `dir` is not among them: the server works in the directory it is started in, whatever characters its path has.
 _CONF = """\
 bind {host}
 port {port}
 requirepass {password}
-dir "{data}"
 daemonize no
 # A queue's messages must outlive a restart, at the price of the last second's.
 appendonly yes
@@ -50,88 +51,62 @@ class RedisServer(EmbeddedServer):
     start_seconds: ClassVar[float] = 60  # includes reading the append-only file
     stop_seconds: ClassVar[float] = 20
 
-    def __init__(self, directory: Path, binary: Path | None, port: int | None) -> None:
+    def __init__(self, directory: Path, binary: Path | None = None) -> None:
         super().__init__(directory)
         self._wanted_binary = binary
-        self._binary: Path | None = None
-        self._wanted_port = port
         self._conf = self._directory / "redis.conf"
-        self._identity = self._directory / "identity.json"
         self._port = 0
         self._password = ""
 
     @classmethod
-    def start(cls, directory: Path, *, binary: Path | None = None, port: int | None = None) -> Self:
-        """Return a server that answers, on `port` or on the last run's or else on a free one."""
-        server = cls(directory, binary, port)
-        server._start()
+    def start(cls, directory: Path, *, binary: Path | None = None) -> Self:
+        """Return a server that answers, on the last run's port or else on a free one."""
+        server = cls(directory, binary)
+        server.begin()
         return server
 
     @property
     def url(self) -> str:
         return f"redis://:{self._password}@{_HOST}:{self._port}/0"
 
-    def _first_launch(self) -> None:
-        wanted = self._wanted_port
-        last_port, self._password = self._last_identity()
-        for port in [wanted] if wanted is not None else _candidates(last_port):
-            self._port = port
+    @cached_property
+    def _binary(self) -> Path:
+        return runnable(self._wanted_binary or redis_binary(), self._account, self._directory)
+
+    def launch(self) -> None:
+        last_port, self._password = self._last_run()
+        ports = [last_port, *(_FIRST_PORT + secrets.randbelow(_PORTS) for _ in range(_ATTEMPTS))]
+        for self._port in filter(None, ports):
             try:
-                self._launch()
+                return self._launch()
             except EmbeddedServerError:
-                # A port looked free and was taken before the server got it.
-                if wanted is not None or _TAKEN not in tail(self._log):
+                if _TAKEN not in tail(self._log):
                     raise
-            else:
-                write_private(self._identity, json.dumps({"port": port, "password": self._password}))
-                return
         raise EmbeddedServerError(f"Found no free port for Redis on {_HOST} in {_ATTEMPTS} attempts")
 
     def _prepare(self) -> None:
-        if self._binary is None:
-            self._binary = runnable(self._wanted_binary or redis_binary(), self._account, self._directory)
         if not self._data.exists():
             self._data.mkdir(0o700)
             self._account.take(self._data)
-        text = _CONF.format(host=_HOST, port=self._port, password=self._password, data=self._data)
+        text = _CONF.format(host=_HOST, port=self._port, password=self._password)
         write_private(self._conf, text, owner=self._account)
 
     def _command(self) -> list[str | Path]:
-        if self._binary is None:
-            raise EmbeddedServerError(f"Redis in {self._directory} was never started")
         return [self._binary, self._conf]
 
     def _is_ready(self, pid: int) -> bool:
         """Whether the server we mean answers: another one on this port would not take the password."""
         del pid
-        try:
-            with socket.create_connection((_HOST, self._port), timeout=_ANSWER_SECONDS) as connection:
-                connection.sendall(f"AUTH {self._password}\r\nPING\r\nQUIT\r\n".encode())
-                answer = b"".join(iter(lambda: connection.recv(4096), b""))
-        except OSError:
-            return False
-        return b"+PONG" in answer  # not so while it loads: -LOADING
+        address = (_HOST, self._port)
+        with suppress(OSError), socket.create_connection(address, timeout=_ANSWER_SECONDS) as connection:
+            connection.sendall(f"AUTH {self._password}\r\nPING\r\nQUIT\r\n".encode())
+            # Not so while it loads: -LOADING.
+            return b"+PONG" in b"".join(iter(lambda: connection.recv(4096), b""))
+        return False
 
-    def _clean_up(self) -> None:
-        """All of it lies in the directory."""
-
-    def _last_identity(self) -> tuple[int | None, str]:
-        try:
-            last = json.loads(self._identity.read_text(encoding="utf-8"))
-            return int(last["port"]), str(last["password"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None, secrets.token_urlsafe(24)
-
-
-def _candidates(last_port: int | None) -> Iterator[int]:
-    if last_port is not None:
-        yield last_port
-    for _ in range(_ATTEMPTS):
-        port = _FIRST_PORT + secrets.randbelow(_PORTS)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_HOST, port))
-            except OSError:
-                continue
-        yield port
+    def _last_run(self) -> tuple[int | None, str]:
+        """Return the port and the password of the last run, or no port and a new password."""
+        with_values = r'^port (\d+)\nrequirepass "?([\w-]+)"?$'
+        if self._conf.exists() and (found := re.search(with_values, self._conf.read_text("utf-8"), re.MULTILINE)):
+            return int(found[1]), found[2]
+        return None, secrets.token_urlsafe(24)

@@ -7,25 +7,25 @@
   files, and the next start recovers it.
 """
 
-import os
 import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar, Self
 
 import psutil
 
-from config.embedded.account import Account, claim_for
-from config.embedded.files import open_log, tail
-from config.embedded.locks import FileLock
+from config.embedded.host import Account, FileLock, claim, open_log, tail
 from config.errors import EmbeddedServerError
+
+OWNER_LOCK = "owner.lock"
 
 _POLL = 0.02
 _KILL_SECONDS = 10.0
+# Who looks whether somebody has the lock takes it for an instant.
+_LOCK_SECONDS = 1.0
 
 
 class EmbeddedServer(ABC):
@@ -38,10 +38,10 @@ class EmbeddedServer(ABC):
 
     def __init__(self, directory: Path) -> None:
         self._account = Account.for_servers()
-        self._directory = claim_for(self._account, directory)
+        self._directory = claim(directory, self._account)
         self._data = self._directory / "data"
         self._log = self._directory / "server.log"
-        self._owner = FileLock(self._directory / "owner.lock")
+        self._owner = FileLock(self._directory / OWNER_LOCK)
         self._process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
@@ -54,10 +54,6 @@ class EmbeddedServer(ABC):
     @abstractmethod
     def _is_ready(self, pid: int) -> bool: ...
 
-    @abstractmethod
-    def _clean_up(self) -> None:
-        """Remove what lies outside the directory."""
-
     @property
     def pid(self) -> int:
         if self._process is None:
@@ -67,6 +63,24 @@ class EmbeddedServer(ABC):
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def own(self) -> None:
+        """Become the one process that may run a server here."""
+        if not self._owner.acquire(time.monotonic() + _LOCK_SECONDS):
+            raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
+
+    def begin(self) -> None:
+        """Own and launch it, or leave nothing behind."""
+        self.own()
+        try:
+            self.launch()
+        except BaseException:
+            self.stop()
+            raise
+
+    def launch(self) -> None:
+        """Start it for the first time; on return it answers."""
+        self._launch()
 
     def stop(self) -> None:
         """Stop in order. Does nothing when it is stopped, or when another process owns the directory by now."""
@@ -86,41 +100,24 @@ class EmbeddedServer(ABC):
 
     def restart(self) -> None:
         """Stop what still runs and start again, at the same URL (a Postgres after `stop`: at a new one)."""
-        self._own()
+        self.own()
         self._end()
         self._launch()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _own(self) -> None:
-        if not self._owner.try_acquire():
-            raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
-
-    def _start(self) -> None:
-        self._own()
-        try:
-            self._first_launch()
-        except BaseException:
-            self.stop()
-            raise
-
-    def _first_launch(self) -> None:
-        self._launch()
+    def _clean_up(self) -> None:  # noqa: B027 - most of it lies in the directory
+        """Remove what lies outside the directory."""
 
     def _launch(self) -> None:
         self._kill_all()
         self._prepare()
-        log = open_log(self._log)
-        try:
+        with open_log(self._log) as log:
             self._process = self._account.spawn(self._command(), directory=self._data, log=log)
-        finally:
-            os.close(log)
         try:
             self._await_ready(self._process)
         except BaseException:  # Ctrl-C as well: nobody else knows of the process yet
@@ -130,47 +127,30 @@ class EmbeddedServer(ABC):
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self.start_seconds
         while not self._is_ready(process.pid):
-            if process.poll() is not None:
-                raise EmbeddedServerError(
-                    f"{self.program} in {self._directory} did not start (exit code {process.returncode}):\n"
-                    f"{tail(self._log)}"
-                )
-            if time.monotonic() > deadline:
-                raise EmbeddedServerError(
-                    f"{self.program} in {self._directory} was not ready after {self.start_seconds:g} s:\n"
-                    f"{tail(self._log)}"
-                )
+            if (code := process.poll()) is not None or time.monotonic() > deadline:
+                late = f"was not ready after {self.start_seconds:g} s"
+                what = late if code is None else f"did not start (exit code {code})"
+                raise EmbeddedServerError(f"{self.program} in {self._directory} {what}:\n{tail(self._log)}")
             time.sleep(_POLL)
 
     def _end(self) -> None:
-        if self._process is not None and self.running:
-            self._process.send_signal(self.stop_signal)
+        if self._process is not None:
+            self._process.send_signal(self.stop_signal)  # does nothing to one that has ended
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self.stop_seconds)
-        if self._process is not None:
             self._kill_all()
 
     def _kill_all(self) -> None:
-        """End every process of this server, and those it forks meanwhile."""
+        """End every process of this server, and those it forks meanwhile; zombies have no working directory."""
         deadline = time.monotonic() + _KILL_SECONDS
-        while left := self._processes():
+        ours = {"name": self.program, "cwd": str(self._data.resolve())}
+        while left := [process for process in psutil.process_iter([*ours]) if process.info == ours]:
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            if self._process is not None:
-                self._process.poll()
             if time.monotonic() > deadline:
                 raise EmbeddedServerError(f"Processes of {self._data} do not die: {[p.pid for p in left]}")
             time.sleep(_POLL)
         if self._process is not None:
             self._process.kill()  # for a system that does not tell us its working directory; else a no-op
             self._process.wait(_KILL_SECONDS)
-
-    def _processes(self) -> list[psutil.Process]:
-        """Every process of this server but zombies, which have no working directory any more."""
-        data = str(self._data.resolve())
-        return [
-            process
-            for process in psutil.process_iter(["name", "cwd"])
-            if process.info["name"] == self.program and process.info["cwd"] == data
-        ]

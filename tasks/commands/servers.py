@@ -1,11 +1,15 @@
 """`celery -A tasks servers`: keep the embedded servers up, and say where they are."""
 
 import signal
-import threading
+import time
+from collections.abc import Mapping
 
 import click
 
+from config.embedded import Lease
 from tasks.commands.base import app_of, command, echo_json, json_option
+
+_TICK = 0.5
 
 
 @command("servers")
@@ -14,19 +18,40 @@ from tasks.commands.base import app_of, command, echo_json, json_option
 def servers(ctx: click.Context, *, as_json: bool, only_print: bool) -> None:
     """Run the embedded Postgres and Redis until Ctrl-C, for psql and programs of your own.
 
-    Workers, beat and commands share them; without this command they run as long as any of those does.
+    Workers, beat and commands share them; without this command they run as long as any of those does. Where
+    TIDEMARK_DATABASE_URL or TIDEMARK_BROKER_URL is set, that server is yours and only the other one runs.
     """
     app = app_of(ctx)
-    addresses = {"TIDEMARK_DATABASE_URL": app.database_url, "TIDEMARK_BROKER_URL": app.broker_url}
+    leases = {}
+    if app.settings.database_url is None:
+        leases["TIDEMARK_DATABASE_URL"] = app.embedded_postgres
+    if app.settings.broker_url is None:
+        leases["TIDEMARK_BROKER_URL"] = app.embedded_redis
+    if not leases:
+        raise click.ClickException(
+            "TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL are set: no embedded server is needed"
+        )
     if as_json:
-        echo_json(addresses)
+        echo_json({name: lease.url for name, lease in leases.items()})
     else:
-        for name, url in addresses.items():
-            click.echo(f"export {name}='{url}'")
-    if only_print:
-        return
-    click.echo("running; Ctrl-C ends", err=True)
-    stop = threading.Event()
+        for name, lease in leases.items():
+            click.echo(f"export {name}='{lease.url}'")
+    if not only_print:
+        _watch(leases)
+
+
+def _watch(leases: Mapping[str, Lease]) -> None:
+    """Say when a server ends and when it runs again; end with an error when nobody would start it."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+        signal.signal(number, signal.default_int_handler)
+    said = ""
+    try:
+        while True:
+            down = [name for name, lease in leases.items() if not lease.runs()]
+            now = f"ended, being started again: {', '.join(down)}" if down else "running; Ctrl-C ends"
+            if now != said:
+                click.echo(now, err=True)
+            said = now
+            time.sleep(_TICK)
+    except KeyboardInterrupt:
+        return

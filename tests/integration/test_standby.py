@@ -12,7 +12,7 @@ import pytest
 from psycopg import Connection, errors
 from psycopg.rows import TupleRow
 
-from config.embedded.account import Account
+from config.embedded.host import Account
 from config.embedded.postgres import PostgresServer
 from config.embedded.wheels import postgres_bin as wheel_bin
 from config.embedded.wheels import runnable
