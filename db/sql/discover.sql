@@ -61,8 +61,8 @@ delete from tidemark.fan_outs f using saved s where f.id >= s.id - 10 and f.id <
 -- name: begin_sweep
 -- The moment a round of the sweep begins: the first transaction yet to come, those that run, and up to which transaction the
 -- rounds before have deleted passes.
-select c.tx_base + pg_snapshot_xmax(pg_current_snapshot())::text::bigint, tidemark.running_transactions(),
-       (select w.collected_tx from tidemark.sweeps w order by w.id desc limit 1)
+select c.tx_base + pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next_tx, tidemark.running_transactions() as running,
+       (select w.collected_tx from tidemark.sweeps w order by w.id desc limit 1) as collected_tx
 from tidemark.cluster c;
 
 -- name: find_pending
@@ -129,7 +129,7 @@ with page as materialized (
 gone as (
     delete from tidemark.passes p using page g where p.tx = g.tx and g.is_settled returning p.tx
 )
-select count(*)::int, max(d.tx) from gone d;
+select count(*)::int as passes, max(d.tx) as last_tx from gone d;
 
 -- name: save_sweep
 -- Remembers a full round of the sweep: the transactions below $1 but those of $2 are settled, and passes up to $3 deleted.
