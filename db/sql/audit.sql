@@ -152,18 +152,9 @@ progress as materialized (
     select p.id, p.is_whole, m.*,
            -- At the end of the log, what is pending.
            case when not m.has_more then array(
-               (select v.object_id
-                from unnest(c.late) x(tx)
-                join tidemark.record_batch_events v
-                    on v.partition_id = c.partition_id and v.tx = x.tx
-                   and v.id > case when x.tx = c.last_tx then c.last_id else -9223372036854775808 end
-                limit $3::int)
-               union all
-               (select v.object_id
-                from tidemark.record_batch_events v
-                where v.partition_id = c.partition_id and (v.tx, v.id) > (c.seen_tx, c.seen_id)
-                order by v.tx, v.id
-                limit $3::int)
+               select w.object_id
+               from tidemark.pending_events(c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late, $3::int) w
+               limit $3::int
            ) end as pending
     from place p
     join cursor c on c.partition_id = p.id

@@ -78,34 +78,14 @@ cursor as materialized (
     from page p
     cross join lateral tidemark.cursors(p.ids) c
 )
-select f.partition_id, count(f.tx)::int as events, min(f.first_tx) as first_tx, f.late
+-- In this order the limits never hide the first event beyond the position.
+select f.partition_id, count(f.tx)::int as events, min(f.tx) filter (where not f.is_late) as first_tx, f.late
 from (
-    select c.partition_id, c.late, n.first_tx, x.tx
+    select c.partition_id, c.late, x.tx, x.is_late
     from (select k.* from cursor k order by k.partition_id) c
     left join lateral (
-        select m.tx as first_tx
-        from tidemark.record_batch_events m
-        where m.partition_id = c.partition_id and (m.tx, m.id) > (c.seen_tx, c.seen_id)
-        order by m.tx, m.id
-        limit 1
-    ) n on true
-    left join lateral (
-        (select l.tx
-         from unnest(c.late) u(tx)
-         cross join lateral (
-             select v.tx
-             from tidemark.record_batch_events v
-             where v.partition_id = c.partition_id and v.tx = u.tx
-               and v.id > case when u.tx = c.last_tx then c.last_id else -9223372036854775808 end
-             limit $3::int
-         ) l
-         where c.late is not null
-         limit $3::int)
-        union all
-        (select e.tx
-         from tidemark.record_batch_events e
-         where e.partition_id = c.partition_id and (e.tx, e.id) > (c.seen_tx, c.seen_id) and n.first_tx is not null
-         limit $3::int)
+        select p.tx, p.is_late
+        from tidemark.pending_events(c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late, $3::int) p
         limit $3::int
     ) x on true
     limit $4::int

@@ -174,6 +174,18 @@ def test_pg_hint_plan_will_read_the_hint(name: str) -> None:
     assert "/*" not in rest
 
 
+# The code of each function, by its name.
+FUNCTIONS = {
+    name: code
+    for file in (SQL / "functions").glob("*.sql")
+    for name, code in re.findall(
+        r"^create or replace function tidemark\.(\w+)(.*?)(?=^create|\Z)",
+        re.sub(r"--.*", "", file.read_text("utf-8")),
+        re.MULTILINE | re.DOTALL,
+    )
+}
+
+
 def aliases_in(code: str) -> dict[str, set[str]]:
     """By alias, the tables it stands for."""
     tables: dict[str, set[str]] = {}
@@ -192,10 +204,9 @@ def test_a_hint_names_what_is_there(name: str, database_url: str) -> None:
     code = re.sub(r"--.*", "", text)
     tables = aliases_in(code)
     assert scans(name).keys() >= {alias for alias, of in tables.items() if of & GROWING}
-    for function in re.findall(r"tidemark\.(\w+)\(", code):
-        if (file := SQL / "functions" / f"{function}.sql").exists():
-            for alias, of in aliases_in(re.sub(r"--.*", "", file.read_text("utf-8"))).items():
-                tables.setdefault(alias, set()).update(of)
+    for function in set(re.findall(r"tidemark\.(\w+)\(", code)):
+        for alias, of in aliases_in(FUNCTIONS.get(function, "")).items():
+            tables.setdefault(alias, set()).update(of)
     assert scans(name).keys() <= tables.keys()
     with psycopg.connect(database_url) as conn:
         rows = conn.execute("select indexname, tablename from pg_indexes where schemaname = 'tidemark'").fetchall()
