@@ -30,13 +30,12 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int4Array
-from db.statements import run
+from db.statements import all_, run
 from db.topics import partition_ids
-from db.translate import domain_errors
 
 # Partitions that share a stretch: some milliseconds where there is nothing new.
 _GROUP = 200
-# Enough to see what happened. An audit ends when it has found so many.
+# Enough to see what happened: an audit ends when it has found this many.
 _VIOLATIONS = 1_000
 
 
@@ -52,22 +51,38 @@ class Violation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditResult:
-    """`batches` newly read in `partitions`; `complete` when every partition was audited up to its end."""
+    """`batches` newly read in `partitions`; `complete` when every partition was audited up to its end.
+
+    `empty`, and then not complete: nothing was read, because no record of these partitions has an offset yet.
+    """
 
     partitions: int
     batches: int
     violations: tuple[Violation, ...]
     complete: bool
+    empty: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
 class _Position:
-    """Where the audit is in one partition."""
+    """Where the audit is in one partition, and where the last one stopped."""
 
     partition_id: int
     offset: int | None
     saved: int | None
     broken: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """Without an invariant: a partition is read up to `offset`, `times` batches more. Otherwise an offence."""
+
+    partition_id: int
+    invariant: str | None
+    offset: int | None
+    detail: str
+    times: int
+    has_more: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,17 +91,16 @@ class _Findings:
 
     partitions: int = 0
     batches: int = 0
+    any_records: bool = False
     violations: list[Violation] = field(default_factory=list)
 
-    def add(self, partition_id: int, invariant: str, offset: int | None, detail: str) -> None:
-        self.violations.append(Violation(invariant=invariant, partition_id=partition_id, offset=offset, detail=detail))
-
-    def result(self, *, complete: bool) -> AuditResult:
+    def result(self, *, ended: bool) -> AuditResult:
         return AuditResult(
             partitions=self.partitions,
             batches=self.batches,
             violations=tuple(self.violations),
-            complete=complete,
+            complete=ended and self.any_records,
+            empty=ended and not self.any_records,
         )
 
 
@@ -111,8 +125,7 @@ def audit(
         raise ValueError(f"audit with {batch_limit} batches per transaction: pass at least one")
     ids = None if topic is None else partition_ids(conn, topic)
     if from_scratch:
-        with domain_errors():
-            run(conn, "forget_audit_progress", (None if ids is None else Int4Array(ids),))
+        run(conn, "forget_audit_progress", (None if ids is None else Int4Array(ids),))
     findings = _Findings()
     for page in _pages(conn, topic, size=min(_GROUP, batch_limit)):
         group = page
@@ -120,30 +133,23 @@ def audit(
         while group:
             group = _stretch(conn, group, batch_limit // len(group), findings)
             if len(findings.violations) >= _VIOLATIONS:
-                return findings.result(complete=False)
+                return findings.result(ended=False)
             if stop():
                 # So that the next audit goes on here, also when nothing in this page was new.
                 _save(conn, page[-1:], always=True)
-                return findings.result(complete=False)
-    return findings.result(complete=True)
+                return findings.result(ended=False)
+    return findings.result(ended=True)
 
 
 def _pages(conn: psycopg.Connection[Any], topic: str | None, *, size: int) -> Iterator[list[_Position]]:
     """Partitions in groups, each once: after the one that was audited last, then from the first up to that."""
-    with domain_errors():
-        row = run(conn, "audit_last_partition").fetchone()
+    row = run(conn, "audit_last_partition").fetchone()
     last: int = row[0] if row else 0
-    for after, upto in ((last, None), (0, last)):
+    for after, upto in ((last, 2**31 - 1), (0, last)):
         position = after
-        while upto is None or position < upto:
-            with domain_errors():
-                rows = run(conn, "audit_partitions", (position, size, topic)).fetchall()
-            if not rows:
-                break
-            position = rows[-1][0]
-            rows = [row for row in rows if upto is None or row[0] <= upto]
-            if rows:
-                yield [_Position(partition_id=row[0], offset=row[1], saved=row[1]) for row in rows]
+        while page := all_(conn, _Position, "audit_partitions", (position, upto, size, topic)):
+            position = page[-1].partition_id
+            yield page
 
 
 def _stretch(
@@ -152,24 +158,27 @@ def _stretch(
     """Audit the next `quota` batches of each partition, in one snapshot; returns those that have more."""
     positions = {position.partition_id: position for position in group}
     more = []
-    with domain_errors(), conn.transaction():
+    with conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
         run(conn, "transaction_settings")
-        rows = run(conn, "audit_runs", (Int4Array(positions), [p.offset for p in group], quota)).fetchall()
-        for partition_id, invariant, offset, detail, count, has_more in rows:
-            position = positions[partition_id]
-            if invariant is None:
-                position.offset = offset
-                findings.batches += count
-                if has_more:
+        for found in all_(conn, _Found, "audit_runs", (Int4Array(positions), [p.offset for p in group], quota)):
+            position = positions[found.partition_id]
+            if found.invariant is None:
+                position.offset = found.offset
+                findings.batches += found.times
+                findings.any_records |= bool(found.offset)
+                if found.has_more:
                     more.append(position)
             else:
-                counted = detail if count == 1 else f"{detail} (the first of {count})"
-                findings.add(partition_id, invariant, offset, counted)
                 position.broken = True
+                detail = found.detail if found.times == 1 else f"{found.detail} (the first of {found.times})"
+                findings.violations.append(
+                    Violation(
+                        invariant=found.invariant, partition_id=found.partition_id, offset=found.offset, detail=detail
+                    )
+                )
         ended = Int4Array(positions.keys() - {position.partition_id for position in more})
-        for violation in run(conn, "audit_heads", (ended,)).fetchall():
-            findings.add(*violation)
+        findings.violations += all_(conn, Violation, "audit_heads", (ended,))
     _save(conn, group)
     return more
 
@@ -178,10 +187,9 @@ def _save(conn: psycopg.Connection[Any], group: Sequence[_Position], *, always: 
     """Write down how far the partitions of a stretch are audited; broken ones are to be read again."""
     sound = [p for p in group if not p.broken and p.offset is not None and (always or p.offset != p.saved)]
     broken = [p.partition_id for p in group if p.broken and p.saved is not None]
-    with domain_errors():
-        if sound:
-            run(conn, "save_audit_progress", (Int4Array(p.partition_id for p in sound), [p.offset for p in sound]))
-        if broken:
-            run(conn, "forget_audit_progress", (Int4Array(broken),))
+    if sound:
+        run(conn, "save_audit_progress", (Int4Array(p.partition_id for p in sound), [p.offset for p in sound]))
+    if broken:
+        run(conn, "forget_audit_progress", (Int4Array(broken),))
     for position in group:
         position.saved = None if position.broken else position.offset

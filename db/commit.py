@@ -8,15 +8,15 @@ import psycopg
 
 from config.errors import InvalidCommitError
 from db.arrays import Int4Array, Int8Array
-from db.statements import run
-from db.translate import domain_errors, is_storable
+from db.statements import values
+from db.translate import is_storable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """One record batch inside an uploaded object.
 
-    `max_timestamp` is Kafka's: milliseconds since the epoch, of the newest record.
+    `max_timestamp` is Kafka's: milliseconds since the epoch, of the newest record; -1 for none.
     """
 
     partition_id: int
@@ -65,10 +65,8 @@ def commit_object(
         raise InvalidCommitError(
             f"object {object_key!r}: the key is no text Postgres can store. Pass a str without NUL or lone surrogates."
         )
-    with domain_errors():
-        row = run(conn, "commit_object", parameters).fetchone()
-    assert row is not None  # noqa: S101 - a function call returns a row
-    return int(row[0])
+    (object_id,) = values(conn, "commit_object", parameters)
+    return int(object_id)
 
 
 def commit_batches(conn: psycopg.Connection[Any], object_key: str, batches: Iterable[Batch]) -> int:

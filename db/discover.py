@@ -15,12 +15,13 @@ the partition as it was before that pass, meets the transaction's events there a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 
-from db.statements import pin_plans, pipelined, run
-from db.translate import domain_errors
+from db.statements import all_, pin_plans, pipelined, run, values
+
+_Row = TypeVar("_Row")
 
 # Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.
 _BATCHES = 2_000_000
@@ -42,6 +43,24 @@ class Pending:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Swept:
+    """A partition: its pending events, the first transaction beyond its position, and the late ones."""
+
+    partition_id: int
+    events: int
+    first_tx: int | None
+    late: list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Collected:
+    """How many passes were deleted, and the last of them."""
+
+    passes: int
+    last_tx: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
     """What the commits since the last fan-out touched, up to `seen_tx` but for `in_flight`; not complete, and then
     without partitions, where there are more of them than a limit.
@@ -56,13 +75,10 @@ class Committed:
 
 def find_committed(conn: psycopg.Connection[Any], *, limit: int = 50_000) -> Committed:
     """Partitions of the commits that the last fan-out did not see, where these are fewer than `limit`."""
-    with domain_errors():
-        state = run(conn, "read_fan_out").fetchone()
-        assert state is not None  # noqa: S101 - the migration puts a row there
-        # Planned for the values at hand: a generic plan would expect a third of all commits to be new.
-        row = run(conn, "find_committed", (*state, limit, _BATCHES), prepare=False).fetchone()
-    assert row is not None  # noqa: S101 - an aggregate returns a row
-    seen_tx, in_flight, commits, complete, ids, events = row
+    state = values(conn, "read_fan_out")
+    # Planned for the values at hand: a generic plan would expect a third of all commits to be new.
+    found = values(conn, "find_committed", (*state, limit, _BATCHES), prepare=False)
+    seen_tx, in_flight, commits, complete, ids, events = found
     return Committed(
         partitions=tuple(Pending(partition_id=i, events=e) for i, e in zip(ids, events, strict=True)),
         commits=commits,
@@ -74,43 +90,38 @@ def find_committed(conn: psycopg.Connection[Any], *, limit: int = 50_000) -> Com
 
 def save_fan_out(conn: psycopg.Connection[Any], found: Committed) -> None:
     """Remember that these commits are dispatched."""
-    with domain_errors():
-        run(conn, "save_fan_out", (found.seen_tx, found.in_flight))
+    run(conn, "save_fan_out", (found.seen_tx, found.in_flight))
 
 
 def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
     """Every partition with pending events, by id; some hundred partitions at a time.
 
-    Who reads to the end has made a full round, which settles transactions (see the module).
+    Reading it to the end is a full round, which settles transactions (see the module).
     """
-    with domain_errors():
-        row = run(conn, "begin_sweep").fetchone()
-        assert row is not None  # noqa: S101 - the migration puts a row there
-        settled_tx, running, collected_tx = row
-        unsettled = set(running)
-        after = 0
-        while rows := _rows(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS)):
-            for partition_id, events, first_tx, late in rows:
-                if first_tx is not None:
-                    settled_tx = min(settled_tx, first_tx)
-                unsettled.update(late or ())
-                if events:
-                    yield Pending(partition_id=partition_id, events=events)
-            after = rows[-1][0]
-        _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
+    settled_tx, running, collected_tx = values(conn, "begin_sweep")
+    unsettled = set(running)
+    after = 0
+    while page := _pinned(conn, _Swept, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS)):
+        for found in page:
+            settled_tx = min(settled_tx, found.first_tx or settled_tx)
+            unsettled.update(found.late or ())
+            if found.events:
+                yield Pending(partition_id=found.partition_id, events=found.events)
+        after = page[-1].partition_id
+    _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
 
 
-def _rows(conn: psycopg.Connection[Any], name: str, parameters: tuple[int, ...]) -> list[tuple[Any, ...]]:
-    # Pinned: passes pile up while a transaction is open, and a plan for a few would read all for each partition.
+def _pinned(conn: psycopg.Connection[Any], kind: type[_Row], name: str, parameters: tuple[int, ...]) -> list[_Row]:
+    # Passes pile up while a transaction is open, and a plan for a few would read all for each partition.
     with pipelined(conn):
         pin_plans(conn)
-        return run(conn, name, parameters, prepare=True).fetchall()
+        return all_(conn, kind, name, parameters, prepare=True)
 
 
 def _settle(conn: psycopg.Connection[Any], settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
     floor = min(settled_tx, *unsettled) if unsettled else settled_tx
     deleted = _COLLECT
     while deleted == _COLLECT:
-        ((deleted, last),) = _rows(conn, "collect_passes", (collected_tx, floor, _COLLECT))
-        collected_tx = last or collected_tx
+        (gone,) = _pinned(conn, _Collected, "collect_passes", (collected_tx, floor, _COLLECT))
+        deleted, collected_tx = gone.passes, gone.last_tx or collected_tx
     run(conn, "save_sweep", (settled_tx, unsettled, collected_tx))

@@ -6,8 +6,8 @@ from typing import Any
 import psycopg
 
 from config.errors import UnknownPartitionError
-from db.statements import run
-from db.translate import domain_errors, is_int
+from db.statements import all_
+from db.translate import is_int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,16 +38,4 @@ def fetch_batches(
     """
     if not is_int(partition_id):
         raise UnknownPartitionError(f"partition id {partition_id} does not exist")
-    with domain_errors():
-        rows = run(conn, "fetch_batches", (partition_id, from_offset, max_bytes, max_batches)).fetchall()
-    return [
-        FetchedBatch(
-            start_offset=row[0],
-            n_records=row[1],
-            object_key=row[2],
-            byte_offset=row[3],
-            byte_length=row[4],
-            max_timestamp=row[5],
-        )
-        for row in rows
-    ]
+    return all_(conn, FetchedBatch, "fetch_batches", (partition_id, from_offset, max_bytes, max_batches))

@@ -13,20 +13,20 @@ Lock order: topic_partitions by ascending id, in a statement of its own before a
 After a crash at any step nothing is left behind: the runs of a pass appear in one transaction.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, Self
 
 import psycopg
 from psycopg.pq import TransactionStatus
+from psycopg.rows import class_row
 
 from config.errors import UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.statements import pin_plans, pipelined, run
 from db.topics import names_of
-from db.translate import domain_errors
 
 # Heap tuple (32 bytes header with the bitmap of nulls, 64 to 80 of columns, 4 of line pointer) and its entry in the
 # primary key (8 bytes header, 12 of columns, padded to 24, 4 of line pointer) of one row of runs.
@@ -35,13 +35,14 @@ RUN_BYTES = 112 + 28
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moved:
-    """What one partition got in a transaction."""
+    """What one partition got in a transaction; `has_more` where events were left."""
 
     partition_id: int
     events: int
     records: int
     log_bytes: int
     runs: int
+    has_more: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,11 +151,11 @@ def materialize(
         raise UnknownPartitionError(f"partition id {ids[0] if ids[0] < 0 else ids[-1]} does not exist")
     start = perf_counter()
     # Two round trips: up to the answers of the statements, and the commit. Small transactions are little else.
-    with domain_errors(), pipelined(conn):
+    with pipelined(conn):
         pin_plans(conn)
         lock = "lock_partitions" if wait else "lock_free_partitions"
         locking = run(conn, lock, (Int4Array(ids),), prepare=True)
-        placing = run(conn, f"place_{strategy}", (events_per_partition,), prepare=True)
+        placing = run(conn, f"place_{strategy}", (events_per_partition,), prepare=True, row_factory=class_row(Moved))
         locked, waited, _ = locking.fetchall()[0]
         missing = sorted(set(ids) - set(locked))
         if missing and not wait:
@@ -164,11 +165,7 @@ def materialize(
                 f"partition id {missing[0]} does not exist ({len(missing)} of {len(ids)} asked for). "
                 f"Read the ids of a topic's partitions with tidemark.partition_ids(topic)."
             )
-        rows: Sequence[tuple[int, int, int, int, int, bool]] = placing.fetchall()
-    moved = tuple(
-        Moved(partition_id=row[0], events=row[1], records=int(row[2]), log_bytes=int(row[3]), runs=row[4])
-        for row in rows
-    )
+        moved: tuple[Moved, ...] = tuple(placing.fetchall())
     return MaterializationMetrics(
         processing_time_ms=(perf_counter() - start) * 1000,
         events_processed=sum(m.events for m in moved),
@@ -178,7 +175,7 @@ def materialize(
         records=sum(m.records for m in moved),
         log_bytes=sum(m.log_bytes for m in moved),
         transactions=1,
-        backlog_partition_ids=tuple(sorted(row[0] for row in rows if row[5])),
+        backlog_partition_ids=tuple(sorted(m.partition_id for m in moved if m.has_more)),
         busy_partition_ids=tuple(sorted(set(ids) - set(locked))),
         strategy=strategy,
         batch_events=events_per_partition * len(ids),

@@ -6,6 +6,7 @@ one after the other, and a failure leaves the old schema in place.
 """
 
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from alembic import command
@@ -13,13 +14,13 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, create_engine
 from sqlalchemy.pool import NullPool
 
 from config.errors import SchemaVersionError, TransientDatabaseError
+from db.pool import open_connection
 from db.schema import SCHEMA
-from db.statements import routine_files
+from db.statements import routine_files, run, values
 from db.translate import domain_errors
 
 # Any number, as long as it is always the same: the advisory lock migrations queue behind.
@@ -48,30 +49,26 @@ def wanted_version() -> str:
     return head
 
 
-def upgrade(database_url: str) -> tuple[str | None, str]:
-    """Migrate the database; returns the versions before and after.
+def upgrade(database_url: str, *, timeout: float | None = None) -> tuple[str | None, str]:
+    """Migrate the database; returns the versions before and after. `timeout` as in `db.pool.open_connection`.
 
     Safe to repeat and to run from several processes. Raises SchemaVersionError when the schema is newer than this
     program, TransientDatabaseError when it does not get its turn within `LOCK_TIMEOUT`.
     """
-
-    def connect() -> psycopg.Connection:
-        return psycopg.connect(database_url)
-
-    engine = create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool)
+    driver = open_connection(database_url, autocommit=False, timeout=timeout)
+    # One connection for both: SQLAlchemy closes it at the end.
+    engine = create_engine("postgresql+psycopg://", creator=lambda: driver, poolclass=NullPool)
     with domain_errors(), engine.begin() as connection:
         # First, for it holds for the advisory lock as well, which any session could keep.
-        connection.execute(text(f"set local lock_timeout = '{LOCK_TIMEOUT}'"))
+        driver.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'".encode())
         try:
-            connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
-        except OperationalError as error:
-            if not isinstance(error.orig, LockNotAvailable):
-                raise
+            run(driver, "lock_migrations", (_LOCK_KEY,))
+        except LockNotAvailable as error:
             raise TransientDatabaseError(
                 f"another session has held the lock that migrations queue for longer than {LOCK_TIMEOUT}; try again "
                 f"when it is done, or find it in pg_locks, locktype 'advisory'"
             ) from error
-        connection.execute(text(f"create schema if not exists {SCHEMA}"))
+        driver.execute(f"create schema if not exists {SCHEMA}".encode())
         before = _version(connection)
         config = _config()
         if before is not None and before not in {
@@ -84,7 +81,7 @@ def upgrade(database_url: str) -> tuple[str | None, str]:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
         for file in routine_files():
-            connection.exec_driver_sql(file.read_text("utf-8").replace("%", "%%"))
+            driver.execute(file.read_bytes())
         after = _version(connection)
     if after is None:
         raise SchemaVersionError("the migration left no version behind; look into the server's log")
@@ -93,20 +90,17 @@ def upgrade(database_url: str) -> tuple[str | None, str]:
 
 def bring_up(database_url: str) -> None:
     """Migrate a database that is ours alone, if it needs it; cheap when it does not."""
-    with psycopg.connect(database_url, autocommit=True) as conn:
+    with open_connection(database_url) as conn:
         try:
             require_current(conn)
         except SchemaVersionError:
             upgrade(database_url)
 
 
-def require_current(conn: psycopg.Connection) -> None:
+def require_current(conn: psycopg.Connection[Any]) -> None:
     """Raise SchemaVersionError unless the database has the schema this program needs."""
-    row = conn.execute("select to_regclass('tidemark.alembic_version') is not null").fetchone()
-    found = None
-    if row is not None and row[0]:
-        version = conn.execute("select version_num from tidemark.alembic_version").fetchone()
-        found = version[0] if version else None
+    (is_migrated,) = values(conn, "is_migrated")
+    found = values(conn, "schema_version")[0] if is_migrated else None
     if found != wanted_version():
         raise SchemaVersionError(
             f"database {conn.info.dbname!r} has schema version {found or 'none'}, this program needs "

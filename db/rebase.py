@@ -15,8 +15,7 @@ import psycopg
 from psycopg.errors import LockNotAvailable
 
 from config.errors import TransientDatabaseError
-from db.statements import run
-from db.translate import domain_errors
+from db.statements import run, values
 
 LOCK_TIMEOUT = "10s"
 
@@ -34,32 +33,23 @@ def rebase(conn: psycopg.Connection[Any], *, force: bool = False) -> RebaseResul
 
     Raises TransientDatabaseError while commits, workers or a backup are under way.
     """
-    with domain_errors(), conn.transaction():
+    with conn.transaction():
         # Each reading must see what was written while this waited for the lock.
         conn.execute("set transaction isolation level read committed")
         conn.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'".encode())
-        was, now, _ = _read(conn)
+        was, now, _ = values(conn, "rebase")
         if was == now and not force:
             return None
         try:
-            # Commits and passes have read it, so they are waited for; those that come wait for us.
-            conn.execute("lock table tidemark.cluster in access exclusive mode")
+            run(conn, "lock_cluster")
         except LockNotAvailable as error:
             raise TransientDatabaseError(
                 f"commits, workers or a backup have been under way for {LOCK_TIMEOUT}: stop them, then try again"
             ) from error
-        was, now, base = _read(conn)
+        was, now, base = values(conn, "rebase")
         if was == now and not force:
             return None
         run(conn, "raise_sequences")
-        # Not updated: a snapshot from before would go on with the old base. From a truncated table it gets no row, also
-        # not the old one, and tx_base() refuses.
-        conn.execute("truncate tidemark.cluster")
-        conn.execute("insert into tidemark.cluster (system_identifier, tx_base) values (%s, %s)", (now, base))
+        run(conn, "truncate_cluster")
+        run(conn, "insert_cluster", (now, base))
     return RebaseResult(was=was, now=now)
-
-
-def _read(conn: psycopg.Connection[Any]) -> tuple[int | None, int, int]:
-    row = run(conn, "rebase").fetchone()
-    assert row is not None  # noqa: S101 - a row of scalars
-    return row[0], row[1], row[2]

@@ -19,14 +19,14 @@ After a crash at any step nothing is left behind: it is one transaction.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psycopg
+from psycopg.rows import class_row
 
 from db.arrays import Int4Array
-from db.statements import pin_plans, pipelined, run
-from db.translate import domain_errors
+from db.statements import pin_plans, pipelined, run, values
 
 # Partitions looked at in one statement: some milliseconds.
 _PAGE = 1_000
@@ -48,6 +48,18 @@ class RetentionResult:
     next_partition_id: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Deleted:
+    """What one transaction deleted: from which partitions, and in which of them there is more to delete."""
+
+    batches: int
+    log_bytes: int
+    partition_ids: list[int]
+    unfinished: list[int]
+    # The setting that names the objects to the next statements.
+    spent: str
+
+
 def retain(
     conn: psycopg.Connection[Any],
     *,
@@ -65,53 +77,41 @@ def retain(
     """
     if delete_batch < 1:
         raise ValueError(f"retention with {delete_batch} batches per transaction: pass at least one")
-    deleted = log_bytes = objects_freed = 0
     touched: set[int] = set()
-
-    def result(next_partition_id: int | None) -> RetentionResult:
-        return RetentionResult(
-            deleted=deleted,
-            log_bytes=log_bytes,
-            objects_freed=objects_freed,
-            partitions=len(touched),
-            next_partition_id=next_partition_id,
-        )
-
+    done = RetentionResult()
+    size = max(1, delete_batch // _SHARE)
     while True:
-        with domain_errors(), pipelined(conn):
+        with pipelined(conn):
             pin_plans(conn)
-            last, expired = run(conn, "find_expired", (after_partition_id, _PAGE), prepare=True).fetchall()[0]
+            last, expired = values(conn, "find_expired", (after_partition_id, _PAGE), prepare=True)
         if last is None:
-            return result(None)
-        size = max(1, delete_batch // _SHARE)
+            return done
         while expired:
             group, expired = expired[:size], expired[size:]
-            batches, taken, in_partitions, unfinished, freed = _delete(conn, group, delete_batch // len(group))
-            deleted += batches
-            log_bytes += taken
-            objects_freed += freed
-            touched.update(in_partitions)
-            expired = sorted(unfinished) + expired
+            deleted, freed = _delete(conn, group, delete_batch // len(group))
+            touched.update(deleted.partition_ids)
+            done = RetentionResult(
+                deleted=done.deleted + deleted.batches,
+                log_bytes=done.log_bytes + deleted.log_bytes,
+                objects_freed=done.objects_freed + freed,
+                partitions=len(touched),
+            )
+            expired = sorted(deleted.unfinished) + expired
             if stop():
-                return result(expired[0] - 1 if expired else last)
+                return replace(done, next_partition_id=expired[0] - 1 if expired else last)
         after_partition_id = last
         if stop():
-            return result(last)
+            return replace(done, next_partition_id=last)
 
 
-def _delete(
-    conn: psycopg.Connection[Any], partition_ids: Sequence[int], share: int
-) -> tuple[int, int, list[int], list[int], int]:
-    """One transaction: at most `share` batches of each partition, or one run.
-
-    Returns batches, bytes, the partitions they were in, those of them that have more to delete, and objects freed.
-    """
-    with domain_errors(), pipelined(conn):
+def _delete(conn: psycopg.Connection[Any], partition_ids: Sequence[int], share: int) -> tuple[_Deleted, int]:
+    """One transaction: at most `share` batches of each partition, or one run. And how many objects that freed."""
+    with pipelined(conn):
         pin_plans(conn)
         run(conn, "lock_free_partitions", (Int4Array(partition_ids),), prepare=True)
-        deleting = run(conn, "delete_expired", (share,), prepare=True)
+        deleting = run(conn, "delete_expired", (share,), prepare=True, row_factory=class_row(_Deleted))
         run(conn, "lock_spent_objects", prepare=True)
         freeing = run(conn, "free_spent_objects", prepare=True)
-        batches, log_bytes, touched, unfinished, _ = deleting.fetchall()[0]
-        freed: int = freeing.fetchall()[0][0]
-    return batches, log_bytes, touched, unfinished, freed
+        (deleted,) = deleting.fetchall()
+        ((freed,),) = freeing.fetchall()
+    return deleted, freed

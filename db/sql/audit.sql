@@ -1,15 +1,16 @@
 -- name: audit_partitions
--- The $2 partitions, of topic $3 or of all, that follow partition id $1; and up to where each is audited.
-select p.id, a.audited_to
+-- The $3 partitions, of topic $4 or of all, that follow partition id $1 up to $2; and up to where each is audited.
+select p.id as partition_id, a.audited_to as "offset", a.audited_to as saved
 from tidemark.topic_partitions p
 left join tidemark.audit_progress a on a.partition_id = p.id
-where p.id > $1::int and ($3::text is null or p.topic_id = (select t.id from tidemark.topics t where t.name = $3::text))
+where p.id > $1::int and p.id <= $2::int
+  and ($4::text is null or p.topic_id = (select t.id from tidemark.topics t where t.name = $4::text))
 order by p.id
-limit $2::int;
+limit $3::int;
 
 -- name: audit_heads
 -- Audit: what is wrong with the ends of the logs of partitions $1, and with their cursors. Some index descents each.
-select i.id, v.invariant, v.at, v.detail
+select i.id as partition_id, v.invariant, v.at as "offset", v.detail
 from unnest($1::int[]) i(id)
 left join tidemark.audit_progress a on a.partition_id = i.id
 left join lateral (
@@ -151,18 +152,9 @@ progress as materialized (
     select p.id, p.is_whole, m.*,
            -- At the end of the log, what is pending.
            case when not m.has_more then array(
-               (select v.object_id
-                from unnest(c.late) x(tx)
-                join tidemark.record_batch_events v
-                    on v.partition_id = c.partition_id and v.tx = x.tx
-                   and v.id > case when x.tx = c.last_tx then c.last_id else -9223372036854775808 end
-                limit $3::int)
-               union all
-               (select v.object_id
-                from tidemark.record_batch_events v
-                where v.partition_id = c.partition_id and (v.tx, v.id) > (c.seen_tx, c.seen_id)
-                order by v.tx, v.id
-                limit $3::int)
+               select w.object_id
+               from tidemark.pending_events(c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late, $3::int) w
+               limit $3::int
            ) end as pending
     from place p
     join cursor c on c.partition_id = p.id
@@ -283,7 +275,7 @@ offence as (
     ) v(invariant, violated, detail)
     where v.violated and (o.id is not null or v.invariant = 'object')
 )
-select g.id as partition_id, null as invariant, g.next_offset as at, null as detail, g.batches as times, g.has_more
+select g.id as partition_id, null as invariant, g.next_offset as "offset", null as detail, g.batches as times, g.has_more
 from progress g
 union all
 (select distinct on (f.partition_id, f.invariant)

@@ -61,8 +61,8 @@ delete from tidemark.fan_outs f using saved s where f.id >= s.id - 10 and f.id <
 -- name: begin_sweep
 -- The moment a round of the sweep begins: the first transaction yet to come, those that run, and up to which transaction the
 -- rounds before have deleted passes.
-select c.tx_base + pg_snapshot_xmax(pg_current_snapshot())::text::bigint, tidemark.running_transactions(),
-       (select w.collected_tx from tidemark.sweeps w order by w.id desc limit 1)
+select c.tx_base + pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next_tx, tidemark.running_transactions() as running,
+       (select w.collected_tx from tidemark.sweeps w order by w.id desc limit 1) as collected_tx
 from tidemark.cluster c;
 
 -- name: find_pending
@@ -78,34 +78,14 @@ cursor as materialized (
     from page p
     cross join lateral tidemark.cursors(p.ids) c
 )
-select f.partition_id, count(f.tx)::int as events, min(f.first_tx) as first_tx, f.late
+-- In this order the limits never hide the first event beyond the position.
+select f.partition_id, count(f.tx)::int as events, min(f.tx) filter (where not f.is_late) as first_tx, f.late
 from (
-    select c.partition_id, c.late, n.first_tx, x.tx
+    select c.partition_id, c.late, x.tx, x.is_late
     from (select k.* from cursor k order by k.partition_id) c
     left join lateral (
-        select m.tx as first_tx
-        from tidemark.record_batch_events m
-        where m.partition_id = c.partition_id and (m.tx, m.id) > (c.seen_tx, c.seen_id)
-        order by m.tx, m.id
-        limit 1
-    ) n on true
-    left join lateral (
-        (select l.tx
-         from unnest(c.late) u(tx)
-         cross join lateral (
-             select v.tx
-             from tidemark.record_batch_events v
-             where v.partition_id = c.partition_id and v.tx = u.tx
-               and v.id > case when u.tx = c.last_tx then c.last_id else -9223372036854775808 end
-             limit $3::int
-         ) l
-         where c.late is not null
-         limit $3::int)
-        union all
-        (select e.tx
-         from tidemark.record_batch_events e
-         where e.partition_id = c.partition_id and (e.tx, e.id) > (c.seen_tx, c.seen_id) and n.first_tx is not null
-         limit $3::int)
+        select p.tx, p.is_late
+        from tidemark.pending_events(c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late, $3::int) p
         limit $3::int
     ) x on true
     limit $4::int
@@ -129,7 +109,7 @@ with page as materialized (
 gone as (
     delete from tidemark.passes p using page g where p.tx = g.tx and g.is_settled returning p.tx
 )
-select count(*)::int, max(d.tx) from gone d;
+select count(*)::int as passes, max(d.tx) as last_tx from gone d;
 
 -- name: save_sweep
 -- Remembers a full round of the sweep: the transactions below $1 but those of $2 are settled, and passes up to $3 deleted.

@@ -3,14 +3,6 @@
 select f.start_offset, f.n_records, f.object_key, f.byte_offset, f.byte_length, f.max_timestamp
 from tidemark.fetch_batches($1::int, $2::bigint, $3::bigint, $4::int) f;
 
--- name: read_log
--- All batches of partition $1 as its runs have them, also where they break the rules that a fetch relies on.
-select b.start_offset, b.n_records, coalesce(b.object_key, format('(no object %s)', b.object_id)), b.byte_offset, b.byte_length,
-       b.max_timestamp_ms
-from tidemark.record_batches b
-where b.partition_id = $1::int
-order by b.start_offset;
-
 -- name: read_head
 -- The log of one partition: $1 partition id.
 select p.start_offset, p.end_offset

@@ -136,7 +136,7 @@ remembered as (
     insert into tidemark.passes (tx, in_flight)
     select p.tx, p.running from pass p where exists (select from placed l where l.pass_tx is not null)
 )
-select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as records, sum(t.bytes)::bigint as bytes,
+select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as records, sum(t.bytes)::bigint as log_bytes,
        count(*)::int as runs,
        -- A pass that stopped at its limit may have left something; any other one has not.
        bool_or(t.taken = $1::int and (
@@ -271,7 +271,7 @@ remembered as (
     insert into tidemark.passes (tx, in_flight)
     select p.tx, p.running from pass p where exists (select from placed l where l.pass_tx is not null)
 )
-select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as records, sum(t.bytes)::bigint as bytes,
+select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as records, sum(t.bytes)::bigint as log_bytes,
        count(*)::int as runs,
        bool_or(t.taken = $1::int and (
            t.source < coalesce(cardinality(t.late), 0)

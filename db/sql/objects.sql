@@ -1,9 +1,3 @@
--- name: find_objects
--- Key and id of the committed objects whose key starts with $1.
-select o.key, o.id
-from tidemark.objects o
-where o.key ^@ $1::text;
-
 -- name: find_dead_objects
 -- Objects whose last batch was deleted at least $3 seconds ago: $1 object id to start after, $2 objects at most.
 select o.id, o.key, d.dead_at

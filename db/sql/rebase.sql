@@ -3,8 +3,8 @@
 -- commits that is there. The highest commit is found by index, as are the log's last events and runs. What else holds such
 -- places (of transactions that committed nothing, sweeps, deletions) is above the highest commit by as many as its cluster
 -- began since: fewer than 2^40, which leaves room for millions of rebases.
-select (select c.system_identifier from tidemark.cluster c),
-       (select k.system_identifier from pg_control_system() k),
+select (select c.system_identifier from tidemark.cluster c) as was,
+       (select k.system_identifier from pg_control_system() k) as now,
        coalesce(greatest(
            (select c.tx_base from tidemark.cluster c),
            (select o.tx from tidemark.objects o order by o.tx desc limit 1),
@@ -16,7 +16,21 @@ select (select c.system_identifier from tidemark.cluster c),
             left join lateral (
                 select n.last_tx, n.seen_tx from tidemark.runs n where n.partition_id = p.id order by n.start_offset desc limit 1
             ) r on true)
-       ), 0) + 1099511627776;
+       ), 0) + 1099511627776 as base;
+
+-- name: lock_cluster
+-- Commits and passes have read the row, so they are waited for; those that come wait for us.
+lock table tidemark.cluster in access exclusive mode;
+
+-- name: truncate_cluster
+-- Before the new row is inserted. It is not updated: a snapshot from before would go on with the old base. From a truncated
+-- table it gets no row, also not the old one, and tx_base() refuses.
+truncate tidemark.cluster;
+
+-- name: insert_cluster
+-- $1 system identifier of the cluster, $2 its tx_base.
+insert into tidemark.cluster (system_identifier, tx_base)
+values ($1::bigint, $2::bigint);
 
 -- name: raise_sequences
 -- Puts sequences that were left behind above what is there, as after a restore of data alone or a switch to a logical replica:

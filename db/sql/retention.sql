@@ -84,11 +84,11 @@ spent as (
     returning object_id
 )
 select (select count(*) from deleted) as batches,
-       (select coalesce(sum(d.byte_length), 0)::bigint from deleted d) as bytes,
+       (select coalesce(sum(d.byte_length), 0)::bigint from deleted d) as log_bytes,
        array(select m.partition_id from moved m) as partition_ids,
        array(select distinct e.partition_id from expired e where e.batches_to > $1::int and e.batches_to <> e.batches)
            as unfinished,
-       set_config('tidemark.spent', array(select s.object_id from spent s)::text, true);
+       set_config('tidemark.spent', array(select s.object_id from spent s)::text, true) as spent;
 
 -- name: lock_spent_objects
 -- Retention: locks the objects whose batches it deleted, in the order of their ids. A statement of its own, before they are

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from config.errors import UnknownTopicError
 from db.commit import Batch, commit_batches
-from db.direct import connect
+from db.pool import connect
 from db.topics import PartitionIds
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import plain

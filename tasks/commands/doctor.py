@@ -12,9 +12,9 @@ from rich.padding import Padding
 
 from config.errors import EmbeddedServerError
 from config.settings import Settings
-from db.direct import CONNECT_SECONDS
 from db.doctor import examine
 from db.findings import Finding, Level, worst
+from db.pool import CONNECT_SECONDS
 from tasks.app import TidemarkApp
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import console, hanging, progress, text

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import click
 
-from db.direct import connect
+from db.pool import connect
 from db.rebase import rebase as rebase_log
 from tasks.commands.base import app_of, command, echo_json, json_option
 

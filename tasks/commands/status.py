@@ -4,7 +4,7 @@ import time
 
 import click
 
-from db.direct import connect
+from db.pool import connect
 from db.status import read_status
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import console

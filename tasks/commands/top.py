@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from db.direct import connect
+from db.pool import connect
 from db.status import read_status
 from tasks.commands.base import app_of, command, json_option
 from tasks.commands.display import NOTHING, console, duration, number, plain, text

@@ -7,12 +7,12 @@ from typing import Any
 import psycopg
 
 from db.fetch import FetchedBatch, fetch_batches
-from db.observe import find_objects, observe_heads, read_log
 from db.topics import names_of
 from tests.demo.check import Evidence, PartitionLog
 from tests.demo.ledger import Attempt
 from tests.demo.observers import Reader, Watcher
 from tests.demo.storage import download
+from tests.observe import find_objects, observe_heads, read_log
 
 _BATCHES_A_FETCH = 500
 

@@ -16,9 +16,9 @@ from typing import Self
 import psycopg
 
 from db.fetch import FetchedBatch, fetch_batches
-from db.observe import observe_heads
 from db.pool import Database
 from tests.demo.plan import DemoError
+from tests.observe import observe_heads
 
 _WATCH_SECONDS = 0.05
 _READ_SECONDS = 0.02

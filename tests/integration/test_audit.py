@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from threading import Event
 from typing import Any, LiteralString
@@ -436,6 +437,20 @@ def test_one_topic(conn: Conn) -> None:
     assert audit(conn).partitions == 5
     with pytest.raises(UnknownTopicError):
         audit(conn, topic="c")
+
+
+def test_nothing_to_read_is_not_complete(conn: Conn) -> None:
+    """Without topics, without records, and with records that have no offset yet; but so it is with nothing new."""
+    nothing = AuditResult(partitions=0, batches=0, violations=(), complete=False, empty=True)
+    assert audit(conn) == nothing
+    ids = topic(conn, partitions=3)
+    assert audit(conn, topic="t") == replace(nothing, partitions=3)
+    commit(conn, "o", ids[:1])
+    assert audit(conn) == replace(nothing, partitions=3)
+    assert audit(conn, stop=lambda: True) == replace(nothing, partitions=3, empty=False)
+    materialize(conn, ids)
+    for batches in (1, 0):
+        assert AuditResult(partitions=3, batches=batches, violations=(), complete=True) == audit(conn)
 
 
 def test_it_ends_with_enough_violations(conn: Conn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,8 @@ def test_commit_with_other_content_is_a_conflict(cli: Cli) -> None:
 def test_keys_and_names_cannot_move_the_cursor(cli: Cli, conn: Connection[Any]) -> None:
     create_topic(conn, "orders", 1)
     ids = partition_ids(conn, "orders")
-    commit_object(conn, "a\x1b[2Jb\nc", ids, [1], [0], [1], [2**62])
+    commit_object(conn, "a\x1b[2Jb\nc", ids, [1], [0], [1], [0])
+    conn.execute("update tidemark.record_batch_events set max_timestamp = %s", (2**62,))
     materialize(conn, ids)
     out = cli(fetch, "orders", "0").out
     assert "a\\x1b[2Jb\\nc" in out

@@ -25,6 +25,8 @@ from tests.support import Connect, wait_until
 
 INT4_MAX = 2**31 - 1
 INT8_MIN, INT8_MAX = -(2**63), 2**63 - 1
+# The last millisecond of the year 9999.
+LAST_MS = 253402300799999
 UNKNOWN = 1_000_000
 
 
@@ -149,7 +151,7 @@ def test_batches_one_by_one(conn: Connection[TupleRow]) -> None:
         {"byte_lengths": [INT4_MAX]},
         {"byte_lengths": [0]},
         {"n_records": [INT4_MAX]},
-        {"max_timestamps": [INT8_MAX]},
+        {"max_timestamps": [LAST_MS]},
         {"max_timestamps": [INT8_MIN]},
         {"max_timestamps": [-1]},
         {"max_timestamps": [2**32]},
@@ -172,7 +174,9 @@ def test_extremes_are_stored_as_they_are(extreme: dict[str, Any], conn: Connecti
 
 def test_views_show_extreme_timestamps(conn: Connection[TupleRow], commit: Commit) -> None:
     """One producer's nonsense must not make the view unreadable for all."""
-    commit(conn, Arguments(max_timestamps=[INT8_MAX, INT8_MIN, 0]))
+    commit(conn, Arguments(max_timestamps=[LAST_MS, INT8_MIN, 0]))
+    # As it may have been committed before there was a limit.
+    conn.execute("update tidemark.record_batch_events set max_timestamp = %s where max_timestamp = 0", (INT8_MAX,))
     assert len(conn.execute("select * from tidemark.named_record_batch_events").fetchall()) == 3
 
 
@@ -186,6 +190,8 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     ({"byte_offsets": (-1, 0, 0)}, "batch 1: the byte range starts at -1"),
     ({"byte_offsets": (INT8_MIN, 0, 0)}, "batch 1: the byte range"),
     ({"byte_lengths": (1, -1, 1)}, "batch 2: the byte range .* length -1"),
+    ({"max_timestamps": (1, LAST_MS + 1, 1)}, "batch 2: max_timestamp 253402300800000 lies beyond the year 9999"),
+    ({"max_timestamps": (1, 1, INT8_MAX)}, "batch 3: max_timestamp 9223372036854775807 lies beyond"),
     ({"n_records": (5, 6)}, "differ in length"),
     ({"byte_offsets": (0, 1)}, "differ in length"),
     ({"byte_lengths": (0, 1, 2, 3)}, "differ in length"),

@@ -15,7 +15,6 @@ from config.settings import Settings
 from db.commit import Batch, commit_batches
 from db.fetch import fetch_batches
 from db.materialize import materialize
-from db.observe import find_objects
 from db.pool import Database
 from db.topics import create_topic, partition_ids
 from tests.demo.check import Evidence, Finding, check
@@ -24,6 +23,7 @@ from tests.demo.ledger import Attempt, LedgerTail, LedgerWriter, Outcome
 from tests.demo.observers import Reader, Reading, Sighting, Watcher
 from tests.demo.plan import DemoError
 from tests.demo.storage import download, upload
+from tests.observe import find_objects
 
 PREFIX = "demo-test/"
 BYTES = 80

@@ -84,7 +84,7 @@ def test_nothing_in_an_empty_partition(conn: Connection[TupleRow]) -> None:
 
 @pytest.mark.parametrize("offset", [-1, END + 1, 2**63 - 1, -(2**63)])
 def test_out_of_range(offset: int, conn: Connection[TupleRow], partition_id: int) -> None:
-    with pytest.raises(OffsetOutOfRangeError, match=rf"offset {offset} .* 0 to {END}"):
+    with pytest.raises(OffsetOutOfRangeError, match=rf"^orders/1: offset {offset} .* 0 to {END}"):
         fetch_batches(conn, partition_id, offset)
 
 
@@ -130,8 +130,28 @@ def test_limit_on_bytes(offset: int, max_bytes: int, count: int, conn: Connectio
     ],
 )
 def test_limits_below_one(limits: dict[str, Any], conn: Connection[TupleRow], partition_id: int) -> None:
-    with pytest.raises(InvalidFetchError):
+    with pytest.raises(InvalidFetchError, match=r"^orders/1: fetch from 0 with at most"):
         fetch_batches(conn, partition_id, 0, **limits)
+
+
+def test_a_reader_without_a_right_to_the_topics(conn: Connection[TupleRow], partition_id: int) -> None:
+    """As docs/operations.md grants it: it may fetch, and gets the same errors, which then name no topic."""
+    conn.execute(
+        """
+        create role reader;
+        grant usage on schema tidemark to reader;
+        grant execute on function tidemark.fetch_batches(int, bigint, bigint, int) to reader;
+        grant select on tidemark.topic_partitions, tidemark.runs, tidemark.log_starts, tidemark.record_batch_events,
+                        tidemark.objects to reader;
+        set role reader;
+        """
+    )
+    try:
+        assert len(fetch_batches(conn, partition_id, 0)) == len(BATCHES)
+        with pytest.raises(OffsetOutOfRangeError, match=f"^partition id {partition_id}: offset 41 .* 0 to {END}"):
+            fetch_batches(conn, partition_id, END + 1)
+    finally:
+        conn.execute("reset role; drop owned by reader; drop role reader")
 
 
 @pytest.mark.parametrize("unknown", [0, -1, 10_000, None, 2**31])

@@ -18,9 +18,9 @@ from db import retention
 from db.arrays import Int4Array
 from db.audit import audit
 from db.commit import commit_object
-from db.dead_objects import forget_dead_objects, list_dead_objects
 from db.fetch import fetch_batches
 from db.materialize import materialize
+from db.objects import forget_dead_objects, list_dead_objects
 from db.retention import RetentionResult, retain
 from db.statements import pin_plans, run, statement
 from db.topics import create_topic, partition_ids, set_retention
@@ -114,7 +114,7 @@ def test_a_batch_without_timestamp_is_as_old_as_its_commit(conn: Conn) -> None:
     assert head(conn, p) == (2, 4, 10)
 
 
-@pytest.mark.parametrize("timestamp", [NOW + 3650 * DAY, 2**63 - 1], ids=["in ten years", "the greatest"])
+@pytest.mark.parametrize("timestamp", [NOW + 3650 * DAY, 253402300799999], ids=["in ten years", "the greatest"])
 def test_a_batch_is_not_younger_than_its_commit(conn: Conn, timestamp: int) -> None:
     """One with a time far in the future must not keep the log for ever."""
     (p,) = topic(conn, ms=DAY)
@@ -301,7 +301,7 @@ def test_a_run_larger_than_a_transaction_may_be_goes_alone(conn: Conn) -> None:
     (p,) = topic(conn, ms=DAY)
     commit(conn, "o", [p] * 130, [OLD] * 130)
     materialize(conn, [p])
-    deleted = [retention._delete(conn, [p], 10)[0] for _ in range(4)]
+    deleted = [retention._delete(conn, [p], 10)[0].batches for _ in range(4)]
     assert deleted == [64, 64, 2, 0]
     assert sound(conn)
 
@@ -441,7 +441,8 @@ def test_two_retentions_that_finish_an_object_at_one_moment(conn: Conn, connect:
             assert run(first, "free_spent_objects").fetchall() == [(0,)]
             other = threads.submit(retention._delete, second, [b], 10)
             wait_until(waits_for_a_lock(conn, second.info.backend_pid))
-        assert other.result() == (1, 10, [b], [], 1)
+        deleted, freed = other.result()
+    assert (deleted.batches, deleted.log_bytes, deleted.partition_ids, deleted.unfinished, freed) == (1, 10, [b], [], 1)
     assert [d.id for d in list_dead_objects(conn, older_than_seconds=0)] == [shared]
     assert sound(conn)
 
@@ -462,8 +463,8 @@ def test_two_retentions_at_once_free_each_object_once(conn: Conn, connect: Conne
     def one(partition_id: int) -> tuple[int, int]:
         mine = connect()
         barrier.wait()
-        deleted, *_, freed = retention._delete(mine, [partition_id], 3000)
-        return deleted, freed
+        deleted, freed = retention._delete(mine, [partition_id], 3000)
+        return deleted.batches, freed
 
     with ThreadPoolExecutor(2) as threads:
         results = list(threads.map(one, ids))

@@ -4,16 +4,29 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
+import psycopg.rows
 import pytest
 from psycopg import sql
 
 import db
 from config.embedded.postgres import PostgresServer
 from config.embedded.wheels import postgres_bin as wheel_bin
+from db.audit import audit
+from db.commit import commit_object
+from db.discover import find_committed, save_fan_out, sweep
+from db.fetch import fetch_batches
+from db.materialize import materialize
+from db.migrate import require_current
+from db.objects import forget_dead_objects, list_dead_objects
+from db.partitions import describe_partitions, describe_topics, find_partition, read_offsets, records_to_audit
+from db.rebase import rebase
+from db.retention import retain
 from db.statements import routine_files, statement, statements
-from db.topics import create_topic, partition_ids
+from db.topics import PartitionIds, create_topic, highest_partition_id, names_of, partition_ids, set_retention
+from tests.support import Connect
 from tests.support_hints import GROWING, HINTED, phrases, scans, split, with_a_hint
 
 SQL = Path(db.__file__).parent / "sql"
@@ -33,6 +46,11 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "doctor_server": (),
     "doctor_settings": ("{{jit}}",),
     "doctor_tables": (),
+    "is_migrated": (),
+    "lock_cluster": (),
+    "lock_migrations": ("42",),
+    "schema_version": (),
+    "session_settings": ("{{jit}}", "{{off}}"),
     "fetch_batches": ("{p}", "0", "1000", "10"),
     "find_committed": ("3", "{{}}", "100", "1000"),
     "find_holders": ("10",),
@@ -44,9 +62,6 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "figures_indexes": (),
     "figures_tables": (),
     "figures_topics": ("200", "1000", "60"),
-    "find_objects": ("demo/",),
-    "observe_heads": ("{{{p}}}", "{{0}}"),
-    "read_log": ("{p}",),
     "place_incremental": ("100",),
     "place_window": ("100",),
     "read_fan_out": (),
@@ -56,6 +71,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "rebase": (),
     "save_fan_out": ("10", "{{5}}"),
     "transaction_settings": (),
+    "truncate_cluster": (),
 }
 
 
@@ -159,6 +175,18 @@ def test_pg_hint_plan_will_read_the_hint(name: str) -> None:
     assert "/*" not in rest
 
 
+# The code of each function, by its name.
+FUNCTIONS = {
+    name: code
+    for file in (SQL / "functions").glob("*.sql")
+    for name, code in re.findall(
+        r"^create or replace function tidemark\.(\w+)(.*?)(?=^create|\Z)",
+        re.sub(r"--.*", "", file.read_text("utf-8")),
+        re.MULTILINE | re.DOTALL,
+    )
+}
+
+
 def aliases_in(code: str) -> dict[str, set[str]]:
     """By alias, the tables it stands for."""
     tables: dict[str, set[str]] = {}
@@ -177,10 +205,9 @@ def test_a_hint_names_what_is_there(name: str, database_url: str) -> None:
     code = re.sub(r"--.*", "", text)
     tables = aliases_in(code)
     assert scans(name).keys() >= {alias for alias, of in tables.items() if of & GROWING}
-    for function in re.findall(r"tidemark\.(\w+)\(", code):
-        if (file := SQL / "functions" / f"{function}.sql").exists():
-            for alias, of in aliases_in(re.sub(r"--.*", "", file.read_text("utf-8"))).items():
-                tables.setdefault(alias, set()).update(of)
+    for function in set(re.findall(r"tidemark\.(\w+)\(", code)):
+        for alias, of in aliases_in(FUNCTIONS.get(function, "")).items():
+            tables.setdefault(alias, set()).update(of)
     assert scans(name).keys() <= tables.keys()
     with psycopg.connect(database_url) as conn:
         rows = conn.execute("select indexname, tablename from pg_indexes where schemaname = 'tidemark'").fetchall()
@@ -194,6 +221,40 @@ def test_a_hint_names_what_is_there(name: str, database_url: str) -> None:
         if keyword in {"Leading", "NestLoop"}:
             assert set(words) <= {alias for pair in aliases for alias in pair}
             assert len(words) == len(set(words)) > 1
+
+
+@pytest.mark.parametrize("kind", ["dict_row", "scalar_row", "raw_cursor"])
+def test_any_connection_will_do(kind: str, connect: Connect, postgres_server: PostgresServer) -> None:
+    """The rows and the cursors of the caller's connection are the caller's: no function of ours depends on them."""
+    conn: psycopg.Connection[Any] = connect()
+    if kind == "raw_cursor":
+        conn.cursor_factory = psycopg.RawCursor
+    else:
+        conn.row_factory = getattr(psycopg.rows, kind)
+    require_current(conn)
+    create_topic(conn, kind, 2)
+    ids = partition_ids(conn, kind)
+    assert PartitionIds().get(conn, kind) == tuple(ids)
+    assert (highest_partition_id(conn), names_of(conn, ids)[ids[1]]) == (ids[1], (kind, 1))
+    object_id = commit_object(conn, kind, ids, [1, 1], [0, 1], [1, 1], [-1, 0])
+    save_fan_out(conn, committed := find_committed(conn))
+    assert {p.partition_id for p in committed.partitions} >= set(ids)
+    assert {p.partition_id for p in sweep(conn)} >= set(ids)
+    assert materialize(conn, ids).events_processed == 2
+    assert [batch.object_key for batch in fetch_batches(conn, ids[0], 0)] == [kind]
+    assert audit(conn, topic=kind).batches == 2
+    set_retention(conn, kind, retention_ms=None, retention_bytes=1)
+    commit_object(conn, f"{kind} more", ids, [1, 1], [0, 1], [1, 1], [-1, 0])
+    materialize(conn, ids)
+    assert retain(conn).deleted == 2
+    assert [dead.id for dead in list_dead_objects(conn, older_than_seconds=0)] == [object_id]
+    assert forget_dead_objects(conn, [object_id]) == 1
+    assert rebase(conn, force=True) is not None
+    assert find_partition(conn, kind, 1) == ids[1]
+    assert read_offsets(conn, ids[1]) == (1, 2)
+    assert [(topic.name, topic.records) for topic in describe_topics(conn, [kind])] == [(kind, 2)]
+    assert [partition.backlog for partition in describe_partitions(conn, [kind])] == [0, 0]
+    assert records_to_audit(conn, kind) == 2
 
 
 def test_routines_come_before_views_and_grants() -> None:

@@ -1,8 +1,9 @@
 -- The hot path: commits the record batches of one uploaded object, in one round trip, and returns the object's id.
 --
 -- One array element per batch; the order of the arrays is the order of offsets within a partition. max_timestamps are
--- milliseconds since the epoch. The same key with the same content is the same commit: it returns the first id and
--- writes no batches, also when both run at the same moment (the second waits for the first on objects_key_key).
+-- milliseconds since the epoch, up to the year 9999, and -1 for none. The same key with the same content is the same commit:
+-- it returns the first id and writes no batches, also when both run at the same moment (the second waits for the first on
+-- objects_key_key).
 --
 -- Order: if this returned (in a transaction block: if that was committed) before another transaction was given its id, its
 -- offsets are lower. A transaction has its id from its first write on. Inside a block that has written before, the call's
@@ -48,8 +49,9 @@ begin
             and cardinality(n_records) = batches and cardinality(byte_offsets) = batches
             and cardinality(byte_lengths) = batches and cardinality(max_timestamps) = batches
             and 0 < all (n_records) and 0 <= all (byte_offsets) and 0 <= all (byte_lengths)
-            and array_position(partition_ids, null) is null
-            and array_position(max_timestamps, null) is null) is not true
+            -- The end of the year 9999: what is later was not given in milliseconds.
+            and 253402300799999 >= all (max_timestamps)
+            and array_position(partition_ids, null) is null) is not true
     then
         perform tidemark.explain_invalid_commit(
             object_key, partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps);

@@ -94,3 +94,30 @@ begin atomic
         offset 0
     ) l;
 end;
+
+-- The pending events of a partition: those beyond its position, then those of the late transactions. At most `most` beyond the
+-- position and of each late transaction, null for no limit. The other arguments are a row of tidemark.cursors, which says what
+-- they mean. Becomes a part of the query that calls it. (Placing has its own form of this: there the events are added up.)
+create or replace function tidemark.pending_events(
+    partition_id int, seen_tx bigint, seen_id bigint, last_tx bigint, last_id bigint, late bigint[], most int
+)
+returns table (tx bigint, object_id bigint, is_late boolean)
+language sql stable parallel safe
+begin atomic
+    (select e.tx, e.object_id, false
+     from tidemark.record_batch_events e
+     where e.partition_id = pending_events.partition_id and (e.tx, e.id) > (seen_tx, seen_id)
+     order by e.tx, e.id
+     limit most)
+    union all
+    select x.tx, l.object_id, true
+    from unnest(late) x(tx)
+    cross join lateral (
+        select m.object_id
+        from tidemark.record_batch_events m
+        where m.partition_id = pending_events.partition_id and m.tx = x.tx
+          and m.id > case when x.tx = last_tx then last_id else -9223372036854775808 end
+        order by m.id
+        limit most
+    ) l;
+end;

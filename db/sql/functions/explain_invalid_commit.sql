@@ -45,16 +45,19 @@ begin
                           when b.partition_id is null or b.n_records is null or b.byte_offset is null
                               or b.byte_length is null or b.max_timestamp is null then 'a value is NULL'
                           when b.n_records < 1 then format('n_records is %s', b.n_records)
+                          when b.max_timestamp > 253402300799999 then
+                              format('max_timestamp %s lies beyond the year 9999', b.max_timestamp)
                           else format('the byte range starts at %s with length %s', b.byte_offset, b.byte_length)
                       end)
         into problem
         from unnest(partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps) with ordinality
             as b(partition_id, n_records, byte_offset, byte_length, max_timestamp, position)
         where (b.partition_id is not null and b.n_records >= 1 and b.byte_offset >= 0 and b.byte_length >= 0
-               and b.max_timestamp is not null) is not true
+               and b.max_timestamp <= 253402300799999) is not true
         order by b.position
         limit 1;
-        fix := 'Every batch needs a partition id, at least one record, a byte range without negative numbers and a timestamp.';
+        fix := 'Every batch needs a partition id, at least one record, a byte range without negative numbers and a timestamp '
+               'in milliseconds.';
     end if;
     raise exception using errcode = 'TM001', message = format('%s: %s', named, problem), hint = fix;
 end

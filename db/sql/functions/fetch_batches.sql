@@ -41,15 +41,9 @@ declare
     first_bytes bigint;
     fetched int := 0;
     bytes bigint := 0;
+    code text;
+    named text;
 begin
-    if (max_bytes >= 1 and max_batches >= 1 and from_offset is not null) is not true then
-        raise exception using
-            errcode = 'TM009',
-            message = format('partition id %s: fetch from %s with at most %s bytes and %s batches', partition_id,
-                             coalesce(from_offset::text, 'NULL'), coalesce(max_bytes::text, 'NULL'),
-                             coalesce(max_batches::text, 'NULL')),
-            hint = 'Pass an offset, and limits of at least 1.';
-    end if;
     -- A descent each: the newest run, the log's start, the run that has the offset, and the first one behind it that is apart:
     -- its events, or those before it, do not follow the others in the key.
     select e.end_offset, coalesce(e.seen_tx, e.last_tx) as end_tx,
@@ -95,18 +89,34 @@ begin
         head.end_offset := 0;
         head.log_start := 0;
     end if;
-    if from_offset > head.end_offset and pg_is_in_recovery() then
+    code := case
+        when (max_bytes >= 1 and max_batches >= 1 and from_offset is not null) is not true then 'TM009'
+        when from_offset > head.end_offset and pg_is_in_recovery() then 'TM011'
+        when from_offset < head.log_start or from_offset > head.end_offset then 'TM007'
+    end;
+    if code is not null then
+        -- Readers need no right to the topics, but then their errors name no topic.
+        if has_table_privilege('tidemark.topics', 'select') then
+            select format('%s/%s', t.name, p.partition) into named
+            from tidemark.topic_partitions p
+            join tidemark.topics t on t.id = p.topic_id
+            where p.id = fetch_batches.partition_id;
+        end if;
         raise exception using
-            errcode = 'TM011',
-            message = format('partition id %s: offset %s has not arrived at this standby, which holds %s to %s',
-                             partition_id, from_offset, head.log_start, head.end_offset),
-            hint = 'Ask again in a moment, or ask the primary.';
-    elsif from_offset < head.log_start or from_offset > head.end_offset then
-        raise exception using
-            errcode = 'TM007',
-            message = format('partition id %s: offset %s is out of range, the log holds %s to %s', partition_id,
-                             from_offset, head.log_start, head.end_offset),
-            hint = 'Go on from the start offset (oldest) or the end offset (newest).';
+            errcode = code,
+            message = format('%s: ', coalesce(named, format('partition id %s', partition_id))) || case code
+                when 'TM009' then format('fetch from %s with at most %s bytes and %s batches',
+                                         coalesce(from_offset::text, 'NULL'), coalesce(max_bytes::text, 'NULL'),
+                                         coalesce(max_batches::text, 'NULL'))
+                when 'TM011' then format('offset %s has not arrived at this standby, which holds %s to %s', from_offset,
+                                         head.log_start, head.end_offset)
+                else format('offset %s is out of range, the log holds %s to %s', from_offset, head.log_start, head.end_offset)
+            end,
+            hint = case code
+                when 'TM009' then 'Pass an offset, and limits of at least 1.'
+                when 'TM011' then 'Ask again in a moment, or ask the primary.'
+                else 'Go on from the start offset (oldest) or the end offset (newest).'
+            end;
     end if;
     if from_offset = head.end_offset then
         return;

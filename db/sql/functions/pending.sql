@@ -14,25 +14,8 @@ begin atomic
         from cursor c
         cross join lateral (
             select count(*) as found, min(o.committed_at) as committed_at
-            from (
-                select l.object_id
-                from unnest(c.late) x(tx)
-                cross join lateral (
-                    select e.object_id
-                    from tidemark.record_batch_events e
-                    where e.partition_id = c.partition_id and e.tx = x.tx
-                      and e.id > case when x.tx = c.last_tx then c.last_id else -9223372036854775808 end
-                    order by e.id
-                    limit 1
-                ) l
-                union all
-                (select e.object_id
-                 from tidemark.record_batch_events e
-                 where e.partition_id = c.partition_id and (e.tx, e.id) > (c.seen_tx, c.seen_id)
-                 order by e.tx, e.id
-                 limit 1)
-            ) first
-            left join tidemark.objects o on o.id = first.object_id
+            from tidemark.pending_events(c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late, 1) p
+            left join tidemark.objects o on o.id = p.object_id
         ) f
         where f.found > 0
     ),
@@ -43,18 +26,7 @@ begin atomic
             from waiting w
             cross join lateral (
                 select
-                from unnest(w.late) x(tx)
-                cross join lateral (
-                    select
-                    from tidemark.record_batch_events e
-                    where e.partition_id = w.partition_id and e.tx = x.tx
-                      and e.id > case when x.tx = w.last_tx then w.last_id else -9223372036854775808 end
-                    limit most
-                ) l
-                union all
-                select
-                from tidemark.record_batch_events e
-                where e.partition_id = w.partition_id and (e.tx, e.id) > (w.seen_tx, w.seen_id)
+                from tidemark.pending_events(w.partition_id, w.seen_tx, w.seen_id, w.last_tx, w.last_id, w.late, most) p
                 limit most
             ) e
             limit in_all

@@ -19,8 +19,7 @@ from typing import Any
 import psycopg
 
 from db.arrays import Int8Array
-from db.statements import run
-from db.translate import domain_errors
+from db.statements import all_, run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +42,7 @@ def list_dead_objects(
         raise ValueError(
             f"dead objects: limit {limit}, older than {older_than_seconds:g} s: pass at least 1, and no negative time"
         )
-    with domain_errors():
-        rows = run(conn, "find_dead_objects", (after_object_id, limit, older_than_seconds)).fetchall()
-    return [DeadObject(id=row[0], key=row[1], dead_at=row[2]) for row in rows]
+    return all_(conn, DeadObject, "find_dead_objects", (after_object_id, limit, older_than_seconds))
 
 
 def forget_dead_objects(conn: psycopg.Connection[Any], ids: Iterable[int]) -> int:
@@ -53,5 +50,4 @@ def forget_dead_objects(conn: psycopg.Connection[Any], ids: Iterable[int]) -> in
 
     Ids that are unknown, forgotten already or of objects with batches left are passed over.
     """
-    with domain_errors():
-        return run(conn, "delete_dead_objects", (Int8Array(ids),)).rowcount
+    return run(conn, "delete_dead_objects", (Int8Array(ids),)).rowcount
