@@ -356,6 +356,12 @@ def hints_of(client: Redis | None) -> Hints:
     return Hints(app)
 
 
+def hints_of(client: Redis | None) -> Hints:
+    app = TidemarkApp("hints")
+    app.redis = client
+    return Hints(app)
+
+
 def worker_of(client: Redis | None, topics: int = 5) -> WorkerMetrics:
     return WorkerMetrics(hints_of(client), topics=topics)
 
