@@ -16,7 +16,8 @@ from db.doctor_schema import check_functions, check_privileges, check_rules, che
 from db.doctor_settings import check_defaults, check_settings
 from db.findings import Finding, Level, quote_identifier, quote_literal
 from db.statements import run
-from db.status import find_holders, read_dispatch
+from db.status import _dispatch as read_dispatch
+from db.status import _holders
 
 _OLDEST, _NEWEST = 15, 18
 _MAJOR = 10_000
@@ -230,7 +231,7 @@ def check_dispatch(conn: psycopg.Connection[Any], settings: Settings) -> Iterato
 def check_transactions(conn: psycopg.Connection[Any]) -> Iterator[Finding]:
     """What has been open too long, and slots that nobody reads."""
     good = True
-    for holder in find_holders(conn, _ROWS):
+    for holder in _holders(conn):
         seconds, name = holder.seconds or 0.0, holder.name
         if seconds < _LONG_SECONDS and holder.state != "inactive":
             continue

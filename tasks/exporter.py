@@ -34,7 +34,7 @@ from redis import Redis
 from config.celery import is_redis
 from config.errors import TidemarkError
 from config.queues import all_queues
-from db.figures import Figures, read_figures
+from db.status import Figures, read_figures
 from db.pool import Database
 from tasks.app import TidemarkApp
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from config.queues import CONTROL, shard_of, shard_queue
 from config.settings import Settings
-from db.partitions import PartitionState
-from db.status import Holder, LockWait, Reading, TopicBacklog
+from db.status import Holder, LockWait, PartitionState, Reading, TopicBacklog
 from tasks.app import TidemarkApp
 from tasks.commands.display import NOTHING, duration, number, statement, table, text
 from tasks.exporter import overdue_seconds

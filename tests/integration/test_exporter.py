@@ -21,7 +21,7 @@ from psycopg import Connection, errors
 from psycopg.rows import TupleRow
 from redis import Redis
 
-import db.figures
+import db.status
 from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
 from config.settings import Settings
@@ -193,7 +193,7 @@ def test_counting_the_backlog_is_bounded(
 ) -> None:
     commit(conn, "a", [orders[0]] * 30 + [orders[1], orders[3]])
     assert scrape(exporter)("backlog_count_capped") == 0
-    monkeypatch.setattr(db.figures, "COUNT_LIMIT", 10)
+    monkeypatch.setattr(db.status, "COUNT_LIMIT_OF_ALL", 10)
     capped = scrape(exporter)
     assert capped("backlog_count_capped") == 1
     assert capped("backlog_partitions", topic="orders") == 3

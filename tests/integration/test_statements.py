@@ -36,6 +36,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "find_committed": ("3", "{{}}", "100", "1000"),
     "find_holders": ("10",),
     "find_lock_waits": ("10",),
+    "find_row_locks": ("{{{p}}}", "10"),
     "find_pending": ("0", "100", "100", "1000"),
     "lock_free_partitions": ("{{{p}}}",),
     "lock_partitions": ("{{{p}}}",),

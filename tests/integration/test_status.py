@@ -19,8 +19,7 @@ from db.commit import commit_object
 from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
-from db.partitions import COUNT_LIMIT
-from db.status import read_status
+from db.status import COUNT_LIMIT, read_status
 from db.topics import create_topic, partition_ids
 from tasks.commands.status import status
 from tasks.commands.top import top
