@@ -98,10 +98,25 @@ class LockWait:
     blocker_query: str | None
     blocker_gid: str | None
 
+    @property
+    def blocker(self) -> "Session":
+        return Session(
+            pid=self.blocker_pid,
+            gid=self.blocker_gid,
+            user=self.blocker_user,
+            application=self.blocker_application,
+            state=self.blocker_state,
+            age=self.blocker_age,
+            query=self.blocker_query,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowLock:
-    """Who holds partitions' rows, since `age` seconds at most: `pid` 0 is the prepared transaction `gid`."""
+class Session:
+    """Who holds something, and the partitions whose rows it has locked, for at most the `age` of its transaction.
+
+    `pid` 0 is the prepared transaction `gid`. What a role may not see is None.
+    """
 
     pid: int
     gid: str | None
@@ -110,7 +125,23 @@ class RowLock:
     state: str | None
     age: float | None
     query: str | None
-    partition_ids: Sequence[int]
+    partition_ids: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        return f"pid {self.pid}" if self.pid else f"prepared transaction {self.name}"
+
+    @property
+    def name(self) -> str:
+        """As a `Holder` is called."""
+        return str(self.pid) if self.pid else self.gid or "(unknown)"
+
+    @property
+    def repair(self) -> str:
+        """The statement that ends it."""
+        if self.pid:
+            return f"select pg_terminate_backend({self.pid});"
+        quoted = "'" + (self.gid or "").replace("'", "''") + "'"
+        return f"commit prepared {quoted}; or rollback prepared {quoted};"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,10 +162,24 @@ class Holder:
     seconds: float | None
     query: str | None
 
+    @property
+    def session(self) -> Session:
+        """What is no slot: those have none."""
+        pid, gid = (0, self.name) if self.kind == "prepared transaction" else (int(self.name), None)
+        return Session(
+            pid=pid,
+            gid=gid,
+            user=self.user,
+            application=self.application,
+            state=self.state,
+            age=self.seconds,
+            query=self.query,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dispatch:
-    """How far fan-out got. `last` is when it last found commits, `undispatched` the age of the oldest it has not seen."""
+    """How far fan-out got: seconds since it last found commits, and the age of the oldest that it has not seen."""
 
     last: float
     undispatched: float | None
@@ -148,7 +193,7 @@ class Reading:
     at: float
     topics: Sequence[TopicState]
     pending: Sequence[PartitionState]
-    row_locks: Sequence[RowLock]
+    row_locks: Sequence[Session]
     lock_waits: Sequence[LockWait]
     holders: Sequence[Holder]
     dispatch: Dispatch
@@ -255,7 +300,7 @@ def read_status(conn: psycopg.Connection[Any], names: Sequence[str] | None = Non
             at=at,
             topics=topics,
             pending=pending,
-            row_locks=all_(conn, RowLock, "find_row_locks", (waiting, _ROWS), prepare=False),
+            row_locks=all_(conn, Session, "find_row_locks", (waiting, _ROWS), prepare=False),
             lock_waits=_lock_waits(conn),
             holders=_holders(conn),
             dispatch=_dispatch(conn),

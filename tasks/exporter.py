@@ -34,8 +34,8 @@ from redis import Redis
 from config.celery import is_redis
 from config.errors import TidemarkError
 from config.queues import all_queues
-from db.status import Figures, read_figures
 from db.pool import Database
+from db.status import Figures, read_figures
 from tasks.app import TidemarkApp
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
 
