@@ -129,19 +129,24 @@ select coalesce(h.pid, 0) as pid, coalesce(a.usename, x.owner)::text as "user", 
        extract(epoch from clock_timestamp() - coalesce(a.xact_start, x.prepared))::float8 as age,
        regexp_replace(a.query, '^/\*\+[^*]*\*/\s*', '') as query, x.gid, h.partition_ids
 from (
-    select l.pid, case when l.pid is null then l.transactionid::text end as prepared, array_agg(distinct p.id) as partition_ids
-    from tidemark.topic_partitions p
+    select l.pid, case when l.pid is null then l.transactionid::text end as prepared, array_agg(distinct i.id) as partition_ids
+    from (
+        select p.xmax, array_agg(p.id) as ids
+        from tidemark.topic_partitions p
+        where p.id = any ($1::int[])
+        group by p.xmax
+    ) r
     join pg_database d on d.datname = current_database()
     cross join lateral (
-        select p.xmax as xid
-        union
+        select r.xmax as xid
+        union all
         -- The numbers that stand for several are counted apart: only one that was given, and is not forgotten, may be asked.
         select m.xid
-        from pg_get_multixact_members(case when mxid_age(p.xmax) between 1 and mxid_age(d.datminmxid) then p.xmax end) m
+        from pg_get_multixact_members(case when mxid_age(r.xmax) between 1 and mxid_age(d.datminmxid) then r.xmax end) m
         where m.mode <> 'keysh'
     ) x
     join pg_locks l on l.transactionid = x.xid and l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted
-    where p.id = any ($1::int[])
+    cross join unnest(r.ids) i(id)
     group by 1, 2
 ) h
 left join pg_stat_activity a on a.pid = h.pid

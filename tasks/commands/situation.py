@@ -320,7 +320,7 @@ class Situation:
             lines += [text(statement(cause.query))] * bool(cause.query)
             reports = (self.hints.stuck.get(f"{p.topic}/{p.partition}") for p in partitions)
             if cause.query and (report := next(filter(None, reports), None)):
-                lines.append(text(f"reported: {report}"))
+                lines.append(text(f"reported: {' '.join(report.split())}"))
             lines += [text(cause.repair, "cyan")] * bool(cause.repair)
             parts.append(_indented(first, *lines))
         if len(groups) > _SHOWN:
