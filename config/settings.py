@@ -271,6 +271,11 @@ class Settings(BaseSettings):
         """Seconds after which Celery kills a task: its own budget, one last statement and a margin."""
         return max(self.task_seconds, self.maintenance_seconds) + self.statement_timeout + 10
 
+    @property
+    def overdue_seconds(self) -> float:
+        """After this time two sweeps have dispatched an event, and its task had time to run: something holds it up."""
+        return 2 * self.sweep_interval + self.hard_time_limit
+
 
 def load_settings() -> Settings:
     """Read the environment; SettingsError names every variable that is wrong."""

@@ -1,297 +1,275 @@
 """Looks at a Postgres and a database from every side Tidemark depends on; changes nothing.
 
-Each check reads for itself and yields findings, so that one which may not look, or finds no schema, spoils no other.
+What may be wrong stands in tables: `db/sql/doctor.sql`, a row for each, judged where it is read. Here is what those
+tables need to know of this program, and what is judged from the facts that `status` shows. Each check reads for itself,
+so that one which may not look, or finds no schema, spoils no other.
 """
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
 from time import time
 from typing import Any
 
 import psycopg
 from psycopg import errors
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import AddConstraint, CreateIndex, DDLElement
 
+from config.errors import SchemaVersionError
 from config.settings import Settings
-from db.doctor_schema import check_functions, check_privileges, check_rules, check_tables, check_version
-from db.doctor_settings import check_defaults, check_settings
-from db.findings import Finding, Level, quote_identifier, quote_literal
-from db.statements import run
-from db.status import find_holders, read_dispatch
+from db.migrate import require_current
+from db.schema import metadata
+from db.statements import all_, routine_files, values
+from db.status import Holder, Reading, read_status
 
-_OLDEST, _NEWEST = 15, 18
-_MAJOR = 10_000
-_ROWS = 100
+_MIGRATE = "celery -A tasks migrate"
 _LONG_SECONDS = 60.0
 _TOO_LONG_SECONDS = 3600.0
+_LOCKED_SECONDS = 5.0
 _SKEW_WARN, _SKEW_FAIL = 2.0, 30.0
 _MANY_DEAD = 50_000
-# Postgres forces a vacuum at 200 million and stops at two thousand million.
-_OLD_XIDS, _TOO_OLD_XIDS = 1_000_000_000, 1_800_000_000
-_BUSY = 0.8
 _MILLISECOND = 0.001
-# Told, not judged: the settings of the transactions pin the plans with it and without.
-_HINT_PLAN = {
-    None: "not loaded, nor needed: settings pin the plans",
-    True: "loaded; the statements' hints are used, beside the settings that pin the plans",
-    False: "loaded, but pg_hint_plan.enable_hint is off; settings pin the plans",
-}
+
+
+class Level(StrEnum):
+    """How bad it is: nothing to do; slower or less safe than it could be; wrong."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Server:
-    """What several checks ask of the server."""
+class Finding:
+    """`found` is what is there; where that is not right, `why`, and the statements or commands that `repair` it."""
 
-    version: int
-    version_text: str
-    in_recovery: bool
-    encoding: str
-    xid_age: int
-    connections: int
-    connected: int
-    user: str
-    database: str
-    monitor: bool
-    # None where pg_hint_plan is not loaded; False where it is told to ignore hints.
-    hint_plan: bool | None
-
-    @property
-    def major(self) -> int:
-        return self.version // _MAJOR
+    area: str
+    check: str
+    level: Level
+    found: str
+    why: str = ""
+    repair: tuple[str, ...] = ()
 
 
-def read_server(conn: psycopg.Connection[Any]) -> Server:
-    """Read it."""
-    row = run(conn, "doctor_server").fetchone()
-    assert row is not None  # noqa: S101 - we are connected to this database
-    return Server(
-        version=row[0],
-        version_text=row[1],
-        in_recovery=row[2],
-        encoding=row[3],
-        xid_age=row[4],
-        connections=row[5],
-        connected=row[6],
-        user=row[7],
-        database=row[8],
-        monitor=row[9],
-        hint_plan=row[10],
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One thing that may be wrong: whether it is, and what the finding is to say then."""
+
+    area: str
+    check: str
+    bad: bool
+    level: str
+    found: str
+    why: str = ""
+    repair: Iterable[str] = ()
 
 
-def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple[str, list[Finding]]]:
-    """Every check's name and findings; `conn` in autocommit mode, and none of its settings changed."""
-    server = read_server(conn)
-    embedded = settings.database_url is None
-    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
-        ("server", lambda: check_server(server)),
-        ("connections", lambda: check_connections(server, settings)),
-        ("clock", lambda: check_clock(conn)),
-        ("settings", lambda: check_settings(conn, embedded=embedded)),
-        ("role and database defaults", lambda: check_defaults(conn)),
-        ("version", lambda: check_version(conn)),
-        ("tables", lambda: check_tables(conn)),
-        ("constraints and indexes", lambda: check_rules(conn)),
-        ("functions", lambda: check_functions(conn)),
-        ("privileges", lambda: check_privileges(conn, monitor=server.monitor)),
-        ("cluster and fan-out", lambda: check_dispatch(conn, settings)),
-        ("transactions", lambda: check_transactions(conn)),
-        ("vacuum", lambda: check_vacuum(conn, server)),
-    )
-    with_schema = True
-    for name, check in checks:
-        if not with_schema and name in _NEED_SCHEMA:
-            continue
-        findings = list(_guarded(name, check))
-        if name == "version":
-            with_schema = _has_schema(conn)
-        yield name, findings
+def judge(rows: Iterable[Row]) -> Iterator[Finding]:
+    """What is wrong; for a check with nothing wrong, what is there. Rows of one check stand together."""
+    for (area, check), group in groupby(rows, key=lambda row: (row.area, row.check)):
+        found = list(group)
+        for row in [row for row in found if row.bad]:
+            level, repair = Level(row.level), tuple(row.repair)
+            yield Finding(area=area, check=check, level=level, found=row.found, why=row.why, repair=repair)
+        if not any(row.bad for row in found):
+            yield Finding(area=area, check=check, level=Level.OK, found=found[0].found)
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """The worst level among findings; ok for none."""
+    return max((finding.level for finding in findings), key=list(Level).index, default=Level.OK)
+
+
+def checks(conn: psycopg.Connection[Any], settings: Settings) -> dict[str, Callable[[], Iterable[Row]]]:
+    """Every check by its name; `conn` in autocommit mode, and its settings as a broker's connection gets them."""
+
+    def table(statement: str, *parameters: object) -> Callable[[], Iterable[Row]]:
+        return lambda: all_(conn, Row, statement, parameters)
+
+    return {
+        "server": table("doctor_server", settings.shards, settings.pool_open),
+        "clock": lambda: _clock(conn),
+        "settings": table("doctor_settings", settings.database_url is None),
+        "role and database defaults": table("doctor_defaults"),
+        "version": lambda: _version(conn),
+        "tables": table("doctor_tables", _tables()),
+        "constraints and indexes": table("doctor_rules", *_rules()),
+        "functions": table("doctor_functions", [f.stem for f in routine_files() if f.stem not in {"views", "grants"}]),
+        "privileges": table("doctor_privileges"),
+        "activity": lambda: judge_activity(read_status(conn), settings),
+        "vacuum": table("doctor_vacuum", _MANY_DEAD),
+    }
 
 
 # Without a schema, one finding says so; twenty would say it no better.
-_NEED_SCHEMA = {
-    "tables",
-    "constraints and indexes",
-    "functions",
-    "privileges",
-    "cluster and fan-out",
-    "transactions",
-}
+_NEED_SCHEMA = {"tables", "constraints and indexes", "functions", "privileges", "activity"}
 
 
-def _has_schema(conn: psycopg.Connection[Any]) -> bool:
-    return bool(run(conn, "doctor_tables").fetchall())
+def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple[str, list[Finding]]]:
+    """Every check's name and findings; see `checks` for the connection."""
+    with_schema = True
+    for name, check in checks(conn, settings).items():
+        if name in _NEED_SCHEMA and not with_schema:
+            continue
+        try:
+            findings = list(judge(check()))
+        except (errors.InsufficientPrivilege, SchemaVersionError) as error:
+            why = f"Postgres says: {str(error).splitlines()[0]}."
+            repair = ("connect as the owner of the schema",)
+            level = Level.WARN
+            findings = [
+                Finding(area="server", check=name, level=level, found="could not be looked at", why=why, repair=repair)
+            ]
+        if name == "version":
+            with_schema = bool(values(conn, "doctor_has_schema")[0])
+        yield name, findings
 
 
-def _guarded(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _version(conn: psycopg.Connection[Any]) -> Iterator[Row]:
+    why = ""
     try:
-        yield from check()
-    except (errors.InsufficientPrivilege, errors.UndefinedTable, errors.UndefinedFunction, errors.UndefinedColumn) as e:
-        message = e.diag.message_primary or str(e)
-        yield Finding(
-            area="server",
-            check=name,
-            level=Level.WARN,
-            found="could not be looked at",
-            why=f"Postgres says: {message}.",
-            mend=("connect as the owner of the schema",),
-        )
+        require_current(conn)
+    except SchemaVersionError as error:
+        why = f"{error}.".replace(f"; run: {_MIGRATE}", "")
+    found = "another one" if why else "current"
+    yield Row(area="schema", check="version", bad=bool(why), level=Level.FAIL, found=found, why=why, repair=(_MIGRATE,))
 
 
-def check_server(server: Server) -> Iterator[Finding]:
-    """Version, role of the server, encoding, extension."""
-    finding = Finding(area="server", check="Postgres", level=Level.OK, found=server.version_text)
-    if server.major < _OLDEST:
-        yield _worse(finding, Level.FAIL, f"Tidemark needs {_OLDEST} or later.", f"upgrade to Postgres {_NEWEST}")
-    elif server.major > _NEWEST:
-        yield _worse(finding, Level.WARN, f"Tidemark was tested up to {_NEWEST}.", "install a newer tidemark")
-    else:
-        yield finding
-    finding = Finding(area="server", check="primary", level=Level.OK, found="yes")
-    if server.in_recovery:
-        finding = Finding(area="server", check="primary", level=Level.OK, found="no, in recovery")
-        yield _worse(finding, Level.FAIL, "A standby takes no commits.", "let TIDEMARK_DATABASE_URL name the primary")
-    else:
-        yield finding
-    finding = Finding(area="server", check="encoding", level=Level.OK, found=server.encoding)
-    if server.encoding != "UTF8":
-        fix = f"create database {quote_identifier(server.database)} template template0 encoding 'UTF8';"
-        yield _worse(finding, Level.FAIL, "Object keys are any text; this encoding cannot hold it.", fix)
-    else:
-        yield finding
-    yield Finding(area="server", check="pg_hint_plan", level=Level.OK, found=_HINT_PLAN[server.hint_plan])
+def _tables() -> str:
+    """Tables with the storage parameters they should have."""
+    options = {table.name: table.dialect_options["postgresql"].get("with") or {} for table in metadata.sorted_tables}
+    return json.dumps({table: {k: str(v) for k, v in wanted.items()} for table, wanted in options.items()})
 
 
-def check_connections(server: Server, settings: Settings) -> Iterator[Finding]:
-    """Whether workers, and one process with its whole pool open, find room."""
-    wanted = settings.shards + settings.pool_open
-    found = f"{server.connections} allowed, {server.connected} in use"
-    finding = Finding(area="server", check="connections", level=Level.OK, found=found)
-    fix = (f"alter system set max_connections = {max(200, 2 * wanted)};", "restart Postgres")
-    if server.connections < wanted:
-        why = (
-            f"{settings.shards} shards take a connection each, and a process with threads up to "
-            f"TIDEMARK_POOL_OPEN = {settings.pool_open}."
-        )
-        yield _worse(finding, Level.WARN, why, *fix)
-    elif server.connected > _BUSY * server.connections:
-        yield _worse(finding, Level.WARN, "Nearly all are taken; the next worker may find none.", *fix)
-    else:
-        yield finding
+def _rules() -> tuple[list[str], list[str], list[bool], list[str]]:
+    """Constraints and indexes that should be there: name, table, whether it is an index, and what makes it again."""
+    found: list[tuple[str, str, bool, DDLElement]] = []
+    for table in metadata.sorted_tables:
+        found += [
+            (str(constraint.name), table.name, False, AddConstraint(constraint, isolate_from_table=False))
+            for constraint in table.constraints
+            if constraint.name
+        ]
+        found += [(str(index.name), table.name, True, CreateIndex(index)) for index in table.indexes]
+    ddl = [str(make.compile(dialect=postgresql.dialect())) for *_, make in found]  # type: ignore[no-untyped-call]
+    return (
+        [name for name, *_ in found],
+        [table for _, table, *_ in found],
+        [is_index for *_, is_index, _ in found],
+        [" ".join(text.split()) for text in ddl],
+    )
 
 
-def check_clock(conn: psycopg.Connection[Any]) -> Iterator[Finding]:
-    """This machine's clock against the server's, less what the round trip leaves open."""
+def _clock(conn: psycopg.Connection[Any]) -> Iterator[Row]:
     before = time()
-    row = run(conn, "doctor_clock").fetchone()
-    after = time()
-    assert row is not None  # noqa: S101 - a function call returns a row
-    yield judge_clock("Postgres", row[0], before, after)
+    (theirs,) = values(conn, "doctor_clock")
+    yield judge_clock("Postgres", theirs, before, time())
 
 
-def judge_clock(server: str, theirs: float, before: float, after: float) -> Finding:
-    """A server's clock, asked between two moments of ours."""
+def judge_clock(server: str, theirs: float, before: float, after: float) -> Row:
+    """A server's clock, asked between two moments of ours, less what the round trip leaves open."""
     ahead = theirs - (before + after) / 2
     off = max(0.0, abs(ahead) - (after - before) / 2)
-    finding = Finding(
+    return Row(
         area="clock",
         check=server,
-        level=Level.OK,
+        bad=off >= _SKEW_WARN,
+        level=Level.FAIL if off >= _SKEW_FAIL else Level.WARN,
         found=f"{off:.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine" if off >= _MILLISECOND else "agrees",
+        why="Lag, retention by time and the expiry of beat's tasks compare clocks.",
+        repair=("synchronize both machines' clocks (chrony, systemd-timesyncd)",),
     )
-    if off < _SKEW_WARN:
-        return finding
-    level = Level.FAIL if off >= _SKEW_FAIL else Level.WARN
-    why = "Lag, retention by time and the expiry of beat's tasks compare clocks."
-    return _worse(finding, level, why, "synchronize both machines' clocks (chrony, systemd-timesyncd)")
 
 
-def check_dispatch(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[Finding]:
-    """Whether the log belongs to this cluster, and fan-out keeps up."""
-    dispatch = read_dispatch(conn)
-    undispatched = dispatch.undispatched
-    finding = Finding(area="schema", check="cluster identifier", level=Level.OK, found="the log's own")
-    if not dispatch.own_cluster:
-        finding = Finding(area="schema", check="cluster identifier", level=Level.OK, found="another cluster's")
-        why = "The database was restored or moved; commits and workers refuse to work here."
-        yield _worse(finding, Level.FAIL, why, "stop all brokers and workers", "celery -A tasks rebase")
-    else:
-        yield finding
-    found = f"saw something new {dispatch.last:.0f} s ago" if undispatched is None else f"{undispatched:.0f} s behind"
-    finding = Finding(area="activity", check="fan-out", level=Level.OK, found=found)
+def judge_activity(reading: Reading, settings: Settings) -> Iterator[Row]:
+    """Whether the log belongs to this cluster, fan-out and workers keep up, and what stands in their way."""
+    dispatch = reading.dispatch
+    yield Row(
+        area="schema",
+        check="cluster identifier",
+        bad=not dispatch.own_cluster,
+        level=Level.FAIL,
+        found="the log's own" if dispatch.own_cluster else "another cluster's",
+        why="The database was restored or moved; commits and workers refuse to work here.",
+        repair=("stop all brokers and workers", "celery -A tasks rebase"),
+    )
     patience = max(_LONG_SECONDS / 2, 20 * settings.fan_out_interval)
-    if undispatched is None or undispatched < patience:
-        yield finding
-        return
-    level = Level.FAIL if undispatched >= 10 * patience else Level.WARN
-    why = "Commits wait that nobody handed to a worker."
-    yield _worse(finding, level, why, "celery -A tasks beat", "celery -A tasks worker")
-
-
-def check_transactions(conn: psycopg.Connection[Any]) -> Iterator[Finding]:
-    """What has been open too long, and slots that nobody reads."""
-    good = True
-    for holder in find_holders(conn, _ROWS):
-        seconds, name = holder.seconds or 0.0, holder.name
-        if seconds < _LONG_SECONDS and holder.state != "inactive":
-            continue
-        good = False
-        whose = f"of {holder.user} in {holder.database}, for {seconds:.0f} s"
-        behind = f"{holder.state}" + f", {seconds:.0f} s behind" * bool(seconds)
-        found, mend = {
-            "session": (f"pid {name} {whose}, {holder.state}", (f"select pg_terminate_backend({name});",)),
-            "standby": (f"pid {name} ({holder.application}), {behind}", ("end the query that runs there",)),
-            "prepared transaction": (
-                f"{name} {whose}",
-                (f"commit prepared {quote_literal(name)};", f"or: rollback prepared {quote_literal(name)};"),
-            ),
-            "replication slot": (f"{name}, {behind}", (f"select pg_drop_replication_slot({quote_literal(name)});",)),
-        }[holder.kind]
-        why = "It keeps dead rows from vacuum"
-        if holder.has_id:
-            why += ", and what it commits from its offsets"
-        elif holder.state == "inactive":
-            why = "It keeps the write-ahead log, and perhaps dead rows, for ever"
-        level = Level.FAIL if seconds >= _TOO_LONG_SECONDS else Level.WARN
-        check = "long transaction" if holder.kind == "session" else holder.kind
-        yield Finding(area="activity", check=check, level=level, found=found, why=f"{why}.", mend=mend)
-    if good:
-        yield Finding(
-            area="activity", check="transactions", level=Level.OK, found=f"none older than {_LONG_SECONDS:.0f} s"
-        )
-
-
-def check_vacuum(conn: psycopg.Connection[Any], server: Server) -> Iterator[Finding]:
-    """Dead rows by table, whether vacuum is at it, and how old the oldest transaction id is."""
-    bad = False
-    running: list[str] = []
-    for table, _, _, live, dead, seconds, phase in run(conn, "doctor_tables").fetchall():
-        if phase is not None:
-            running.append(f"{table} ({phase})")
-        if dead < _MANY_DEAD or dead < live / 2:
-            continue
-        bad = True
-        when = "never" if seconds is None else f"{seconds:.0f} s ago"
-        now = f", vacuum is at it ({phase})" if phase else ""
-        yield Finding(
-            area="activity",
-            check=f"dead rows in {table}",
-            level=Level.WARN,
-            found=f"{dead:,} beside {live:,}, vacuumed {when}{now}",
-            why="Vacuum does not keep up, or an old transaction holds it back.",
-            mend=(f"vacuum (analyze) tidemark.{table};",),
-        )
-    if not bad:
-        found = f"few; vacuum runs on {', '.join(running)}" if running else "few"
-        yield Finding(area="activity", check="dead rows", level=Level.OK, found=found)
-    finding = Finding(
-        area="activity", check="transaction ids", level=Level.OK, found=f"oldest is {server.xid_age:,} back"
+    behind = dispatch.undispatched
+    yield Row(
+        area="activity",
+        check="fan-out",
+        bad=(behind or 0.0) >= patience,
+        level=Level.FAIL if (behind or 0.0) >= 10 * patience else Level.WARN,
+        found=f"saw something new {dispatch.last:.0f} s ago" if behind is None else f"{behind:.0f} s behind",
+        why="Commits wait that nobody handed to a worker.",
+        repair=("celery -A tasks beat", "celery -A tasks worker"),
     )
-    if server.xid_age < _OLD_XIDS:
-        yield finding
+    lag = max((p.lag or 0.0 for p in reading.pending), default=0.0)
+    yield Row(
+        area="activity",
+        check="lag",
+        bad=lag >= _LONG_SECONDS,
+        level=Level.FAIL if lag >= settings.overdue_seconds else Level.WARN,
+        found=f"{lag:.0f} s, {len(reading.pending)} partitions have a backlog" if reading.pending else "no backlog",
+        why="What was committed cannot be read yet.",
+        repair=("celery -A tasks status says what it waits for",),
+    )
+    yield from _locks(reading)
+    long = [h for h in reading.holders if h.state == "inactive" or (h.seconds or 0.0) >= _LONG_SECONDS]
+    if not long:
+        found = f"none older than {_LONG_SECONDS:.0f} s"
+        yield Row(area="activity", check="transactions", bad=False, level=Level.OK, found=found)
+    yield from map(_holder, long)
+
+
+def _locks(reading: Reading) -> Iterator[Row]:
+    yield Row(area="activity", check="locks", bad=False, level=Level.OK, found="none that others wait for")
+    names = {p.partition_id: f"{p.topic}/{p.partition}" for p in reading.pending}
+    held = {
+        r.name: (r, r.age or 0.0, names[min(r.partition_ids)] + f" and {len(r.partition_ids) - 1} more")
+        for r in reading.row_locks
+    }
+    for w in reading.lock_waits:
+        what = f"a lock ({w.lock})" if w.topic is None else f"{w.topic}/{w.partition}"
+        held.setdefault(w.blocker.name, (w.blocker, w.waited, what))
+    for blocker, seconds, what in held.values():
+        if seconds >= _LOCKED_SECONDS:
+            yield Row(
+                area="activity",
+                check="locks",
+                bad=True,
+                level=Level.FAIL if seconds >= _LONG_SECONDS else Level.WARN,
+                found=f"{blocker} holds {what.removesuffix(' and 0 more')}, for {seconds:.0f} s",
+                why="Workers pass over what is locked, or wait; what was committed there has no offsets.",
+                repair=(blocker.repair,),
+            )
+
+
+def _holder(h: Holder) -> Row:
+    """What has been open too long, or a slot that nobody reads."""
+    seconds = h.seconds or 0.0
+    whose = f"of {h.user} in {h.database}, for {seconds:.0f} s"
+    behind = f"{h.state}" + f", {seconds:.0f} s behind" * bool(seconds)
+    if h.kind == "replication slot":
+        found, repair = f"{h.name}, {behind}", f"select pg_drop_replication_slot('{h.name}');"
+    elif h.kind == "standby":
+        found, repair = f"pid {h.name} ({h.application}), {behind}", "end the query that runs there"
     else:
-        level = Level.FAIL if server.xid_age >= _TOO_OLD_XIDS else Level.WARN
-        yield _worse(finding, level, "At 2,000,000,000 Postgres takes no more writes.", "vacuum (freeze);")
-
-
-def _worse(finding: Finding, level: Level, why: str, *mend: str) -> Finding:
-    return Finding(area=finding.area, check=finding.check, level=level, found=finding.found, why=why, mend=tuple(mend))
+        found, repair = f"{h.session} {whose}" + f", {h.state}" * bool(h.state), h.session.repair
+    why = "It keeps dead rows from vacuum."
+    if h.has_id:
+        why = "It keeps dead rows from vacuum, and what it commits from its offsets."
+    elif h.state == "inactive":
+        why = "It keeps the write-ahead log, and perhaps dead rows, for ever."
+    return Row(
+        area="activity",
+        check="long transaction" if h.kind == "session" else h.kind,
+        bad=True,
+        level=Level.FAIL if seconds >= _TOO_LONG_SECONDS else Level.WARN,
+        found=found,
+        why=why,
+        repair=(repair,),
+    )

@@ -1,25 +1,72 @@
-"""Where materialization stands, what waits and what for: read in one snapshot, without a lock.
+"""What topics hold, what waits in them, and what for: the facts that commands, doctor and exporter show.
 
+Each reading is one snapshot, takes no lock, and costs some descents of an index for each partition, and what it counts.
 Sessions of other roles hide what they run from a role that is no member of pg_monitor.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from time import monotonic
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, get_args
+from uuid import UUID
 
 import psycopg
 
-from db.partitions import PartitionState, TopicState, describe_partitions, describe_topics
-from db.statements import run
-from db.translate import domain_errors
+from config.errors import UnknownPartitionError, UnknownTopicError
+from db.arrays import Int4Array
+from db.statements import all_, one, run, values
+from db.topics import partition_ids
 
-_ROWS = 20
+# Counting further would keep the server busy for a figure nobody reads to the last digit: of one partition, of all.
+COUNT_LIMIT = 100_000
+COUNT_LIMIT_OF_ALL = 500_000
+_ROWS = 100
 
 HolderKind = Literal["session", "standby", "prepared transaction", "replication slot"]
 HOLDER_KINDS: tuple[HolderKind, ...] = get_args(HolderKind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopicState:
+    """A topic and its log: sums over the partitions, and the least and greatest of their end offsets."""
+
+    name: str
+    id: UUID
+    created_at: datetime
+    retention_ms: int | None
+    retention_bytes: int | None
+    partitions: int
+    start_offsets: int
+    end_offsets: int
+    min_end_offset: int
+    max_end_offset: int
+    byte_size: int
+
+    @property
+    def records(self) -> int:
+        return self.end_offsets - self.start_offsets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartitionState:
+    """A partition, the events that wait in it (counted up to `COUNT_LIMIT`) and the age of the oldest in seconds."""
+
+    topic: str
+    partition: int
+    partition_id: int
+    start_offset: int
+    end_offset: int
+    byte_size: int
+    backlog: int
+    lag: float | None
+
+    @property
+    def counted(self) -> bool:
+        """False where there may be more than `backlog` says."""
+        return self.backlog < COUNT_LIMIT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +98,51 @@ class LockWait:
     blocker_query: str | None
     blocker_gid: str | None
 
+    @property
+    def blocker(self) -> "Session":
+        return Session(
+            pid=self.blocker_pid,
+            gid=self.blocker_gid,
+            user=self.blocker_user,
+            application=self.blocker_application,
+            state=self.blocker_state,
+            age=self.blocker_age,
+            query=self.blocker_query,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """Who holds something, and the partitions whose rows it has locked, for at most the `age` of its transaction.
+
+    `pid` 0 is the prepared transaction `gid`. What a role may not see is None.
+    """
+
+    pid: int
+    gid: str | None
+    user: str | None
+    application: str | None
+    state: str | None
+    age: float | None
+    query: str | None
+    partition_ids: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        return f"pid {self.pid}" if self.pid else f"prepared transaction {self.name}"
+
+    @property
+    def name(self) -> str:
+        """As a `Holder` is called."""
+        return str(self.pid) if self.pid else self.gid or "(unknown)"
+
+    @property
+    def repair(self) -> str:
+        """The statement that ends it."""
+        if self.pid:
+            return f"select pg_terminate_backend({self.pid});"
+        quoted = "'" + (self.gid or "").replace("'", "''") + "'"
+        return f"commit prepared {quoted}; or rollback prepared {quoted};"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
@@ -70,10 +162,24 @@ class Holder:
     seconds: float | None
     query: str | None
 
+    @property
+    def session(self) -> Session:
+        """What is no slot: those have none."""
+        pid, gid = (0, self.name) if self.kind == "prepared transaction" else (int(self.name), None)
+        return Session(
+            pid=pid,
+            gid=gid,
+            user=self.user,
+            application=self.application,
+            state=self.state,
+            age=self.seconds,
+            query=self.query,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dispatch:
-    """How far fan-out got. `undispatched` is the age of the oldest commit it has not seen."""
+    """How far fan-out got: seconds since it last found commits, and the age of the oldest that it has not seen."""
 
     last: float
     undispatched: float | None
@@ -82,13 +188,14 @@ class Dispatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """All of it at one moment; `at` is the monotonic clock's."""
+    """What people look at, at one moment; `at` is the monotonic clock's."""
 
     at: float
-    topics: tuple[TopicState, ...]
-    pending: tuple[PartitionState, ...]
-    lock_waits: tuple[LockWait, ...]
-    holders: tuple[Holder, ...]
+    topics: Sequence[TopicState]
+    pending: Sequence[PartitionState]
+    row_locks: Sequence[Session]
+    lock_waits: Sequence[LockWait]
+    holders: Sequence[Holder]
     dispatch: Dispatch
 
     def backlogs(self) -> dict[str, TopicBacklog]:
@@ -111,75 +218,183 @@ class Reading:
         return {t.name: (t.end_offsets - ends.get(t.name, t.end_offsets)) / seconds for t in self.topics}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopicFigures:
+    """Sums over a topic's partitions: `end_offsets` is every record that ever got an offset, `records` those kept.
+
+    Of the backlog: how many partitions have one, its events, the age in seconds of the oldest, and the partitions
+    whose oldest is overdue. Topics beyond a limit are summed up under the name None.
+    """
+
+    name: str | None
+    topics: int
+    partitions: int
+    end_offsets: int
+    records: int
+    bytes: int
+    waiting: int
+    events: int
+    lag: float
+    overdue: int
+    unaudited: int
+    audited_at: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableFigures:
+    """Rows are the statistics' estimates; `bytes` leaves out the indexes."""
+
+    name: str
+    bytes: int
+    live_rows: int
+    dead_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexFigures:
+    table: str
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectionFigures:
+    """Sessions of this database in one state, and how many the server allows in all."""
+
+    ours: bool
+    state: str
+    sessions: int
+    allowed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """What the exporter shows, at one moment; ages and waits are seconds, 0 where there is none.
+
+    `capped` says that the events of backlogs were counted up to `COUNT_LIMIT_OF_ALL` only. `held_seconds` is by kind of
+    holder.
+    """
+
+    topics: Sequence[TopicFigures]
+    capped: bool
+    tables: Sequence[TableFigures]
+    indexes: Sequence[IndexFigures]
+    connections: Sequence[ConnectionFigures]
+    max_connections: int
+    open_transactions: int
+    open_seconds: float
+    held_seconds: Mapping[str, float]
+    lock_waits: int
+    lock_wait_seconds: float
+    dispatch: Dispatch
+
+
 def read_status(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> Reading:
     """Read all topics, or those named; the connection must be idle. UnknownTopicError."""
-    with domain_errors(), conn.transaction():
-        conn.execute("set transaction isolation level repeatable read, read only")
-        # Statistics are out of date; a plan for few rows would scan many.
-        conn.execute("set local enable_seqscan = off")
-        topics = tuple(describe_topics(conn, names))
+    with _snapshot(conn):
+        topics = describe_topics(conn, names)
         at = monotonic()
+        pending = describe_partitions(conn, names, only_pending=True)
+        waiting = Int4Array(p.partition_id for p in pending)
         return Reading(
             at=at,
             topics=topics,
-            pending=tuple(describe_partitions(conn, names, only_pending=True)),
-            lock_waits=tuple(_lock_waits(conn)),
-            holders=tuple(find_holders(conn, _ROWS)),
-            dispatch=read_dispatch(conn),
+            pending=pending,
+            row_locks=all_(conn, Session, "find_row_locks", (waiting, _ROWS), prepare=False),
+            lock_waits=_lock_waits(conn),
+            holders=_holders(conn),
+            dispatch=_dispatch(conn),
         )
+
+
+def read_figures(conn: psycopg.Connection[Any], *, topics: int, overdue_seconds: float) -> Figures:
+    """Read everything; the connection must be idle. A partition is overdue when an event waits `overdue_seconds`.
+
+    Topics beyond the `topics` oldest are summed up.
+    """
+    with _snapshot(conn):
+        limits = (topics, COUNT_LIMIT_OF_ALL, overdue_seconds)
+        found = all_(conn, TopicFigures, "figures_topics", limits, prepare=False)
+        connections = all_(conn, ConnectionFigures, "figures_connections", prepare=False)
+        holders, waits = _holders(conn), _lock_waits(conn)
+        return Figures(
+            topics=found,
+            capped=sum(topic.events for topic in found) >= COUNT_LIMIT_OF_ALL,
+            tables=all_(conn, TableFigures, "figures_tables", prepare=False),
+            indexes=all_(conn, IndexFigures, "figures_indexes", prepare=False),
+            connections=connections,
+            max_connections=connections[0].allowed,
+            open_transactions=sum(holder.has_id for holder in holders),
+            open_seconds=max((h.seconds or 0.0 for h in holders if h.has_id), default=0.0),
+            held_seconds={
+                kind: max((h.seconds or 0.0 for h in holders if h.kind == kind), default=0.0) for kind in HOLDER_KINDS
+            },
+            lock_waits=len({wait.pid for wait in waits}),
+            lock_wait_seconds=max((wait.waited or 0.0 for wait in waits), default=0.0),
+            dispatch=_dispatch(conn),
+        )
+
+
+@contextmanager
+def _snapshot(conn: psycopg.Connection[Any]) -> Iterator[None]:
+    with conn.transaction():
+        conn.execute("set transaction isolation level repeatable read, read only")
+        # Statistics are out of date; a plan for few rows, or for an empty table, would scan a full one. Statements are
+        # planned each time for the same reason: readings are rare, and tables grow between them.
+        conn.execute("set local enable_seqscan = off")
+        conn.execute("set local jit = off")
+        yield
 
 
 def _lock_waits(conn: psycopg.Connection[Any]) -> list[LockWait]:
-    return [
-        LockWait(
-            pid=row[0],
-            application=row[1],
-            waited=row[2],
-            lock=row[3],
-            topic=row[4],
-            partition=row[5],
-            query=_without_hint(row[6]),
-            blocker_pid=row[7],
-            blocker_user=row[8],
-            blocker_application=row[9],
-            blocker_state=row[10],
-            blocker_age=row[11],
-            blocker_query=_without_hint(row[12]),
-            blocker_gid=row[13],
+    return all_(conn, LockWait, "find_lock_waits", (_ROWS,), prepare=False)
+
+
+def _holders(conn: psycopg.Connection[Any]) -> list[Holder]:
+    return all_(conn, Holder, "find_holders", (_ROWS,), prepare=False)
+
+
+def _dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
+    found = one(conn, Dispatch, "read_dispatch", prepare=False)
+    assert found is not None  # noqa: S101 - the migration puts the row there, and the newest one stays
+    return found
+
+
+def describe_topics(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> list[TopicState]:
+    """All topics, or those with these names; UnknownTopicError for a name that is not there."""
+    found = all_(conn, TopicState, "describe_topics", (None if names is None else list(names),), prepare=False)
+    missing = sorted(set(names or ()) - {topic.name for topic in found})
+    if missing:
+        raise UnknownTopicError(f"topic {missing[0]!r} does not exist. See: celery -A tasks topics list")
+    return found
+
+
+def describe_partitions(
+    conn: psycopg.Connection[Any], names: Sequence[str] | None = None, *, only_pending: bool = False
+) -> list[PartitionState]:
+    """Partitions of these topics, or of all, by topic and number."""
+    parameters = (None if names is None else list(names), COUNT_LIMIT, only_pending)
+    return all_(conn, PartitionState, "describe_partitions", parameters, prepare=False)
+
+
+def find_partition(conn: psycopg.Connection[Any], topic: str, partition: int) -> int:
+    """Id of a partition; UnknownTopicError and UnknownPartitionError."""
+    ids = partition_ids(conn, topic)
+    if not 0 <= partition < len(ids):
+        raise UnknownPartitionError(
+            f"topic {topic!r} has no partition {partition}; it has partitions 0 to {len(ids) - 1}"
         )
-        for row in run(conn, "find_lock_waits", (_ROWS,), prepare=False).fetchall()
-    ]
+    return ids[partition]
 
 
-def find_holders(conn: psycopg.Connection[Any], limit: int) -> list[Holder]:
-    """What is open, the oldest first."""
-    return [
-        Holder(
-            kind=row[0],
-            name=row[1],
-            database=row[2],
-            user=row[3],
-            application=row[4],
-            state=row[5],
-            has_id=row[6],
-            seconds=row[7],
-            query=_without_hint(row[8]),
-        )
-        for row in run(conn, "find_holders", (limit,), prepare=False).fetchall()
-    ]
+def read_offsets(conn: psycopg.Connection[Any], partition_id: int) -> tuple[int, int]:
+    """Start and end offset of a partition; UnknownPartitionError."""
+    row = run(conn, "read_head", (partition_id,)).fetchone()
+    if row is None:
+        raise UnknownPartitionError(f"partition id {partition_id} does not exist")
+    return row[0], row[1]
 
 
-@overload
-def _without_hint(query: str) -> str: ...
-@overload
-def _without_hint(query: None) -> None: ...
-def _without_hint(query: str | None) -> str | None:
-    """A query for people: what pg_hint_plan reads in front of some of ours tells them nothing."""
-    return None if query is None else re.sub(r"\A/\*\+.*?\*/\s*", "", query, count=1, flags=re.DOTALL)
-
-
-def read_dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
-    """Read it."""
-    row = run(conn, "read_dispatch", prepare=False).fetchone()
-    assert row is not None  # noqa: S101 - the migration puts the row there, and the newest one stays
-    return Dispatch(last=row[0], undispatched=row[1], own_cluster=row[2])
+def records_to_audit(conn: psycopg.Connection[Any], topic: str | None = None) -> int:
+    """How many records an audit has yet to read."""
+    return max(0, int(values(conn, "audit_left", (topic,), prepare=False)[0]))

@@ -23,7 +23,6 @@ from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self
 
-from db.direct import connect
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -32,9 +31,10 @@ from redis import Redis
 from config.errors import TidemarkError
 from config.queues import all_queues
 from config.redis import RedisAddress, is_redis
-from db.figures import Figures, read_figures
+from db.pool import connect
+from db.status import Figures, read_figures
 from tasks.app import TidemarkApp
-from tasks.leases import GONE_SECONDS, read_programs, redis_time
+from tasks.membership import GONE_SECONDS, read_programs, redis_time
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
 
 log = logging.getLogger(__name__)

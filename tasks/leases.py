@@ -1,9 +1,9 @@
 """Identical workers share the shards out among themselves.
 
-A worker started without `-Q` consumes `control` and `maintenance`, and its share of the shards' queues. Every program
-has an entry in one hash in Redis, which it renews each second. All workers compute the same shares from the living
-entries, so there is nothing to hand over. The row lock in Postgres is what keeps a partition correct; two consumers on
-a shard are slower, none is a standstill. So every doubt is decided for consuming.
+A worker started without `-Q` consumes `control` and `maintenance`, and its share of the shards' queues. All workers
+compute the same shares from the entries of those that live (`tasks.membership`), so there is nothing to hand over. The
+row lock in Postgres is what keeps a partition correct; two consumers on a shard are slower, none is a standstill. So
+every doubt is decided for consuming.
 
 Who computes from an older entry has other shares for a moment: a shard then has two consumers, or none for a second.
 
@@ -11,7 +11,6 @@ Who computes from an older entry has other shares for a moment: a shard then has
   away and all come back within a second. One that has no shard yet acts at once.
 - Shares follow the workers' slots. A worker that joins or leaves moves little more than its own share: each shard goes
   to the member that comes first for it in an order of its own (rendezvous hashing) and still has room.
-- Time is Redis' own. No worker compares its clock with another's.
 - Renewal is a thread's work: it goes on while a long task holds up the event loop of a solo pool. The queues are the
   event loop's, which acts on what the thread last learned. The thread does not renew for an event loop that has been
   silent for longer than any task may take.
@@ -29,128 +28,25 @@ worker consumes all queues, and RabbitMQ lets one consumer at a time have a shar
 Workers with different `TIDEMARK_SHARDS` share apart from each other, so a rolling change of it leaves no shard alone.
 """
 
-import json
 import os
-import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from threading import Event, Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from typing import Any
 
 from celery import bootsteps
 from celery.utils.log import get_logger
 
 from config.queues import shard_of_queue, shard_queue
 from tasks.app import TidemarkApp
-from tasks.hints import Hints
+from tasks.membership import RENEW_SECONDS, Membership, Program
 from tasks.names import ranges
-
-if TYPE_CHECKING:
-    from redis import Redis
 
 log = get_logger(__name__)
 
-KEY = "tidemark:programs"
-RENEW_SECONDS = 1.0
-# So long a program is shown that says nothing any more.
-GONE_SECONDS = 60.0
 # So often the event loop acts on what the thread learned. Local work only.
 _RECONCILE_SECONDS = 0.2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Program:
-    """A worker or beat as it describes itself; times in seconds since the epoch, by Redis' clock."""
-
-    program: str
-    name: str
-    host: str
-    pid: int
-    shards: int
-    # Of a worker: how many tasks it runs at once, whether it takes a share of the shards, and those it consumes.
-    slots: int = 0
-    leases: bool = False
-    consumes: tuple[int, ...] = ()
-    since: float = 0.0
-    seen: float = 0.0
-
-
-class Membership:
-    """This process's entry, and everybody's."""
-
-    def __init__(self, app: TidemarkApp) -> None:
-        self._hints = app.once(Hints)
-        self._shards = app.settings.shards
-        self._me: Program | None = None
-        self._id = ""
-        self._renewed = -RENEW_SECONDS
-
-    def enter(self, name: str, **facts: Any) -> None:
-        """Begin; the next renewal tells the others."""
-        self._me = Program(name=name, host=socket.gethostname(), shards=self._shards, **facts)
-        # Names may be given twice; what they stand for counts twice, too.
-        self._id = f"{name}/{uuid4().hex[:8]}"
-
-    @property
-    def id(self) -> str:
-        return self._id
-
-    def renew(self, **facts: Any) -> Mapping[str, Program] | None:
-        """Say that this process lives, and what is new; returns all who live, None where Redis does not answer."""
-        if self._me is None:
-            return None
-        self._me = replace(self._me, **facts)
-        self._renewed = monotonic()
-        return self._hints.ask(self._exchange, None)
-
-    def renew_when_due(self) -> None:
-        """The same, for a loop that comes by more often."""
-        if monotonic() >= self._renewed + RENEW_SECONDS:
-            self.renew()
-
-    def leave(self) -> None:
-        """End; the others need not wait."""
-        if self._me is not None:
-            self._hints.ask(lambda redis: redis.hdel(KEY, self._id), 0)
-            self._me = None
-
-    def _exchange(self, redis: "Redis") -> Mapping[str, Program]:
-        now = redis_time(redis)
-        assert self._me is not None  # noqa: S101 - `renew` looked
-        self._me = replace(self._me, since=self._me.since or now, seen=now)
-        with redis.pipeline() as pipeline:
-            pipeline.hset(KEY, self._id, json.dumps(asdict(self._me)))
-            pipeline.hgetall(KEY)
-            entries = read_entries(pipeline.execute()[-1])
-        if dead := [name for name, entry in entries.items() if entry.seen < now - GONE_SECONDS]:
-            redis.hdel(KEY, *dead)
-        return {name: entry for name, entry in entries.items() if name not in dead}
-
-
-def redis_time(redis: "Redis") -> float:
-    """Seconds since the epoch, by Redis' clock."""
-    seconds, microseconds = redis.time()
-    return float(seconds) + float(microseconds) / 1e6
-
-
-def read_programs(redis: "Redis") -> dict[str, Program]:
-    """Every entry by its id; those of `GONE_SECONDS` ago may be among them."""
-    return read_entries(redis.hgetall(KEY))  # type: ignore[arg-type] # typed for both of its clients
-
-
-def read_entries(found: Mapping[str, str]) -> dict[str, Program]:
-    """Entries as they stand in Redis; those of another release are left out."""
-    entries = {}
-    for name, text in found.items():
-        try:
-            fields = json.loads(text)
-            entries[name] = Program(**{**fields, "consumes": tuple(fields["consumes"])})
-        except (ValueError, TypeError, KeyError):
-            continue
-    return entries
 
 
 def assign(shards: int, members: Mapping[str, int]) -> dict[int, str]:

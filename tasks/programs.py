@@ -28,7 +28,8 @@ from tasks.health import (
     heartbeat_file,
     watch_beat,
 )
-from tasks.leases import Membership, ShardLeases
+from tasks.leases import ShardLeases
+from tasks.membership import Membership
 
 log = get_logger(__name__)
 

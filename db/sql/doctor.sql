@@ -1,88 +1,345 @@
 -- name: doctor_server
--- The server and this database: version, recovery, encoding, age in transactions, connections, who asks, pg_hint_plan.
-select current_setting('server_version_num')::int,
-       current_setting('server_version'),
-       pg_is_in_recovery(),
-       pg_encoding_to_char(d.encoding)::text,
-       age(d.datfrozenxid),
-       current_setting('max_connections')::int
-           - current_setting('superuser_reserved_connections')::int
-           - coalesce(current_setting('reserved_connections', true)::int, 0),
-       (select count(*) from pg_stat_activity a where a.backend_type = 'client backend'),
-       current_user::text,
-       d.datname::text,
-       pg_has_role('pg_monitor', 'usage'),
-       -- Only superusers may see which libraries are loaded; everybody sees the settings of those that are. Not by
-       -- current_setting, which knows what anybody has set in that name as well.
-       (select s.setting::boolean from pg_settings s where s.name = 'pg_hint_plan.enable_hint')
-from pg_database d
-where d.datname = current_database();
+-- The server and this database: $1 shards, $2 connections that one process may open.
+-- As all statements of the doctor it gives a row for each thing that may be wrong: whether it is, how bad that would be, what
+-- is there, why it matters, and the statements or commands that repair it.
+select v.*
+from (
+    select current_setting('server_version_num')::int / 10000 as major, current_setting('server_version') as version,
+           pg_is_in_recovery() as standby, pg_encoding_to_char(d.encoding)::text as encoding, d.datname as database,
+           current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+               - coalesce(current_setting('reserved_connections', true)::int, 0) as allowed,
+           (select count(*) from pg_stat_activity a where a.backend_type = 'client backend') as used,
+           -- Only superusers may see which libraries are loaded; everybody sees the settings of those that are. Not by
+           -- current_setting, which knows what anybody has set in that name as well.
+           (select s.setting::boolean from pg_settings s where s.name = 'pg_hint_plan.enable_hint') as hints,
+           array[format('alter system set max_connections = %s;', greatest(200, 2 * ($1::int + $2::int))), 'restart Postgres']
+               as more
+    from pg_database d
+    where d.datname = current_database()
+) s
+cross join lateral (values
+    ('server', 'Postgres', s.major < 15, 'fail', s.version, 'Tidemark needs 15 or later.', array['upgrade to Postgres 18']),
+    ('server', 'Postgres', s.major > 18, 'warn', s.version, 'Tidemark was tested up to 18.', array['install a newer tidemark']),
+    ('server', 'primary', s.standby, 'fail', case when s.standby then 'no, in recovery' else 'yes' end,
+     'A standby takes no commits.', array['let TIDEMARK_DATABASE_URL name the primary']),
+    ('server', 'encoding', s.encoding <> 'UTF8', 'fail', s.encoding, 'Object keys are any text; this encoding cannot hold it.',
+     array[format('create database %I template template0 encoding ''UTF8'';', s.database)]),
+    -- Told, not judged: the settings of the transactions pin the plans with it and without.
+    ('server', 'pg_hint_plan', false, 'ok',
+     case when s.hints then 'loaded; the statements'' hints are used, beside the settings that pin the plans'
+          when not s.hints then 'loaded, but pg_hint_plan.enable_hint is off; settings pin the plans'
+          else 'not loaded, nor needed: settings pin the plans' end, '', '{}'),
+    ('server', 'connections', s.allowed < $1::int + $2::int, 'warn', format('%s allowed, %s in use', s.allowed, s.used),
+     format('%s shards take a connection each, and a process with threads up to TIDEMARK_POOL_OPEN = %s.', $1::int, $2::int),
+     s.more),
+    ('server', 'connections', s.used > 0.8 * s.allowed, 'warn', format('%s allowed, %s in use', s.allowed, s.used),
+     'Nearly all are taken; the next worker may find none.', s.more)
+) v(area, "check", bad, level, found, why, repair);
 
 -- name: doctor_settings
--- Server settings as this session has them, and where they come from: $1 names.
-select s.name, s.setting, s.unit, s.source, s.context, s.pending_restart
-from pg_settings s
-where s.name = any ($1::text[]);
+-- Server settings as this session has them: $1 whether it is the embedded server, which may be small. config/postgresql.conf
+-- has the reasons at length. A value is one of those in `good`, or lies within the bounds.
+with rule(name, wanted, good, least, most, level, size, why) as (values
+    ('fsync', 'on', 'on', null, null, 'fail', false, 'A crash of the machine corrupts the database.'),
+    ('full_page_writes', 'on', 'on', null, null, 'fail', false, 'A crash in the middle of a page''s write corrupts it.'),
+    ('autovacuum', 'on', 'on', null, null, 'fail', false,
+     'Rows are not frozen, so Postgres stops one day; what retention deletes stays; statistics get old.'),
+    ('default_transaction_isolation', 'read committed', 'read committed', null, null, 'warn', false,
+     'Repeated commits end in serialization errors where they would return the first result.'),
+    ('default_transaction_read_only', 'off', 'off', null, null, 'fail', false, 'Nothing can be committed.'),
+    ('shared_buffers', '1GB', null, '256MB', null, 'warn', true,
+     'Pending events, partitions and the newest runs should fit; a quarter of memory.'),
+    ('effective_cache_size', '4GB', null, current_setting('shared_buffers'), null, 'warn', false,
+     'Below shared_buffers the planner thinks index scans dearer than they are.'),
+    ('work_mem', '64MB', null, '8MB', null, 'warn', true,
+     'The largest sort of the cold path takes 4 MB, an audit''s more; beyond work_mem they go to disk.'),
+    ('max_wal_size', '4GB', null, '2GB', null, 'warn', true,
+     'Checkpoints forced by volume write every page whole again (checkpoint_segments was the name before 9.5).'),
+    ('checkpoint_timeout', '15min', null, '5min', null, 'warn', false,
+     'Frequent checkpoints write every changed page whole, again and again.'),
+    ('checkpoint_completion_target', '0.9', null, '0.8', null, 'warn', false,
+     'A checkpoint that hurries makes commits wait for the disk.'),
+    ('wal_compression', 'off', 'off,lz4,zstd', null, null, 'warn', false,
+     'pglz takes 40 % of the throughput after a checkpoint; lz4, where the build has it, a tenth.'),
+    ('jit', 'off', 'off', null, null, 'warn', false, 'Compiling a short statement takes longer than running it.'),
+    ('random_page_cost', '1.1', null, null, '2', 'warn', false,
+     'Made for disks with arms: on solid-state ones it keeps the planner from the indexes.'),
+    ('idle_in_transaction_session_timeout', '60s', null, '1ms', null, 'warn', false,
+     'A forgotten transaction keeps its row locks and holds vacuum back. Tidemark''s own connections set it.'),
+    ('idle_session_timeout', '0', null, null, '0', 'warn', false, 'Postgres closes connections that the pool keeps for later.'),
+    ('client_connection_check_interval', '5s', null, '1ms', null, 'warn', false,
+     'A worker killed in the middle of a statement keeps its partitions locked until that ends.'),
+    ('track_activities', 'on', 'on', null, null, 'warn', false, 'status and top cannot say what a partition waits for.'),
+    ('track_counts', 'on', 'on', null, null, 'fail', false, 'Autovacuum does not know what to do.')
+),
+judged as (
+    select r.*, s.source, s.context, s.pending_restart, s.value,
+           (s.value <> all (string_to_array(r.good, ',')) or n.v[1] < n.v[2] or n.v[1] > n.v[3]) and not (r.size and $1::boolean)
+               as bad
+    from rule r
+    join (select p.*, current_setting(p.name) as value from pg_settings p) s on s.name = r.name
+    -- The value and its bounds in bytes, seconds, or as they are.
+    cross join lateral (
+        select array_agg(case when s.unit ~ 'B$' then pg_size_bytes(t.v)::float8
+                              when s.unit is not null then extract(epoch from t.v::interval)::float8
+                              when r.good is null then t.v::float8 end order by t.i) as v
+        from unnest(array[s.value, r.least, r.most]) with ordinality t(v, i)
+    ) n
+)
+select 'settings' as area, j.name as "check", v.*
+from judged j
+cross join lateral (values
+    (coalesce(j.bad, false), j.level,
+     j.value || case when j.bad then case j.source
+         when 'database' then ', the database''s default'
+         when 'user' then ', the role''s default'
+         when 'database user' then ', the role''s default in this database'
+         when 'client' then ', set by the connection'
+         when 'environment variable' then ', set by the environment'
+         when 'command line' then ', set on the server''s command line'
+         else '' end else '' end,
+     j.why,
+     case j.source
+         when 'database' then array[format('alter database %I reset %I;', current_database(), j.name)]
+         when 'user' then array[format('alter role %I reset %I;', session_user, j.name)]
+         when 'database user' then
+             array[format('alter role %I in database %I reset %I;', session_user, current_database(), j.name)]
+         when 'client' then array[format('take %s out of TIDEMARK_DATABASE_URL and PGOPTIONS', j.name)]
+         when 'command line' then array[format('take %s off the server''s command line, restart Postgres', j.name)]
+         else array[format('alter system set %I = %L;', j.name, j.wanted),
+                    case j.context when 'postmaster' then 'restart Postgres' else 'select pg_reload_conf();' end]
+     end),
+    (j.pending_restart, 'warn', j.value || ', changed in the file', 'The new value waits for a restart of Postgres.',
+     array['restart Postgres'])
+) v(bad, level, found, why, repair);
 
 -- name: doctor_defaults
--- Settings that a role or a database brings along, for this database: $1 names of settings.
-select r.rolname::text, d.datname::text, split_part(c.setting, '=', 1), substr(c.setting, strpos(c.setting, '=') + 1)
+-- What a role or a database must not bring along, whoever connects.
+select 'settings' as area, 'role and database defaults' as "check", true as bad, 'warn' as level,
+       format('%s = %s for %s', h.name, g.value,
+              concat_ws(' in ', coalesce('role ' || r.rolname, 'all roles'), 'database ' || d.datname)) as found,
+       h.why,
+       array[format('alter %s reset %I;',
+                    case when s.setrole = 0 and s.setdatabase <> 0 then 'database ' || quote_ident(d.datname)
+                         else concat_ws(' in ', 'role ' || coalesce(quote_ident(r.rolname), 'all'),
+                                        'database ' || quote_ident(d.datname)) end, h.name)] as repair
 from pg_db_role_setting s
 left join pg_roles r on r.oid = s.setrole
 left join pg_database d on d.oid = s.setdatabase
 cross join unnest(s.setconfig) c(setting)
-where (s.setdatabase = 0 or d.datname = current_database()) and split_part(c.setting, '=', 1) = any ($1::text[])
-order by 1 nulls first, 2 nulls first, 3;
-
--- name: doctor_rules
--- Constraints and indexes of the schema by name, with their table and whether they are valid.
-select c.conname::text, t.relname::text, c.convalidated, false as is_index
-from pg_constraint c
-join pg_class t on t.oid = c.conrelid
-where c.connamespace = to_regnamespace('tidemark')
+cross join lateral (select split_part(c.setting, '=', 1), substr(c.setting, strpos(c.setting, '=') + 1)) g(name, value)
+join (values
+    ('default_transaction_read_only', '^(on|true|1|yes)$', 'Nothing can be committed.'),
+    ('default_transaction_isolation', '^(serializable|repeatable read)$',
+     'Repeated commits end in serialization errors where they would return the first result.')
+) h(name, harmful, why) on h.name = g.name and trim(g.value, '''"') ~* h.harmful
+where s.setdatabase = 0 or d.datname = current_database()
 union all
-select i.relname::text, t.relname::text, x.indisvalid and x.indisready, true
-from pg_index x
-join pg_class t on t.oid = x.indrelid
-join pg_class i on i.oid = x.indexrelid
-where i.relnamespace = to_regnamespace('tidemark')
-order by 1, 4;
-
--- name: doctor_privileges
--- Tables of the schema: what this role may not do with them, and what the producer role may; null without that role.
-select c.relname::text,
-       array(select u.right from unnest(array['select', 'insert', 'update', 'delete']) u("right")
-             where not has_table_privilege(c.oid, u.right)),
-       case when to_regrole('tidemark_producer') is not null then
-           array(select u.right from unnest(array['select', 'insert', 'update', 'delete', 'truncate']) u("right")
-                 where has_table_privilege(to_regrole('tidemark_producer'), c.oid, u.right))
-       end
-from pg_class c
-where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r' and c.relname <> 'alembic_version'
-order by c.relname;
+select 'settings', 'role and database defaults', false, 'ok', 'nothing harmful', '', '{}';
 
 -- name: doctor_tables
--- Tables of the schema with their storage parameters, what vacuum left to do in them, and whether it is at it.
-select c.relname::text, c.relpersistence = 'p', coalesce(c.reloptions, '{}'), coalesce(s.n_live_tup, 0),
-       coalesce(s.n_dead_tup, 0), extract(epoch from clock_timestamp() - greatest(s.last_autovacuum, s.last_vacuum))::float8,
-       v.phase
-from pg_class c
-left join pg_stat_all_tables s on s.relid = c.oid
-left join pg_stat_progress_vacuum v on v.relid = c.oid
-where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r'
-order by c.relname;
+-- Tables: $1 those that should be there, as JSON, with their storage parameters.
+with wanted as (
+    select w.key as name, w.value as options, c.oid is null as missing, c.relpersistence <> 'p' as unlogged,
+           coalesce(c.reloptions, '{}') as has
+    from jsonb_each($1::jsonb) w
+    left join pg_class c on c.relnamespace = to_regnamespace('tidemark') and c.relname = w.key and c.relkind = 'r'
+),
+wrong as (
+    select 'schema', 'table ' || w.name, v.*
+    from wanted w
+    cross join lateral (
+        select string_agg(format('%s = %s', o.key, o.value), ', ') as wanted,
+               string_agg(format('%s = %s', o.key, coalesce(h.value, 'default')), ', ') as has
+        from jsonb_each_text(w.options) o
+        left join (select split_part(x, '=', 1), split_part(x, '=', 2) from unnest(w.has) x) h(key, value) on h.key = o.key
+        where h.value is distinct from o.value
+    ) d
+    cross join lateral (values
+        (w.missing, 'fail', 'missing', 'Part of the schema was dropped.',
+         array['restore a backup, then: celery -A tasks rebase']),
+        (w.unlogged, 'fail', 'unlogged', 'A crash empties it.', array[format('alter table tidemark.%I set logged;', w.name)]),
+        (d.wanted is not null and not w.missing, 'warn', d.has, 'They leave room for updates in place.',
+         array[format('alter table tidemark.%I set (%s);', w.name, d.wanted)]),
+        (exists (select from unnest(w.has) x where x ~* '^autovacuum_enabled=(false|off|no|0)$'), 'fail',
+         'autovacuum is switched off', 'Dead rows pile up, and every read gets slower.',
+         array[format('alter table tidemark.%I reset (autovacuum_enabled);', w.name)])
+    ) v(bad, level, found, why, repair)
+    where v.bad
+)
+select *
+from wrong w(area, "check", bad, level, found, why, repair)
+union all
+select 'schema', 'tables', false, 'ok', format('all %s, as defined', count(*)), '', '{}'
+from wanted
+where not exists (select from wrong);
+
+-- name: doctor_rules
+-- Constraints and indexes. Those that should be there: $1 names, $2 their tables, $3 whether it is an index, $4 what makes it.
+with wanted as (
+    select w.*
+    from unnest($1::text[], $2::text[], $3::boolean[], $4::text[]) w(name, tbl, is_index, ddl)
+    where to_regclass('tidemark.' || quote_ident(w.tbl)) is not null
+),
+has as (
+    select c.conname::text as name, t.relname::text as tbl, c.convalidated as valid, false as is_index
+    from pg_constraint c
+    join pg_class t on t.oid = c.conrelid
+    where c.connamespace = to_regnamespace('tidemark')
+    union all
+    select i.relname::text, t.relname::text, x.indisvalid and x.indisready, true
+    from pg_index x
+    join pg_class t on t.oid = x.indrelid
+    join pg_class i on i.oid = x.indexrelid
+    where i.relnamespace = to_regnamespace('tidemark')
+),
+wrong as (
+    select 'schema', case when b.is_index then 'index ' else 'constraint ' end || b.name, v.*
+    from (
+        select coalesce(w.name, h.name) as name, coalesce(w.tbl, h.tbl) as tbl, coalesce(w.is_index, h.is_index) as is_index,
+               w.ddl, w.name is not null as ours, h.name is null as missing, h.valid,
+               h.is_index and exists (select from has c where c.name = h.name and not c.is_index) as of_constraint
+        from wanted w
+        full join has h on h.name = w.name and h.is_index = w.is_index
+    ) b
+    cross join lateral (values
+        (b.missing, 'fail', 'missing', 'An invariant is not enforced, or statements read whole tables.', array[b.ddl || ';']),
+        (b.ours and not b.valid, 'fail', 'not valid', 'It does not cover the rows that were there before it.',
+         array[case when b.is_index then format('reindex index concurrently tidemark.%I;', b.name)
+                    else format('alter table tidemark.%I validate constraint %I;', b.tbl, b.name) end]),
+        (b.of_constraint and not b.valid, 'fail', 'not valid',
+         'It is not kept up or not used, so what its constraint says may not hold.',
+         array[format('reindex index concurrently tidemark.%I;', b.name)]),
+        -- Each further index costs commits or materialization a fifth of their throughput and more.
+        (b.is_index and not b.ours and not b.of_constraint and b.tbl in ('record_batch_events', 'runs'), 'warn',
+         'an index too many on ' || b.tbl,
+         'Each further one costs 15 to 40 per cent of throughput, and may lure the planner off the key.',
+         array[format('drop index concurrently tidemark.%I;', b.name)])
+    ) v(bad, level, found, why, repair)
+    where v.bad
+)
+select *
+from wrong w(area, "check", bad, level, found, why, repair)
+union all
+select 'schema', 'constraints and indexes', false, 'ok', format('all %s, valid', count(*)), '', '{}'
+from wanted
+where not exists (select from wrong)
+order by 2;
 
 -- name: doctor_functions
--- Functions of the schema: name, signature, and whether this role, everybody, and the producer role may execute it.
-select p.proname::text,
-       format('tidemark.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid)),
-       has_function_privilege(p.oid, 'execute'),
-       exists (select from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee = 0),
-       coalesce(has_function_privilege(to_regrole('tidemark_producer'), p.oid, 'execute'), false)
-from pg_proc p
-where p.pronamespace = to_regnamespace('tidemark')
+-- Functions, and who may execute them: $1 names of those that should be there.
+with has as (
+    select p.proname::text as name, p.oid,
+           format('tidemark.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid)) as signature,
+           exists (select from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee = 0) as public
+    from pg_proc p
+    where p.pronamespace = to_regnamespace('tidemark')
+),
+wrong as (
+    select 'schema', 'function ' || coalesce(h.name, w.name), v.*
+    from unnest($1::text[]) w(name)
+    full join has h on h.name = w.name
+    cross join lateral (values
+        (h.name is null, 'fail', 'missing', 'Every statement that uses it fails.', array['celery -A tasks migrate']),
+        (not has_function_privilege(h.oid, 'execute'), 'fail', format('%s may not execute it', current_user),
+         'Workers and commands of this role fail.',
+         array[format('grant execute on all functions in schema tidemark to %I;', current_user)]),
+        (h.public, 'warn', 'every role may execute it', 'Only members of tidemark_producer should commit.',
+         array[format('revoke execute on function %s from public;', h.signature)])
+    ) v(bad, level, found, why, repair)
+    where v.bad
+)
+select *
+from wrong w(area, "check", bad, level, found, why, repair)
+union all
+select 'schema', 'functions', false, 'ok', format('all %s, executable', count(*)), '', '{}'
+from has
+where not exists (select from wrong)
 order by 2;
+
+-- name: doctor_privileges
+-- What this role may not do with the tables, whether it sees others' sessions, and what the producer role may do.
+with t as (
+    select c.relname,
+           array(select u.right from unnest(array['select', 'insert', 'update', 'delete']) u("right")
+                 where not has_table_privilege(c.oid, u.right)) as lacks,
+           exists (select from unnest(array['select', 'insert', 'update', 'delete', 'truncate']) u("right")
+                   where has_table_privilege(to_regrole('tidemark_producer'), c.oid, u.right)) as too_much
+    from pg_class c
+    where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r' and c.relname <> 'alembic_version'
+),
+s as (
+    select to_regrole('tidemark_producer') is null as no_producer,
+           (select string_agg(t.relname, ', ' order by t.relname) from t where t.too_much) as too_much,
+           count(t.*) filter (where t.lacks <> '{}') as lacking,
+           (array_agg(format('%s in %s', array_to_string(t.lacks, ', '), t.relname) order by t.relname)
+               filter (where t.lacks <> '{}'))[1] as first,
+           (select string_agg(f.name, ', ')
+            from unnest(array['commit_object', 'partition_ids']) f(name)
+            where not exists (select from pg_proc p
+                              where p.pronamespace = to_regnamespace('tidemark') and p.proname = f.name
+                                and has_function_privilege(to_regrole('tidemark_producer'), p.oid, 'execute'))) as too_little
+    from t
+)
+select 'privileges' as area, v.*
+from s
+cross join lateral (values
+    ('tables', s.lacking > 0, 'fail',
+     current_user || case when s.lacking > 0 then ' may not ' || s.first else ' may read and write them' end
+         || case when s.lacking > 1 then format(' and %s more', s.lacking - 1) else '' end,
+     'Workers and commands of this role fail.',
+     array[format('grant usage on schema tidemark to %I;', current_user),
+           format('grant select, insert, update, delete on all tables in schema tidemark to %I;', current_user)]),
+    ('pg_monitor', not pg_has_role('pg_monitor', 'usage'), 'warn',
+     current_user || ' sees ' || case when pg_has_role('pg_monitor', 'usage') then 'all' else 'only its own' end || ' sessions',
+     'status and top cannot show what a partition waits for.', array[format('grant pg_monitor to %I;', current_user)]),
+    ('tidemark_producer', false, 'ok', 'may commit, and nothing else', '', '{}'),
+    ('tidemark_producer', s.no_producer, 'warn', 'the role does not exist',
+     'Brokers have no role that may commit and nothing else.',
+     array['create role tidemark_producer nologin;', 'celery -A tasks migrate']),
+    ('tidemark_producer', s.too_much is not null, 'warn', 'it has rights to tables: ' || s.too_much,
+     'A producer should commit and nothing else.', array['revoke all on all tables in schema tidemark from tidemark_producer;']),
+    ('tidemark_producer', s.too_little is not null and not s.no_producer, 'fail', 'it may not execute ' || s.too_little,
+     'Brokers cannot commit.', array['celery -A tasks migrate'])
+) v("check", bad, level, found, why, repair);
+
+-- name: doctor_vacuum
+-- Dead rows by table, whether vacuum is at it, and how old the oldest transaction id is: $1 that many dead rows are too many.
+with t as (
+    select c.relname, s.n_live_tup as live, s.n_dead_tup as dead, v.phase,
+           extract(epoch from clock_timestamp() - greatest(s.last_autovacuum, s.last_vacuum))::bigint as seconds
+    from pg_class c
+    join pg_stat_all_tables s on s.relid = c.oid
+    left join pg_stat_progress_vacuum v on v.relid = c.oid
+    where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r'
+),
+wrong as (
+    select 'activity', 'dead rows in ' || t.relname, true, 'warn',
+           concat(to_char(t.dead, 'FM999,999,999,999'), ' beside ', to_char(t.live, 'FM999,999,999,999'), ', vacuumed ',
+                  coalesce(t.seconds || ' s ago', 'never'), ', vacuum is at it (' || t.phase || ')'),
+           'Vacuum does not keep up, or an old transaction holds it back.',
+           array[format('vacuum (analyze) tidemark.%I;', t.relname)]
+    from t
+    where t.dead >= $1::bigint and t.dead >= t.live / 2
+)
+select *
+from wrong w(area, "check", bad, level, found, why, repair)
+union all
+select 'activity', 'dead rows', false, 'ok',
+       concat('few', '; vacuum runs on ' || string_agg(format('%s (%s)', t.relname, t.phase), ', ')), '', '{}'
+from (select t.* from t where t.phase is not null) t
+where not exists (select from wrong)
+union all
+-- Postgres forces a vacuum at 200 million and stops at two thousand million.
+select 'activity', 'transaction ids', x.age >= 1000000000, case when x.age >= 1800000000 then 'fail' else 'warn' end,
+       format('oldest is %s back', to_char(x.age, 'FM999,999,999,999')), 'At 2,000,000,000 Postgres takes no more writes.',
+       array['vacuum (freeze);']
+from (select age(d.datfrozenxid) from pg_database d where d.datname = current_database()) x;
 
 -- name: doctor_clock
 -- The server's clock, in seconds since the epoch.
 select extract(epoch from clock_timestamp())::float8;
+
+-- name: doctor_has_schema
+-- Whether there is a table of Tidemark's: a database that was never migrated has none.
+select exists (select from pg_class c where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r');

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from db.audit import AuditResult
 from db.audit import audit as audit_log
-from db.partitions import records_to_audit
 from db.pool import connect
+from db.status import records_to_audit
 from db.topics import names_of
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import console, count, number, progress, text

@@ -17,6 +17,8 @@ _HOUR = 3600
 _DAY = 86_400
 _ONE_DECIMAL_BELOW = 10
 _NARROWEST = 20
+# More than any line of ours.
+_NEVER_WRAPPED = 20_000
 
 NOTHING = "-"
 
@@ -32,7 +34,7 @@ def console(ctx: click.Context, *, err: bool = False) -> Console:
         # FORCE_COLOR and the like are about colours: a pipe stays a pipe.
         force_terminal=(sys.stderr if err else sys.stdout).isatty(),
     )
-    made.width = max(made.width, _NARROWEST)
+    made.width = max(made.width, _NARROWEST) if made.is_terminal else _NEVER_WRAPPED
     return made
 
 
@@ -58,6 +60,12 @@ def plain(value: object) -> str:
 def text(value: object, style: str = "") -> Text:
     """A piece of output, in a style."""
     return Text(plain(value), style=style, overflow="fold")
+
+
+def label(value: object) -> Text:
+    """A name in a table: where it has no room it ends in an ellipsis, so that every row stays one line."""
+    # The text says so and not the column, which would take the room of the others.
+    return Text(plain(value), overflow="ellipsis", no_wrap=True)
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -1,36 +1,49 @@
-"""`celery -A tasks doctor`: look at everything Tidemark depends on, and say how to mend what is not right."""
+"""`celery -A tasks doctor`: look at everything Tidemark depends on, and say how to repair what is not right."""
 
+import difflib
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from time import time
+from typing import Any
+from urllib.parse import urlsplit
 
 import click
+import kombu.exceptions
 import psycopg
+from redis import RedisError
 from rich.console import Console
 from rich.padding import Padding
 
 from config.errors import EmbeddedServerError
+from config.redis import is_redis
 from config.settings import Settings
-from db.doctor import examine
-from db.findings import Finding, Level, worst
+from db.doctor import Finding, Level, Row, examine, judge, judge_clock, worst
 from db.pool import CONNECT_SECONDS
 from tasks.app import TidemarkApp
 from tasks.commands.base import app_of, command, echo_json, json_option
-from tasks.commands.display import console, hanging, progress, text
-from tasks.doctoring import check_broker, check_environment
+from tasks.commands.display import console, duration, hanging, progress, text
+from tasks.commands.situation import SILENT_SECONDS, Hints, impatient, read_hints
 
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
+_PREFIX = "TIDEMARK_"
+# Read by the tests alone.
+_TESTS = "TIDEMARK_TEST_"
+_OLDEST_REDIS, _NEWEST_REDIS = (6, 2), 8
+_FULL = 0.9
+_ANSWER_SECONDS = 1.0
 
 
 @command("doctor")
 @click.option("--bad", is_flag=True, help="Show only what is not right.")
 @json_option
 def doctor(ctx: click.Context, *, bad: bool, as_json: bool) -> None:
-    """Check servers, settings, schema, privileges and environment.
+    """Check servers, settings, schema, privileges, programs and environment.
 
     Each check is ok, warn (slower or less safe than it could be) or fail (wrong), and what is not right comes with the
-    reason and what mends it. Changes nothing. Exit code 1 when a check fails.
+    reason and what repairs it. Changes nothing. Exit code 1 when a check fails.
     """
     app = app_of(ctx)
     with progress(ctx) as bar:
@@ -48,46 +61,164 @@ def doctor(ctx: click.Context, *, bad: bool, as_json: bool) -> None:
 
 
 def _examine(app: TidemarkApp) -> Iterator[Finding]:
-    settings = app.settings
-    yield from check_environment()
+    yield from judge(check_environment())
     try:
         broker_url, redis_url, database_url = app.broker_url, app.redis_url, app.database_url
     except (EmbeddedServerError, psycopg.OperationalError) as error:
-        yield _failed("servers", "embedded servers", error, "set TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL")
+        yield _silent("servers", "embedded servers", error, "set TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL")
         return
-    yield from check_broker(broker_url, redis_url)
-    yield from _postgres(database_url, settings)
-
-
-def _postgres(url: str, settings: Settings) -> Iterator[Finding]:
+    yield from judge(check_broker(broker_url, redis_url))
+    yield from judge(check_programs(app, read_hints(app)))
     try:
         # As a broker connects: Tidemark's own settings would hide the server's.
-        with psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_SECONDS) as conn:
-            for _, findings in examine(conn, settings):
+        with psycopg.connect(database_url, autocommit=True, connect_timeout=CONNECT_SECONDS) as conn:
+            for _, findings in examine(conn, app.settings):
                 yield from findings
     except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
-        yield _failed("server", "Postgres", error, "start it, or correct TIDEMARK_DATABASE_URL")
+        yield _silent("server", "Postgres", error, "start it, or correct TIDEMARK_DATABASE_URL")
 
 
-def _failed(area: str, check: str, error: Exception, mend: str) -> Finding:
+def _silent(area: str, check: str, error: Exception, repair: str) -> Finding:
     why = " ".join(str(error).split())
-    return Finding(area=area, check=check, level=Level.FAIL, found="does not answer", why=why, mend=(mend,))
+    return Finding(area=area, check=check, level=Level.FAIL, found="does not answer", why=why, repair=(repair,))
 
 
-def _show(out: Console, findings: list[Finding], *, only_bad: bool) -> None:
+# --- the environment
+
+
+def check_environment(environment: Mapping[str, str] = os.environ) -> Iterator[Row]:
+    """Variables that look like ours and are none."""
+    known = {f"{_PREFIX}{name}".upper() for name in Settings.model_fields}
+    # Names are read without regard to case, as pydantic-settings does.
+    unknown = sorted(
+        name
+        for name in environment
+        if name.upper().startswith(_PREFIX) and name.upper() not in known and not name.upper().startswith(_TESTS)
+    )
+    for name in unknown:
+        near = difflib.get_close_matches(name.upper(), known, n=1)
+        why = "It has no effect." + (f" Did you mean {near[0]}?" if near else "")
+        yield _row("environment", name, name, Level.WARN, "no setting of Tidemark's", why, f"unset {name}")
+    if not unknown:
+        count = sum(name.upper() in known for name in environment)
+        yield _row("environment", f"{_PREFIX}…", unknown, Level.OK, f"{count} set, all known")
+
+
+# --- Redis
+
+
+def check_broker(broker_url: str, redis_url: str | None) -> Iterator[Row]:
+    """Every Redis there is; another kind of broker is only named."""
+    if not is_redis(broker_url):
+        yield _row("redis", "broker", None, Level.OK, f"{urlsplit(broker_url).scheme}, not a Redis")
+    urls = {url: None for url in (broker_url, redis_url) if url is not None and is_redis(url)}
+    for number, url in enumerate(urls):
+        name = "Redis" if number == 0 else "Redis for results"
+        try:
+            yield from _redis(name, url)
+        except (RedisError, ValueError) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            repair = "start it, or correct TIDEMARK_BROKER_URL and TIDEMARK_REDIS_URL"
+            yield _row("redis", name, error, Level.FAIL, "does not answer", why, repair)
+
+
+def _redis(name: str, url: str) -> Iterator[Row]:
+    info: dict[str, Any] = {}
+    with impatient(url) as client:
+        # Sections one by one: managed servers may leave some out.
+        for section in ("server", "memory", "persistence", "stats"):
+            info |= client.info(section)
+        before = time()
+        seconds, microseconds = client.time()
+        after = time()
+    version = str(info.get("redis_version", "unknown version"))
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    why = "Tidemark needs 6.2 or later."
+    yield _row("redis", name, numbers < _OLDEST_REDIS, Level.FAIL, version, why, "upgrade Redis")
+    why = f"Tidemark was tested up to {_NEWEST_REDIS}."
+    yield _row("redis", name, numbers[:1] > (_NEWEST_REDIS,), Level.WARN, version, why, "install a newer tidemark")
+    why = "It answers no commands until it is done."
+    yield _row("redis", name, info.get("loading"), Level.WARN, "loading its data", why)
+
+    policy, limit = str(info.get("maxmemory_policy", "unknown")), int(info.get("maxmemory", 0))
+    check, rewrite = f"{name}: eviction", "redis-cli config rewrite"
+    why = "Under pressure Redis throws away queues, tokens and leases without a word."
+    repair = "redis-cli config set maxmemory-policy noeviction"
+    # Without a limit nothing is evicted, yet.
+    level = Level.FAIL if limit else Level.WARN
+    yield _row("redis", check, policy != "noeviction", level, policy, why, repair, rewrite)
+    full = int(info.get("used_memory", 0)) / limit if limit else 0.0
+    why, repair = "When it is full, nothing can be queued.", f"redis-cli config set maxmemory {2 * limit}"
+    yield _row("redis", check, full > _FULL, Level.WARN, f"{policy}, {full:.0%} full", why, repair, rewrite)
+
+    kept = bool(int(info.get("aof_enabled", 0)))
+    why = "A restart of Redis loses what is queued; it is found again, but only by the next sweep."
+    repair = "redis-cli config set appendonly yes"
+    check = f"{name}: append-only file"
+    yield _row("redis", check, not kept, Level.WARN, "on" if kept else "off", why, repair, rewrite)
+    why = "Redis may refuse writes until its disk takes them again."
+    for key, check in (("rdb_last_bgsave_status", "snapshot"), ("aof_last_write_status", "append-only file")):
+        status = str(info.get(key, "ok"))
+        repair = "free space on Redis' disk, or look into its log"
+        yield _row("redis", f"{name}: last {check}", status != "ok", Level.FAIL, status, why, repair)
+    yield judge_clock(name, int(seconds) + int(microseconds) / 1e6, before, after)
+
+
+# --- programs
+
+
+def check_programs(app: TidemarkApp, hints: Hints) -> Iterator[Row]:
+    """Whether workers and a beat are up, and go by as many shards as this command."""
+    if hints.error is not None:
+        # Said already. Workers would be asked by way of the broker.
+        return
+    workers = {worker.name for worker in hints.up("worker")} or _answering(app)
+    found = f"{len(workers)} up: {', '.join(sorted(workers))}" if workers else "none is up"
+    why = "Nothing is materialized."
+    yield _row("programs", "workers", not workers, Level.WARN, found, why, "celery -A tasks worker")
+    if hints.programs is None:
+        return
+    tick = min((beat.seen for beat in hints.up("beat")), default=None)
+    found = "none is up" if tick is None else f"last tick {duration(tick)} ago"
+    why = "Commits that nobody announced, and what a lost message left behind, are not looked for."
+    bad = tick is None or tick >= SILENT_SECONDS
+    yield _row("programs", "beat", bad, Level.WARN, found, why, "celery -A tasks beat")
+    differ = hints.shards_differ(app.settings.shards)
+    found = differ or f"{app.settings.shards}, here and in all programs"
+    why = "Some publish to queues that nobody reads, or two workers meet at a partition."
+    repair = "set TIDEMARK_SHARDS to one number everywhere, and restart what had another"
+    yield _row("programs", "shards", differ is not None, Level.FAIL, found, why, repair)
+
+
+def _answering(app: TidemarkApp) -> set[str]:
+    """Workers that answer a call to all of them, where none has reported: without a Redis none does."""
+    try:
+        with app.connection_for_read() as connection:
+            # Fails at once where the broker is away; a broadcast would go on trying.
+            connection.ensure_connection(max_retries=1, timeout=_ANSWER_SECONDS)
+            return set(app.control.inspect(timeout=_ANSWER_SECONDS, connection=connection).ping() or ())
+    except kombu.exceptions.OperationalError:
+        return set()
+
+
+# --- output
+
+
+def _row(area: str, check: str, bad: object, level: Level, found: str, why: str = "", *repair: str) -> Row:
+    return Row(area=area, check=check, bad=bool(bad), level=level, found=found, why=why, repair=repair)
+
+
+def _show(out: Console, findings: Sequence[Finding], *, only_bad: bool) -> None:
+    areas = list(dict.fromkeys(finding.area for finding in findings))
     shown = [f for f in findings if not only_bad or f.level is not Level.OK]
-    for area, group in groupby(sorted(shown, key=lambda f: _areas(findings).index(f.area)), key=lambda f: f.area):
+    for area, group in groupby(sorted(shown, key=lambda f: areas.index(f.area)), key=lambda f: f.area):
         out.print(text(area.capitalize(), "bold"))
         for finding in group:
             lead = text(f"{finding.level.value:<4}", _STYLES[finding.level])
             what = text(f"{finding.check}: {finding.found}")
             why = [text(finding.why)] * bool(finding.why)
-            mend = [Padding(text(statement, "cyan"), (0, 0, 0, 2), expand=False) for statement in finding.mend]
-            out.print(hanging(lead, what, *why, *mend))
+            repair = [Padding(text(statement, "cyan"), (0, 0, 0, 2), expand=False) for statement in finding.repair]
+            out.print(hanging(lead, what, *why, *repair))
         out.print()
     counts = Counter(finding.level for finding in findings)
     out.print(text(", ".join(f"{counts[level]} {level}" for level in Level), _STYLES[worst(findings)]))
-
-
-def _areas(findings: list[Finding]) -> list[str]:
-    return list(dict.fromkeys(finding.area for finding in findings))

@@ -9,8 +9,8 @@ import click
 from rich.console import Console
 
 from db.fetch import FetchedBatch, fetch_batches
-from db.partitions import find_partition, read_offsets
 from db.pool import connect
+from db.status import find_partition, read_offsets
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import console, count, moment, number, size, table, text
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME, OFFSET, PARTITION

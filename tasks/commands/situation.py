@@ -1,24 +1,31 @@
-"""How `status` and `top` show a reading of the database, as text and as JSON."""
+"""What `status` and `top` show: a reading of the database, what Redis says of programs, and why something lags."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
-from redis import RedisError
+from redis import Redis, RedisError
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from config.queues import CONTROL, shard_of, shard_queue
+from config.queues import shard_of, shard_of_queue, shard_queue
+from config.redis import RedisAddress, is_redis
 from config.settings import Settings
-from db.partitions import PartitionState
-from db.status import Holder, LockWait, Reading, TopicBacklog
+from db.status import Holder, LockWait, PartitionState, Reading, Session, TopicBacklog
+from tasks import membership
 from tasks.app import TidemarkApp
-from tasks.commands.display import NOTHING, duration, number, statement, table, text
-from tasks.exporter import overdue_seconds
+from tasks.commands.display import NOTHING, count, duration, label, number, statement, table, text
+from tasks.membership import GONE_SECONDS, redis_time
 from tasks.metrics import read_stuck
+from tasks.names import ranges
 
+# Whoever asks is at a screen: a Redis that hangs must not keep what Postgres says from being shown.
+_REDIS_SECONDS = 0.5
+# Programs report every few seconds.
+SILENT_SECONDS = 15.0
 _SHOWN = 10
 _IN_JSON = 1000
 # What Postgres puts in the place of a query that the role may not see.
@@ -26,44 +33,157 @@ _HIDDEN = "<insufficient privilege>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """A worker or a beat, as it last reported: `seen` is how many seconds ago, `up` for how many it has run."""
+
+    name: str
+    program: str
+    host: str
+    pid: int
+    shards: int
+    up: float
+    seen: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hints:
+    """What Redis says. `programs` is None where nobody knows which are up, `error` why Redis does not answer."""
+
+    programs: Sequence[Program] | None = None
+    # Why workers could not materialize partitions, by name.
+    stuck: Mapping[str, str]
+    error: str | None = None
+
+    def up(self, program: str) -> list[Program]:
+        """The programs of a kind."""
+        return [p for p in self.programs or () if p.program == program]
+
+    def shards_differ(self, ours: int) -> str | None:
+        """Who goes by how many shards, where they differ."""
+        by_number: dict[int, list[str]] = defaultdict(list, {ours: ["this command"]})
+        for program in self.programs or ():
+            by_number[program.shards].append(program.name)
+        if len(by_number) == 1:
+            return None
+        return "; ".join(f"{number}: {', '.join(names)}" for number, names in sorted(by_number.items()))
+
+
+def read_programs(redis: Redis, *, seconds: float = GONE_SECONDS) -> list[Program]:
+    """The programs that reported within the last `seconds`, by Redis' own clock, by name."""
+    now = redis_time(redis)
+    return [
+        Program(
+            name=p.name,
+            program=p.program,
+            host=p.host,
+            pid=p.pid,
+            shards=p.shards,
+            up=max(0.0, now - p.since),
+            seen=max(0.0, now - p.seen),
+        )
+        for p in sorted(membership.read_programs(redis).values(), key=lambda p: p.name)
+        if now - p.seen <= seconds
+    ]
+
+
+def read_hints(app: TidemarkApp) -> Hints:
+    """Ask Redis, the broker's and ours, and give up soon."""
+    redis: Redis | None = None
+    try:
+        for url in dict.fromkeys(u for u in (app.broker_url, app.redis_url) if u is not None and is_redis(u)):
+            redis = impatient(url)
+            redis.ping()
+        if redis is None:
+            return Hints(stuck={})
+        return Hints(programs=read_programs(redis), stuck=read_stuck(redis, seconds=app.settings.overdue_seconds))
+    except RedisError as error:
+        return Hints(stuck={}, error=" ".join(str(error).split()).rstrip("."))
+
+
+def impatient(url: str) -> Redis:
+    """A client that waits for half a second."""
+    return RedisAddress.parse(url).client(seconds=_REDIS_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cause:
+    """What partitions wait for, what its session runs, and what ends it."""
+
+    why: str
+    query: str | None = None
+    repair: str = ""
+    # Of a partition that waits for nothing but its turn.
+    queue: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Situation:
     """A reading, the records per second by topic (None where they were not measured), and who asks."""
 
     reading: Reading
     rates: dict[str, float] | None
-    # Why workers could not materialize partitions, by name.
-    stuck: Mapping[str, str]
+    hints: Hints
     settings: Settings
     # What is shorter than this is everyday life.
     after: float
 
-    @property
+    @cached_property
     def waiting(self) -> list[PartitionState]:
         """Partitions whose oldest event waits too long, the longest first."""
         late = [p for p in self.reading.pending if (p.lag or 0.0) >= self.after]
         return sorted(late, key=lambda p: -(p.lag or 0.0))
 
-    @property
+    @cached_property
     def lock_waits(self) -> list[LockWait]:
         return [w for w in self.reading.lock_waits if w.waited >= self.after]
 
-    @property
-    def holders(self) -> list[Holder]:
-        return [h for h in self.reading.holders if (h.seconds or 0.0) >= self.after]
+    @cached_property
+    def _blockers(self) -> dict[int | str, Session]:
+        """Who holds a partition, by its id, or what all workers wait for, by no name."""
+        found: dict[int | str, Session] = {}
+        for wait in self.lock_waits:
+            if wait.topic is not None:
+                found[f"{wait.topic}/{wait.partition}"] = wait.blocker
+            elif wait.application == "tidemark":
+                found[""] = wait.blocker
+        # Of several holders the oldest. How old it is may be hidden; then it counts.
+        for lock in reversed(self.reading.row_locks):
+            if lock.age is None or lock.age >= self.after:
+                found |= dict.fromkeys(lock.partition_ids, lock)
+        return found
 
-    def reason(self, partition: PartitionState) -> str:
-        """What a partition waits for, as far as the database knows."""
-        if not self.reading.dispatch.own_cluster:
-            return "the database was restored; run: celery -A tasks rebase"
-        for wait in self.reading.lock_waits:
-            if (wait.topic, wait.partition) == (partition.topic, partition.partition):
-                return f"a lock of {_who(wait.blocker_pid, wait.blocker_gid)}"
-        if why := self.stuck.get(f"{partition.topic}/{partition.partition}"):
-            return f"fails with {why}"
-        undispatched = self.reading.dispatch.undispatched
+    def cause(self, partition: PartitionState) -> Cause:
+        """The one thing that a partition waits for, as far as anybody knows."""
+        return next(self._causes(partition))
+
+    def _causes(self, partition: PartitionState) -> Iterator[Cause]:
+        dispatch, hints, name = self.reading.dispatch, self.hints, f"{partition.topic}/{partition.partition}"
+        if not dispatch.own_cluster:
+            yield Cause(why="the database was restored", repair="celery -A tasks rebase")
+        for blocker in (self._blockers[key] for key in (partition.partition_id, name, "") if key in self._blockers):
+            yield Cause(why=f"blocked by {_session(blocker)}", query=blocker.query, repair=blocker.repair)
+        if name in hints.stuck:
+            yield Cause(why=f"fails with {hints.stuck[name]}")
+        if hints.error is not None:
+            yield Cause(why="Redis does not answer", repair="start it, or correct TIDEMARK_BROKER_URL")
+        if hints.programs is not None and not hints.up("worker"):
+            yield Cause(why="no worker runs", repair="celery -A tasks worker")
+        undispatched = dispatch.undispatched
         if undispatched is not None and undispatched >= self.after and (partition.lag or 0.0) <= undispatched + 1:
-            return f"fan-out: is beat running, and a worker on {CONTROL}?"
-        return f"a worker on {self.queue(partition)}"
+            yield self._no_fan_out
+        yield Cause(why="a worker", queue=self.queue(partition))
+
+    @cached_property
+    def _no_fan_out(self) -> Cause:
+        """Why a commit was not handed to a worker."""
+        if self.hints.programs is None:
+            return Cause(why="fan-out", repair="see that beat runs, and a worker that serves control")
+        tick = min((beat.seen for beat in self.hints.up("beat")), default=None)
+        if tick is None:
+            return Cause(why="no beat runs", repair="celery -A tasks beat")
+        if tick >= SILENT_SECONDS:
+            return Cause(why=f"no beat tick for {duration(tick)}", repair="restart it: celery -A tasks beat")
+        return Cause(why="fan-out, which is behind", repair="celery -A tasks workers: does one serve control?")
 
     def queue(self, partition: PartitionState) -> str:
         """The queue of a partition's shard."""
@@ -95,11 +215,13 @@ class Situation:
                     "queue": self.queue(p),
                     "backlog_events": p.backlog,
                     "lag_seconds": p.lag,
-                    "waits_for": self.reason(p),
+                    "waits_for": _words(cause),
+                    "repair": cause.repair or None,
                 }
-                for p in self.waiting[:_IN_JSON]
+                for p, cause in ((p, self.cause(p)) for p in self.waiting[:_IN_JSON])
             ],
             "waiting_partitions": len(self.waiting),
+            "row_locks": [asdict(r) for r in self.reading.row_locks],
             "lock_waits": [asdict(w) for w in self.reading.lock_waits],
             "holders": [asdict(h) for h in self.reading.holders],
             "fan_out": {
@@ -107,81 +229,104 @@ class Situation:
                 "undispatched_seconds": self.reading.dispatch.undispatched,
             },
             "own_cluster": self.reading.dispatch.own_cluster,
+            "programs": None if self.hints.programs is None else [asdict(p) for p in self.hints.programs],
+            "redis_error": self.hints.error,
         }
 
-    def render(self, *, busiest_first: bool = False) -> RenderableType:
-        """For people. With `busiest_first` one line a topic, those that lag at the top."""
-        parts: list[RenderableType] = [self._topics(busiest_first=busiest_first)]
+    def render(self, curves: Callable[[str], tuple[str, str]] | None = None) -> RenderableType:
+        """For people. With `curves`, of lag and rate by topic: one line a topic, those that lag at the top."""
+        parts: list[RenderableType] = [self._topics(curves)]
         if not self.reading.dispatch.own_cluster:
             what = "Nothing is materialized: the database was restored into another cluster."
             parts += [Text(), text(f"{what} Run: celery -A tasks rebase", "bold red")]
+        if self.hints.error is not None:
+            parts += [Text(), text(f"Redis does not answer: {self.hints.error}", "bold red")]
+        if (numbers := self.hints.shards_differ(self.settings.shards)) is not None:
+            parts += [Text(), text(f"TIDEMARK_SHARDS differs: {numbers}", "bold red")]
         if self.waiting:
-            parts += [Text(), self._waiting()]
+            parts += [Text(), text(f"Waiting {duration(self.after)} or longer", "bold"), *self._waiting()]
         if self.lock_waits:
             parts += [Text(), text("Waiting for locks", "bold"), *(_lock_wait(w) for w in self.lock_waits)]
-        if self.holders:
+        named = {blocker.name for blocker in self._blockers.values()}
+        holders = [h for h in self.reading.holders if (h.seconds or 0.0) >= self.after and h.name not in named]
+        if holders:
             title = "Open (keeps dead rows from vacuum; with an id, what it commits comes late)"
-            parts += [Text(), text(title, "bold"), *(_holder(h) for h in self.holders)]
-        queries = [w.blocker_query for w in self.lock_waits] + [h.query for h in self.holders]
+            parts += [Text(), text(title, "bold"), *(_holder(h) for h in holders)]
+        queries = [b.query for b in self._blockers.values()] + [h.query for h in holders]
         if _HIDDEN in queries:
             hint = "Queries of other roles are hidden; a superuser can: grant pg_monitor to <role>"
             parts += [Text(), text(hint, "dim")]
         return Group(*parts)
 
-    def _topics(self, *, busiest_first: bool) -> RenderableType:
+    def _topics(self, curves: Callable[[str], tuple[str, str]] | None) -> RenderableType:
         if not self.reading.topics:
             return text("no topics; create one with: celery -A tasks topics create NAME")
-        backlogs = self.reading.backlogs()
-        topics: Sequence[Any] = self.reading.topics
-        if busiest_first:
-            rates = self.rates or {}
+        backlogs, rates = self.reading.backlogs(), self.rates or {}
+        topics = self.reading.topics
+        if curves is not None:
             topics = sorted(
                 topics, key=lambda t: (-(backlogs[t.name].lag or 0.0) // 1, -rates.get(t.name, 0.0), t.name)
             )
-        rows = table("Topic", ">Partitions", ">End offsets", ">Backlog", ">Lag", ">Records/s")
+        rows = table("Topic", *[">Partitions"] * (curves is None), ">End offsets", ">Backlog", ">Lag", ">Records/s")
         for topic in topics:
             backlog = backlogs[topic.name]
             ends = text(number(topic.end_offsets))
-            if topic.min_end_offset != topic.max_end_offset and not busiest_first:
+            if topic.min_end_offset != topic.max_end_offset and curves is None:
                 ends.append(f"\n{number(topic.min_end_offset)} to {number(topic.max_end_offset)}", "dim")
-            name = text(topic.name)
-            if busiest_first:
-                # The text and not the column, which would take the room of the others.
-                name.no_wrap, name.overflow = True, "ellipsis"
+            lag = text(duration(backlog.lag), "yellow" if (backlog.lag or 0.0) >= self.after else "")
+            rate = text(NOTHING if self.rates is None else number(round(rates.get(topic.name, 0.0))))
+            if curves is not None:
+                of_lag, of_rate = curves(topic.name)
+                lag, rate = text(f"{of_lag} ", "cyan") + lag, text(f"{of_rate} ", "cyan") + rate
             rows.add_row(
-                name,
-                number(topic.partitions),
+                label(topic.name),
+                *[number(topic.partitions)] * (curves is None),
                 ends,
                 number(backlog.events) + "+" * (not backlog.counted),
-                text(duration(backlog.lag), "yellow" if (backlog.lag or 0.0) >= self.after else ""),
-                NOTHING if self.rates is None else number(round(self.rates.get(topic.name, 0.0))),
+                lag,
+                rate,
             )
         return rows
 
-    def _waiting(self) -> Table:
-        late = self.waiting
-        more = f"; the first {_SHOWN} of {number(len(late))}" if len(late) > _SHOWN else ""
-        title = f"Waiting {duration(self.after)} or longer{more}"
-        rows = table("Topic", ">Partition", ">Backlog", ">Lag", "Waits for", title=title)
-        for p in late[:_SHOWN]:
-            rows.add_row(
-                text(p.topic),
-                str(p.partition),
-                number(p.backlog) + "+" * (not p.counted),
-                text(duration(p.lag), "yellow"),
-                text(self.reason(p)),
-            )
-        return rows
+    def _waiting(self) -> list[RenderableType]:
+        """One paragraph for all partitions that wait for the same thing."""
+        groups: dict[tuple[str, str], list[tuple[PartitionState, Cause]]] = defaultdict(list)
+        for partition in self.waiting:
+            cause = self.cause(partition)
+            groups[cause.why, cause.repair].append((partition, cause))
+        parts: list[RenderableType] = []
+        for group in list(groups.values())[:_SHOWN]:
+            partitions = [p for p, _ in group]
+            cause = group[0][1]
+            events = number(sum(p.backlog for p in partitions)) + "+" * (not all(p.counted for p in partitions))
+            what = f": {events} {count(sum(p.backlog for p in partitions), 'event').split()[1]}, "
+            first = label(f"{_names(partitions)}{what}") + text(duration(partitions[0].lag), "yellow")
+            first.no_wrap, first.overflow = True, "ellipsis"
+            lines = [text(_words(cause, {c.queue for _, c in group if c.queue}))]
+            lines += [text(statement(cause.query))] * bool(cause.query)
+            reports = (self.hints.stuck.get(f"{p.topic}/{p.partition}") for p in partitions)
+            if cause.query and (report := next(filter(None, reports), None)):
+                lines.append(text(f"reported: {' '.join(report.split())}"))
+            lines += [text(cause.repair, "cyan")] * bool(cause.repair)
+            parts.append(_indented(first, *lines))
+        if len(groups) > _SHOWN:
+            parts.append(text(f"  … and {number(len(groups) - _SHOWN)} more causes (--json lists them)", "dim"))
+        return parts
 
 
-def stuck_partitions(app: TidemarkApp) -> dict[str, str]:
-    """What workers said lately of partitions that they could not materialize; nothing without Redis."""
-    if app.redis is None:
-        return {}
-    try:
-        return read_stuck(app.redis, seconds=overdue_seconds(app))
-    except RedisError:
-        return {}
+def _names(partitions: Iterable[PartitionState]) -> str:
+    """`orders/0-55 payments/3`."""
+    by_topic: dict[str, list[int]] = defaultdict(list)
+    for p in partitions:
+        by_topic[p.topic].append(p.partition)
+    return " ".join(f"{topic}/{ranges(sorted(numbers))}" for topic, numbers in sorted(by_topic.items()))
+
+
+def _words(cause: Cause, queues: Iterable[str] = ()) -> str:
+    shards = sorted(s for s in map(shard_of_queue, queues) if s is not None)
+    if len(shards) > 1:
+        return f"{cause.why} on shards {ranges(shards)}"
+    return cause.why if cause.queue is None else f"{cause.why} on {cause.queue}"
 
 
 def _backlog_json(backlog: TopicBacklog) -> dict[str, Any]:
@@ -193,44 +338,31 @@ def _backlog_json(backlog: TopicBacklog) -> dict[str, Any]:
     }
 
 
-def _who(pid: int | None, gid: str | None) -> str:
-    return f"pid {pid}" if pid else f"prepared transaction {gid or '(unknown)'}"
-
-
-def _session(pid: int | None, user: str | None, application: str | None, state: str | None, age: float | None) -> str:
-    name = " ".join(part for part in (user, application and f"({application})") if part)
-    return ", ".join(part for part in (f"pid {pid}", name, state, f"transaction open {duration(age)}") if part)
+def _session(lock: Session) -> str:
+    """A session, or a prepared transaction."""
+    if not lock.pid:
+        return f"{lock} of {lock.user or 'somebody'}, {duration(lock.age)} old"
+    name = " ".join(part for part in (lock.user, lock.application and f"({lock.application})") if part)
+    return ", ".join(part for part in (str(lock), name, lock.state, f"transaction open {duration(lock.age)}") if part)
 
 
 def _lock_wait(wait: LockWait) -> RenderableType:
     target = f"partition {wait.partition} of {wait.topic}" if wait.topic is not None else f"a lock ({wait.lock})"
     by = f" ({wait.application})" if wait.application else ""
-    first = text(f"pid {wait.pid}{by} has waited {duration(wait.waited)} for {target}")
-    if wait.blocker_pid:
-        blocker = _session(
-            wait.blocker_pid, wait.blocker_user, wait.blocker_application, wait.blocker_state, wait.blocker_age
-        )
-        return _indented(
-            first,
-            text(f"held by {blocker}", "yellow"),
-            text(statement(wait.blocker_query)),
-            text(f"to end it: select pg_terminate_backend({wait.blocker_pid});", "dim"),
-        )
     return _indented(
-        first,
-        text(f"held by {_who(None, wait.blocker_gid)}, {duration(wait.blocker_age)} old", "yellow"),
-        text(f"to end it: {_end_prepared(wait.blocker_gid)}", "dim"),
+        text(f"pid {wait.pid}{by} has waited {duration(wait.waited)} for {target}"),
+        text(f"held by {_session(wait.blocker)}", "yellow"),
+        *[text(statement(wait.blocker.query))] * bool(wait.blocker.query),
+        text(wait.blocker.repair, "cyan"),
     )
 
 
 def _holder(held: Holder) -> RenderableType:
     with_id = ", with an id" * held.has_id
-    if held.kind == "session":
-        session = _session(int(held.name), held.user, held.application, held.state, held.seconds)
-        return _indented(text(f"{session}{with_id}, in {held.database}"), text(statement(held.query)))
-    if held.kind == "prepared transaction":
-        what = f"{_who(None, held.name)} of {held.user} in {held.database}, {duration(held.seconds)} old{with_id}"
-        return _indented(text(what), text(f"to end it: {_end_prepared(held.name)}", "dim"))
+    if held.kind in {"session", "prepared transaction"}:
+        session = held.session
+        lines = [text(statement(held.query))] * bool(held.query) + [text(session.repair, "cyan")]
+        return _indented(text(f"{_session(session)}{with_id}, in {held.database}"), *lines)
     who = f"{held.kind} {held.name}" + f" ({held.application})" * bool(held.application)
     return _indented(text(f"{who}, {held.state}, {duration(held.seconds)} behind"))
 
@@ -238,8 +370,3 @@ def _holder(held: Holder) -> RenderableType:
 def _indented(first: Text, *more: Text) -> RenderableType:
     below = (Padding(line, (0, 0, 0, 4), expand=False) for line in more)
     return Group(Padding(first, (0, 0, 0, 2), expand=False), *below)
-
-
-def _end_prepared(gid: str | None) -> str:
-    quoted = (gid or "").replace("'", "''")
-    return f"commit prepared '{quoted}'; or rollback prepared '{quoted}';"

@@ -9,7 +9,7 @@ from db.status import read_status
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import console
 from tasks.commands.parameters import NAME, Seconds
-from tasks.commands.situation import Situation, stuck_partitions
+from tasks.commands.situation import Situation, read_hints
 
 after_option = click.option(
     "--after",
@@ -48,7 +48,7 @@ def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: f
             time.sleep(interval)
             before, reading = reading, read_status(conn, names)
             rates = reading.rates(before)
-    situation = Situation(reading=reading, rates=rates, stuck=stuck_partitions(app), settings=app.settings, after=after)
+    situation = Situation(reading=reading, rates=rates, hints=read_hints(app), settings=app.settings, after=after)
     if as_json:
         echo_json(situation.as_dict())
     else:

@@ -1,4 +1,4 @@
-"""`celery -A tasks top [TOPIC…]`: status, live."""
+"""`celery -A tasks top [TOPIC…]`: status, live, with curves of the last minutes."""
 
 import json
 import select
@@ -9,20 +9,28 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count as counter
+from itertools import zip_longest
 
 import click
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
+from sparklines import sparklines
 
 from db.pool import connect
 from db.status import read_status
 from tasks.commands.base import app_of, command, json_option
 from tasks.commands.display import NOTHING, console, duration, number, plain, text
 from tasks.commands.parameters import NAME, Seconds
-from tasks.commands.situation import Situation, stuck_partitions
+from tasks.commands.situation import Situation, read_hints
 from tasks.commands.status import after_option
 
+# How far back the curves reach, and with how many bars.
+_SECONDS = 300.0
+_WIDTH = 10
+# Lag and records per second by topic.
+_Look = dict[str, tuple[float, float]]
+_NOTHING_YET = (0.0, 0.0)
 _END_KEYS = {"q", "Q", "\x03", "\x04", "\x1b"}
 
 
@@ -63,7 +71,7 @@ def top(
                 yield Situation(
                     reading=reading,
                     rates=reading.rates(before),
-                    stuck=stuck_partitions(app),
+                    hints=read_hints(app),
                     settings=app.settings,
                     after=after,
                 )
@@ -77,10 +85,65 @@ def top(
             for situation in looks(_sleep):
                 click.echo(json.dumps(situation.as_dict(), default=str) if as_json else _lines(situation))
             return
+        curves = Curves(interval)
         with _keys() as pressed, Live(console=out, screen=True, auto_refresh=False) as live:
             for situation in looks(pressed):
-                heading = text(f"{time.strftime('%H:%M:%S')}  every {duration(interval)}, q ends", "dim")
-                live.update(Group(heading, Text(), situation.render(busiest_first=True)), refresh=True)
+                curves.add(situation)
+                what = f"every {duration(interval)}, curves of {duration(curves.seconds)}, q ends"
+                heading = text(f"{time.strftime('%H:%M:%S')}  {what}", "dim")
+                live.update(Group(heading, Text(), situation.render(curves.of)), refresh=True)
+
+
+class Curves:
+    """Lag and rate of each topic over the last minutes, a line of bars each.
+
+    A bar is the greatest value of some looks: of one at first, of twice as many whenever the line is full, until it
+    reaches back far enough; then the oldest falls off.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._looks = 0
+        self._looks_per_bar = 1
+        self._bars: list[_Look] = []
+
+    @property
+    def seconds(self) -> float:
+        """How far back the line reaches."""
+        return len(self._bars) * self._looks_per_bar * self._interval
+
+    def add(self, situation: Situation) -> None:
+        backlogs, rates = situation.reading.backlogs(), situation.rates or {}
+        look = {t.name: (backlogs[t.name].lag or 0.0, rates.get(t.name, 0.0)) for t in situation.reading.topics}
+        if self._looks % self._looks_per_bar:
+            self._bars[-1] = _greatest(self._bars[-1], look)
+        else:
+            self._bars.append(look)
+        self._looks += 1
+        if len(self._bars) > _WIDTH:
+            if self.seconds >= _SECONDS:
+                del self._bars[0]
+            else:
+                nothing: _Look = {}
+                self._bars = [_greatest(*p) for p in zip_longest(self._bars[::2], self._bars[1::2], fillvalue=nothing)]
+                self._looks_per_bar *= 2
+
+    def of(self, topic: str) -> tuple[str, str]:
+        """The lines of its lag and its rate."""
+        values = [bar.get(topic, _NOTHING_YET) for bar in self._bars]
+        # From zero to the greatest of them; where all are zero the line lies on the ground.
+        lag, rate = (sparklines(n, minimum=0, maximum=max(n) or 1)[0].rjust(_WIDTH) for n in zip(*values, strict=True))
+        return lag, rate
+
+
+def _greatest(a: _Look, b: _Look) -> _Look:
+    return {
+        t: (
+            max(a.get(t, _NOTHING_YET)[0], b.get(t, _NOTHING_YET)[0]),
+            max(a.get(t, _NOTHING_YET)[1], b.get(t, _NOTHING_YET)[1]),
+        )
+        for t in a | b
+    }
 
 
 def _sleep(seconds: float) -> bool:

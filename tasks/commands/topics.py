@@ -6,8 +6,8 @@ import click
 from click.core import ParameterSource
 
 from config.queues import shard_of, shard_queue
-from db.partitions import PartitionState, TopicState, describe_partitions, describe_topics
 from db.pool import connect
+from db.status import PartitionState, TopicState, describe_partitions, describe_topics
 from db.topics import create_topic, set_retention
 from tasks.commands.base import app_of, echo_json, json_option
 from tasks.commands.display import NOTHING, columns, console, count, duration, number, size, table, text

@@ -1,6 +1,6 @@
-"""The doctor finds what is wrong, says why, and what it says mends it: each finding is provoked for real."""
+"""The doctor finds what is wrong, says why, and what it says repairs it: each finding is provoked for real."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,34 @@ from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.commit import commit_object
-from db.doctor import check_connections, check_dispatch, check_server, examine, judge_clock, read_server
-from db.doctor_schema import check_functions, check_privileges, check_rules, check_tables, check_version
-from db.doctor_settings import check_defaults, check_settings
-from db.findings import Finding, Level, worst
+from db.doctor import Finding, Level, checks, examine, judge, judge_clock, worst
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
-from tasks.commands.doctor import doctor
-from tasks.doctoring import check_broker, check_environment
-from tests.support import Connect
+from tasks.commands.doctor import check_broker, check_environment, check_programs, doctor
+from tasks.commands.situation import read_hints
+from tests.integration.test_status import report
+from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 
 SETTINGS = Settings(database_url="postgresql://u@h/d", broker_url="redis://h")
+
+
+EMBEDDED = SETTINGS.model_copy(update={"database_url": None})
+
+
+def look(conn: Connection[Any], *names: str, settings: Settings = SETTINGS) -> list[Finding]:
+    """What some of the checks find."""
+    return [finding for name in names for finding in judge(checks(conn, settings)[name]())]
 
 
 def bad(findings: Iterator[Finding] | list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level is not Level.OK]
 
 
-def run_mends(conn: Connection[Any], findings: list[Finding]) -> None:
+def run_repairs(conn: Connection[Any], findings: list[Finding]) -> None:
     """Do what the doctor says."""
     for finding in findings:
-        for statement in finding.mend:
+        for statement in finding.repair:
             conn.execute(statement.encode())
 
 
@@ -44,108 +50,105 @@ def run_mends(conn: Connection[Any], findings: list[Finding]) -> None:
 
 
 def test_a_fresh_schema_is_sound(conn: Connection[Any]) -> None:
-    for check in (check_version, check_tables, check_rules, check_functions):
-        assert bad(check(conn)) == []
-    assert bad(check_privileges(conn, monitor=True)) == []
+    names = ("version", "tables", "constraints and indexes", "functions", "privileges")
+    assert bad(look(conn, *names)) == []
 
 
 @pytest.mark.parametrize(
     ("damage", "check", "what", "level"),
     [
-        ("drop index tidemark.objects_tx_idx", check_rules, "index objects_tx_idx", Level.FAIL),
+        ("drop index tidemark.objects_tx_idx", "constraints and indexes", "index objects_tx_idx", Level.FAIL),
         (
             "alter table tidemark.runs drop constraint runs_pkey",
-            check_rules,
+            "constraints and indexes",
             "constraint runs_pkey",
             Level.FAIL,
         ),
         (
             "alter table tidemark.topics drop constraint topics_name_legal",
-            check_rules,
+            "constraints and indexes",
             "constraint topics_name_legal",
             Level.FAIL,
         ),
         (
             "alter table tidemark.topic_partitions drop constraint topic_partitions_topic_id_fkey",
-            check_rules,
+            "constraints and indexes",
             "constraint topic_partitions_topic_id_fkey",
             Level.FAIL,
         ),
         (
             "update pg_index set indisvalid = false where indexrelid = 'tidemark.objects_tx_idx'::regclass",
-            check_rules,
+            "constraints and indexes",
             "index objects_tx_idx",
             Level.FAIL,
         ),
         (
             "update pg_index set indisvalid = false where indexrelid = 'tidemark.objects_key_key'::regclass",
-            check_rules,
+            "constraints and indexes",
             "index objects_key_key",
             Level.FAIL,
         ),
         (
             """alter table tidemark.topics drop constraint topics_name_legal,
                add constraint topics_name_legal check (name <> '') not valid""",
-            check_rules,
+            "constraints and indexes",
             "constraint topics_name_legal",
             Level.FAIL,
         ),
         (
             "create index extra on tidemark.record_batch_events (tx)",
-            check_rules,
+            "constraints and indexes",
             "index extra",
             Level.WARN,
         ),
         (
             "alter table tidemark.audit_progress reset (fillfactor)",
-            check_tables,
+            "tables",
             "table audit_progress",
             Level.WARN,
         ),
         (
             "alter table tidemark.record_batch_events set (autovacuum_enabled = false)",
-            check_tables,
+            "tables",
             "table record_batch_events",
             Level.FAIL,
         ),
         (
             "alter table tidemark.runs set unlogged",
-            check_tables,
+            "tables",
             "table runs",
             Level.FAIL,
         ),
         (
             "grant execute on function tidemark.tx_base() to public",
-            check_functions,
+            "functions",
             "function tx_base",
             Level.WARN,
         ),
     ],
 )
-def test_damage_is_found_and_mended(
-    damage: str, check: Callable[[Connection[Any]], Iterator[Finding]], what: str, level: Level, conn: Connection[Any]
-) -> None:
+def test_damage_is_found_and_repaired(damage: str, check: str, what: str, level: Level, conn: Connection[Any]) -> None:
     conn.execute(damage.encode())
-    found = bad(check(conn))
+    found = bad(look(conn, check))
     assert [(finding.check, finding.level) for finding in found] == [(what, level)]
     assert all(finding.why and finding.found for finding in found)
-    run_mends(conn, found)
-    assert bad(check(conn)) == []
+    run_repairs(conn, found)
+    assert bad(look(conn, check)) == []
 
 
 def test_a_lost_function_or_table(conn: Connection[Any]) -> None:
     conn.execute("drop function tidemark.partition_ids(text)")
     conn.execute("drop table tidemark.dead_objects")
-    assert [(f.check, f.mend) for f in bad(check_functions(conn))] == [
+    assert [(f.check, f.repair) for f in bad(look(conn, "functions"))] == [
         ("function partition_ids", ("celery -A tasks migrate",))
     ]
-    assert [f.check for f in bad(check_tables(conn))] == ["table dead_objects"]
+    assert [f.check for f in bad(look(conn, "tables"))] == ["table dead_objects"]
 
 
 def test_another_version(conn: Connection[Any]) -> None:
     conn.execute("update tidemark.alembic_version set version_num = '0000'")
-    [finding] = check_version(conn)
-    assert (finding.level, finding.mend) == (Level.FAIL, ("celery -A tasks migrate",))
+    [finding] = look(conn, "version")
+    assert (finding.level, finding.repair) == (Level.FAIL, ("celery -A tasks migrate",))
     assert "0000" in finding.why
 
 
@@ -175,19 +178,19 @@ def test_a_role_without_rights(conn: Connection[Any], database_url: str) -> None
         assert {f.check for f in lacking} >= {"tables", "function commit_object"}
         monitor = [f for f in found if f.check == "pg_monitor"]
         assert [f.level for f in monitor] == [Level.WARN]
-        run_mends(conn, [*lacking, *monitor])
+        run_repairs(conn, [*lacking, *monitor])
         again = bad([f for _, findings in examine(own, SETTINGS) for f in findings])
         assert [f for f in again if "may not" in f.found or f.check in {"pg_monitor", "version"}] == []
 
 
 def test_a_producer_with_too_many_rights_or_too_few(conn: Connection[Any]) -> None:
     conn.execute("grant select on tidemark.objects to tidemark_producer")
-    found = bad(check_privileges(conn, monitor=True))
+    found = bad(look(conn, "privileges"))
     assert [(f.check, f.level) for f in found] == [("tidemark_producer", Level.WARN)]
-    run_mends(conn, found)
-    assert bad(check_privileges(conn, monitor=True)) == []
+    run_repairs(conn, found)
+    assert bad(look(conn, "privileges")) == []
     conn.execute("revoke execute on function tidemark.partition_ids(text) from tidemark_producer")
-    assert [f.level for f in bad(check_privileges(conn, monitor=True))] == [Level.FAIL]
+    assert [f.level for f in bad(look(conn, "privileges"))] == [Level.FAIL]
 
 
 # --- settings
@@ -222,37 +225,37 @@ def own_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[Po
 
 
 def test_every_server_setting(own_server: PostgresServer) -> None:
-    def look() -> dict[str, Finding]:
+    def all_settings() -> dict[str, Finding]:
         with psycopg.connect(own_server.url(), autocommit=True) as conn:
-            return {finding.check: finding for finding in check_settings(conn, embedded=False)}
+            return {finding.check: finding for finding in look(conn, "settings")}
 
     def server(statement: str) -> None:
         with psycopg.connect(own_server.url(), autocommit=True) as conn:
             conn.execute("set default_transaction_read_only = off")
             conn.execute(statement.encode())
 
-    before = look()
+    before = all_settings()
     small = {"shared_buffers", "max_wal_size"}
     assert {name for name, finding in before.items() if finding.level is not Level.OK} == small
     with psycopg.connect(own_server.url(), autocommit=True) as conn:
-        assert bad(check_settings(conn, embedded=True)) == []
+        assert bad(look(conn, "settings", settings=EMBEDDED)) == []
     for name, value, _ in SERVER_SETTINGS:
         server(f"alter system set {name} = '{value}'")
     server("select pg_reload_conf()")
     server("select pg_sleep(0.2)")
-    worse = look()
+    worse = all_settings()
     assert [(name, worse[name].level) for name, _, _ in SERVER_SETTINGS] == [(n, lv) for n, _, lv in SERVER_SETTINGS]
     for name, _, _ in SERVER_SETTINGS:
-        assert worse[name].mend[1] == "select pg_reload_conf();"
-        server(worse[name].mend[0])
+        assert worse[name].repair[1] == "select pg_reload_conf();"
+        server(worse[name].repair[0])
     server("select pg_reload_conf()")
     server("select pg_sleep(0.2)")
-    assert {name for name, finding in look().items() if finding.level is not Level.OK} == {"shared_buffers"}
-    assert before["shared_buffers"].mend == ("alter system set shared_buffers = '1GB';", "restart Postgres")
+    assert {name for name, finding in all_settings().items() if finding.level is not Level.OK} == {"shared_buffers"}
+    assert before["shared_buffers"].repair == ("alter system set shared_buffers = '1GB';", "restart Postgres")
     server("alter system set shared_buffers = '1GB'")
     server("select pg_reload_conf()")
     server("select pg_sleep(0.2)")
-    assert look()["shared_buffers"].mend[-1] == "restart Postgres"
+    assert all_settings()["shared_buffers"].repair[-1] == "restart Postgres"
 
 
 def test_defaults_of_roles_and_databases(conn: Connection[Any], connect: Connect, database_url: str) -> None:
@@ -263,19 +266,21 @@ def test_defaults_of_roles_and_databases(conn: Connection[Any], connect: Connect
             "alter role {1} in database {0} set default_transaction_isolation = 'repeatable read'",
         ):
             conn.execute(sql.SQL(statement).format(database, sql.Identifier(name)))
-        found = bad(check_defaults(connect()))
+        found = bad(look(connect(), "role and database defaults"))
         assert [f.level for f in found] == [Level.WARN, Level.WARN]
-        [own] = [f for f in check_settings(connect(), embedded=True) if f.check == "default_transaction_read_only"]
+        [own] = [
+            f for f in look(connect(), "settings", settings=EMBEDDED) if f.check == "default_transaction_read_only"
+        ]
         assert (own.level, own.found) == (Level.FAIL, "on, the database's default")
-        assert own.mend == (f'alter database "{conn.info.dbname}" reset default_transaction_read_only;',)
-        run_mends(conn, found)
-        assert bad(check_defaults(connect())) == []
+        assert own.repair == (f"alter database {conn.info.dbname} reset default_transaction_read_only;",)
+        run_repairs(conn, found)
+        assert bad(look(connect(), "role and database defaults")) == []
     with psycopg.connect(database_url, options="-c jit=on") as own_options:
-        [own] = [f for f in check_settings(own_options, embedded=True) if f.check == "jit"]
-        assert own.mend == ("take jit out of TIDEMARK_DATABASE_URL and PGOPTIONS",)
+        [own] = [f for f in look(own_options, "settings", settings=EMBEDDED) if f.check == "jit"]
+        assert own.repair == ("take jit out of TIDEMARK_DATABASE_URL and PGOPTIONS",)
     # Commits and materializations see to it themselves.
     with psycopg.connect(database_url, options="-c synchronous_commit=off") as own_options:
-        assert bad(check_settings(own_options, embedded=True)) == bad(check_settings(conn, embedded=True))
+        assert bad(look(own_options, "settings", settings=EMBEDDED)) == bad(look(conn, "settings", settings=EMBEDDED))
 
 
 # --- the server and what goes on in it
@@ -284,42 +289,41 @@ def test_defaults_of_roles_and_databases(conn: Connection[Any], connect: Connect
 def test_a_server_without_pg_hint_plan(conn: Connection[Any]) -> None:
     # Anybody may set what a library that is not loaded would read. With the library: test_hints.
     conn.execute("set pg_hint_plan.enable_hint = on")
-    findings = {finding.check: finding for finding in check_server(read_server(conn))}
+    findings = {finding.check: finding for finding in look(conn, "server")}
     assert findings["pg_hint_plan"].found == "not loaded, nor needed: settings pin the plans"
 
 
 def test_server_facts(conn: Connection[Any]) -> None:
-    server = read_server(conn)
-    assert bad(check_server(server)) == []
-    assert bad(check_connections(server, SETTINGS)) == []
+    assert bad(look(conn, "server")) == []
     many = SETTINGS.model_copy(update={"pool_open": 1000})
-    assert [f.level for f in check_connections(server, many)] == [Level.WARN]
+    assert [(f.check, f.level) for f in bad(look(conn, "server", settings=many))] == [("connections", Level.WARN)]
 
 
 @pytest.mark.parametrize(("off", "level"), [(0.5, Level.OK), (-3.0, Level.WARN), (40.0, Level.FAIL)])
 def test_clocks(off: float, level: Level) -> None:
-    assert judge_clock("Postgres", 1000 + off, 999.9, 1000.1).level is level
+    [finding] = judge([judge_clock("Postgres", 1000 + off, 999.9, 1000.1)])
+    assert finding.level is level
 
 
 def test_a_slow_answer_is_no_skew() -> None:
     assert judge_clock("Postgres", 1004, 1000, 1008).found == "agrees"
-    assert judge_clock("Postgres", 1007, 1000, 1008).level is Level.OK
+    assert not judge_clock("Postgres", 1007, 1000, 1008).bad
 
 
 def test_fan_out_that_does_not_run(conn: Connection[Any]) -> None:
     create_topic(conn, "orders", 1)
-    assert bad(check_dispatch(conn, SETTINGS)) == []
+    assert bad(look(conn, "activity")) == []
     commit_object(conn, "k", partition_ids(conn, "orders"), [1], [0], [1], [0])
-    assert bad(check_dispatch(conn, SETTINGS)) == []
+    assert bad(look(conn, "activity")) == []
     for age, level in (("100 s", Level.WARN), ("1 h", Level.FAIL)):
         conn.execute("update tidemark.objects set committed_at = clock_timestamp() - %s::interval", (age,))
-        assert [(f.check, f.level) for f in bad(check_dispatch(conn, SETTINGS))] == [("fan-out", level)]
+        assert [(f.check, f.level) for f in bad(look(conn, "activity"))] == [("fan-out", level), ("lag", level)]
 
 
 def test_a_restored_database(conn: Connection[Any]) -> None:
     conn.execute("update tidemark.cluster set system_identifier = 1")
-    [finding] = bad(check_dispatch(conn, SETTINGS))
-    assert (finding.level, finding.mend[-1]) == (Level.FAIL, "celery -A tasks rebase")
+    [finding] = bad(look(conn, "activity"))
+    assert (finding.level, finding.repair[-1]) == (Level.FAIL, "celery -A tasks rebase")
 
 
 def test_old_transactions_and_dead_rows(
@@ -335,7 +339,7 @@ def test_old_transactions_and_dead_rows(
     found = bad([f for _, findings in examine(conn, SETTINGS) for f in findings if f.area == "activity"])
     [own] = [f for f in found if f"pid {idle.info.backend_pid} " in f.found]
     assert (own.check, own.level) == ("long transaction", Level.WARN)
-    assert own.mend == (f"select pg_terminate_backend({idle.info.backend_pid});",)
+    assert own.repair == (f"select pg_terminate_backend({idle.info.backend_pid});",)
     assert "dead rows in topic_partitions" in {f.check for f in found}
 
 
@@ -347,14 +351,55 @@ def test_prepared_transactions_and_slots(own_server: PostgresServer, monkeypatch
         found = [f for _, findings in examine(conn, SETTINGS) for f in findings]
         [slot] = [f for f in found if f.check == "replication slot"]
         assert slot.level is Level.WARN
-        run_mends(conn, [slot])
+        run_repairs(conn, [slot])
         conn.execute("begin; create table t (); prepare transaction 'it''s'")
         found = [f for _, findings in examine(conn, SETTINGS) for f in findings]
         [prepared] = [f for f in found if f.check == "prepared transaction"]
-        assert prepared.mend == ("commit prepared 'it''s';", "or: rollback prepared 'it''s';")
+        assert prepared.repair == ("commit prepared 'it''s'; or rollback prepared 'it''s';",)
         conn.execute("rollback prepared 'it''s'")
         again = [f for _, findings in examine(conn, SETTINGS) for f in findings]
         assert {"replication slot", "prepared transaction"}.isdisjoint(f.check for f in again)
+
+
+def test_lag_and_locks(conn: Connection[Any], connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits too long, and who has a partition locked though nobody waits for it; what the doctor says ends it."""
+    monkeypatch.setattr("db.doctor._LOCKED_SECONDS", 0.0)
+    create_topic(conn, "orders", 3)
+    commit_object(conn, "k", partition_ids(conn, "orders"), [1] * 3, [0] * 3, [1] * 3, [0] * 3)
+    conn.execute("update tidemark.objects set committed_at = committed_at - interval '100 s'")
+    blocker = connect(autocommit=False)
+    blocker.execute("select from tidemark.topic_partitions where partition > 0 for update")
+    found = {f.check: f for f in bad(look(conn, "activity"))}
+    assert (found["lag"].level, found["lag"].found) == (Level.WARN, "100 s, 3 partitions have a backlog")
+    assert found["locks"].found == f"pid {blocker.info.backend_pid} holds orders/1 and 1 more, for 0 s"
+    run_repairs(conn, [found["locks"]])
+    wait_until(lambda: "locks" not in {f.check for f in bad(look(conn, "activity"))})
+
+
+# --- programs
+
+
+def test_programs(cli: Cli, redis_url: str) -> None:
+    """Workers and beat that report; one that fell silent; and who has another number of shards."""
+
+    def programs() -> dict[str, tuple[Level, str]]:
+        return {f.check: (f.level, f.found) for f in judge(check_programs(cli.app, read_hints(cli.app)))}
+
+    assert programs() == {
+        "workers": (Level.WARN, "none is up"),
+        "beat": (Level.WARN, "none is up"),
+        "shards": (Level.OK, "8, here and in all programs"),
+    }
+    report(redis_url, "worker@one")
+    report(redis_url, "worker@two", shards=16)
+    report(redis_url, "beat@one", seen=40)
+    found = programs()
+    assert found["workers"] == (Level.OK, "2 up: worker@one, worker@two")
+    assert found["beat"][0] is Level.WARN
+    assert found["beat"][1].startswith("last tick 4")
+    assert found["shards"] == (Level.FAIL, "8: this command, beat@one, worker@one; 16: worker@two")
+    report(redis_url, "beat@one")
+    assert programs()["beat"][0] is Level.OK
 
 
 # --- Redis
@@ -367,23 +412,23 @@ def own_redis(server_directory: Path, redis_binary: Path | None) -> Iterator[Red
 
 
 def test_redis(own_redis: RedisServer) -> None:
-    assert bad(check_broker(own_redis.url, own_redis.url)) == []
+    assert bad(judge(check_broker(own_redis.url, own_redis.url))) == []
     with Redis.from_url(own_redis.url) as client:
         for limit, level in ((0, Level.WARN), (100_000_000, Level.FAIL)):
             client.config_set("maxmemory", limit)
             client.config_set("maxmemory-policy", "allkeys-lru")
-            found = bad(check_broker(own_redis.url, None))
+            found = bad(judge(check_broker(own_redis.url, None)))
             assert [(f.check, f.level) for f in found] == [("Redis: eviction", level)]
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("appendonly", "no")
-        found = bad(check_broker(own_redis.url, None))
+        found = bad(judge(check_broker(own_redis.url, None)))
         assert [(f.check, f.level) for f in found] == [("Redis: append-only file", Level.WARN)]
 
 
 def test_redis_is_away_or_another_broker() -> None:
-    [finding] = check_broker("redis://127.0.0.1:1/0", None)
+    [finding] = judge(check_broker("redis://127.0.0.1:1/0", None))
     assert (finding.level, finding.found) == (Level.FAIL, "does not answer")
-    [finding] = check_broker("amqp://guest@h//", None)
+    [finding] = judge(check_broker("amqp://guest@h//", None))
     assert (finding.level, finding.found) == (Level.OK, "amqp, not a Redis")
 
 
@@ -392,10 +437,10 @@ def test_redis_is_away_or_another_broker() -> None:
 
 def test_unknown_variables() -> None:
     environment = {"TIDEMARK_SHARD": "3", "TIDEMARK_SHARDS": "3", "TIDEMARK_TEST_REDIS_BIN": "x", "PATH": "y"}
-    [finding] = check_environment(environment)
+    [finding] = judge(check_environment(environment))
     assert (finding.check, finding.level) == ("TIDEMARK_SHARD", Level.WARN)
     assert "Did you mean TIDEMARK_SHARDS?" in finding.why
-    [finding] = check_environment({"TIDEMARK_SHARDS": "3"})
+    [finding] = judge(check_environment({"TIDEMARK_SHARDS": "3"}))
     assert finding.level is Level.OK
 
 

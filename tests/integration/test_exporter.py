@@ -22,7 +22,7 @@ from psycopg import Connection, errors
 from psycopg.rows import TupleRow
 from redis import Redis
 
-import db.figures
+import db.status
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
@@ -36,7 +36,7 @@ from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.exporter import Exporter, ServerError, Source
 from tasks.hints import Hints
-from tasks.leases import Membership
+from tasks.membership import Membership
 from tasks.metrics import DrainMetrics, WorkerMetrics
 from tasks.names import PartitionNames
 from tasks.observers import observers, worker_metrics
@@ -199,7 +199,7 @@ def test_counting_the_backlog_is_bounded(
 ) -> None:
     commit(conn, "a", [orders[0]] * 30 + [orders[1], orders[3]])
     assert scrape(exporter)("backlog_count_capped") == 0
-    monkeypatch.setattr(db.figures, "COUNT_LIMIT", 10)
+    monkeypatch.setattr(db.status, "COUNT_LIMIT_OF_ALL", 10)
     capped = scrape(exporter)
     assert capped("backlog_count_capped") == 1
     assert capped("backlog_partitions", topic="orders") == 3
@@ -348,12 +348,6 @@ def counted(worker: WorkerMetrics, topic: str = "orders") -> None:
     names = PartitionNames()
     names._known[1] = (topic, 0)
     DrainMetrics(worker, names).transaction(SIDE, DONE)
-
-
-def hints_of(client: Redis | None) -> Hints:
-    app = TidemarkApp("hints")
-    app.redis = client
-    return Hints(app)
 
 
 def hints_of(client: Redis | None) -> Hints:

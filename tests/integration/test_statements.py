@@ -21,10 +21,10 @@ from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.migrate import require_current
 from db.objects import forget_dead_objects, list_dead_objects
-from db.partitions import describe_partitions, describe_topics, find_partition, read_offsets, records_to_audit
 from db.rebase import rebase
 from db.retention import retain
 from db.statements import routine_files, statement, statements
+from db.status import describe_partitions, describe_topics, find_partition, read_offsets, records_to_audit
 from db.topics import PartitionIds, create_topic, highest_partition_id, names_of, partition_ids, set_retention
 from tests.support import Connect
 from tests.support_hints import GROWING, HINTED, phrases, scans, split, with_a_hint
@@ -39,13 +39,15 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "describe_partitions": ("{{orders}}", "100", "true"),
     "describe_topics": ("{{orders}}",),
     "doctor_clock": (),
-    "doctor_defaults": ("{{jit}}",),
-    "doctor_functions": (),
+    "doctor_defaults": (),
+    "doctor_functions": ("{{commit_object}}",),
+    "doctor_has_schema": (),
     "doctor_privileges": (),
-    "doctor_rules": (),
-    "doctor_server": (),
-    "doctor_settings": ("{{jit}}",),
-    "doctor_tables": (),
+    "doctor_rules": ("{{runs_pkey}}", "{{runs}}", "{{f}}", "{{ddl}}"),
+    "doctor_server": ("8", "25"),
+    "doctor_settings": ("true",),
+    "doctor_tables": ('{{"runs": {{}}}}',),
+    "doctor_vacuum": ("10",),
     "is_migrated": (),
     "lock_cluster": (),
     "lock_migrations": ("42",),
@@ -55,6 +57,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "find_committed": ("3", "{{}}", "100", "1000"),
     "find_holders": ("10",),
     "find_lock_waits": ("10",),
+    "find_row_locks": ("{{{p}}}", "10"),
     "find_pending": ("0", "100", "100", "1000"),
     "lock_free_partitions": ("{{{p}}}",),
     "lock_partitions": ("{{{p}}}",),

@@ -1,10 +1,15 @@
 """`status` and `top`: what waits, what it waits for, and how fast it goes."""
 
 import json
+import os
 import re
+import signal
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +18,21 @@ import pytest
 from click.testing import CliRunner
 from psycopg import Connection, sql
 from psycopg.pq import ExecStatus, PGconn
+from redis import Redis
+from rich.console import Console
 
 from config.embedded.postgres import PostgresServer
+from config.embedded.redis import RedisServer
 from db.commit import commit_object
 from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
-from db.partitions import COUNT_LIMIT
-from db.status import read_status
+from db.status import COUNT_LIMIT, read_status
 from db.topics import create_topic, partition_ids
+from tasks.commands.situation import Situation, read_hints
 from tasks.commands.status import status
-from tasks.commands.top import top
+from tasks.commands.top import Curves, top
+from tasks.membership import KEY, Program
 from tasks.observers import worker_metrics
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
@@ -111,13 +120,158 @@ def test_rate(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
     assert cli(status, "--json", "--interval", "0.05").json["topics"][1]["records_per_second"] == 0
 
 
+def report(redis_url: str, name: str, *, shards: int = 8, seen: float = 0.0) -> None:
+    """As a program does that was last heard of `seen` seconds ago; it is called `worker@…` or `beat@…`."""
+    with Redis.from_url(redis_url) as redis:
+        seconds, micros = redis.time()
+        now = seconds + micros / 1e6
+        program, _, host = name.partition("@")
+        entry = Program(program=program, name=name, host=host, pid=1, shards=shards, since=now - 600, seen=now - seen)
+        redis.hset(KEY, name, json.dumps(asdict(entry)))
+
+
+def waits_for(cli: Cli) -> dict[int, str]:
+    found = cli(status, "orders", "--json", "--interval", "0", "--after", "0").json["waiting"]
+    return {p["partition"]: p["waits_for"] for p in found}
+
+
+def test_programs_that_do_not_run(cli: Cli, conn: Connection[Any], redis_url: str, ids: list[int]) -> None:
+    """One cause at a time: no worker, no beat, a beat that fell silent, a fan-out that is behind; then the queue."""
+    commit(conn, "a", ids)
+    assert set(waits_for(cli).values()) == {"no worker runs"}
+    report(redis_url, "worker@one", seen=61)
+    assert set(waits_for(cli).values()) == {"no worker runs"}
+    report(redis_url, "worker@one", seen=3)
+    assert set(waits_for(cli).values()) == {"no beat runs"}
+    report(redis_url, "beat@one", seen=40)
+    assert set(waits_for(cli).values()) == {"no beat tick for 40 s"}
+    report(redis_url, "beat@two")
+    assert set(waits_for(cli).values()) == {"fan-out, which is behind"}
+    save_fan_out(conn, find_committed(conn))
+    assert waits_for(cli) == {n: f"a worker on materialize.{i % 8}" for n, i in enumerate(ids)}
+    words = cli(status, "--interval", "0", "--after", "0").words
+    assert re.search(rf"orders/0-1: 2 events, \d\.\d s a worker on shards {ids[0]}-{ids[1]}", words)
+
+
+def test_programs_as_they_report(cli: Cli, redis_url: str) -> None:
+    """The living ones are read, by Redis' clock, and those with another number of shards are named."""
+    report(redis_url, "worker@one", seen=59)
+    report(redis_url, "worker@two", seen=61)
+    report(redis_url, "beat@one", shards=16)
+    found = cli(status, "--json", "--interval", "0").json["programs"]
+    assert [(p["name"], p["program"], p["host"], p["shards"]) for p in found] == [
+        ("beat@one", "beat", "one", 16),
+        ("worker@one", "worker", "one", 8),
+    ]
+    assert 59 <= found[1]["seen"] < 61
+    assert 599 <= found[1]["up"] < 602
+    assert "TIDEMARK_SHARDS differs: 8: this command, worker@one; 16: beat@one" in cli(status, "--interval", "0").words
+
+
+@pytest.mark.parametrize("way", ["update", "no key update", "savepoint", "share by two"])
+def test_a_locked_partition_that_nobody_waits_for(
+    way: str, cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]
+) -> None:
+    """Workers pass over it. One line names the session that holds it, what it runs and the statement that ends it."""
+    commit(conn, "a", ids)
+    blocker, other = connect(autocommit=False), connect(autocommit=False)
+    blocker.execute("set application_name = 'psql'")
+    if way == "savepoint":
+        blocker.execute("savepoint a")
+    if way == "share by two":
+        other.execute("select from tidemark.topic_partitions where topic_id is not null for share")
+    strength = "share" if way == "share by two" else way.replace("savepoint", "update")
+    blocker.execute(f"select from tidemark.topic_partitions for {strength} -- a comment".encode())
+    assert materialize(conn, ids, wait=False).busy_partition_ids == tuple(ids)
+    found = cli(status, "--json", "--interval", "0", "--after", "0").json
+    pids = {blocker.info.backend_pid} | ({other.info.backend_pid} if way == "share by two" else set())
+    assert {lock["pid"] for lock in found["row_locks"]} == pids
+    assert all(set(lock["partition_ids"]) == set(ids) for lock in found["row_locks"])
+    # Of two the older one.
+    pid = blocker.info.backend_pid
+    assert {p["repair"] for p in found["waiting"]} == {f"select pg_terminate_backend({pid});"}
+    assert {p["waits_for"].partition(",")[0] for p in found["waiting"]} == {f"blocked by pid {pid}"}
+    words = cli(status, "--interval", "0", "--after", "0").words
+    assert "(psql), idle in transaction, transaction open 0." in words
+    # Named once, and not again among what is open.
+    assert words.count(f"pid {pid}") == 1
+    assert "s select from tidemark.topic_partitions for" in words
+    assert words.count(f"select pg_terminate_backend({pid});") == 1
+    blocker.rollback()
+    other.rollback()
+    assert cli(status, "--json", "--interval", "0").json["row_locks"] == []
+
+
+def test_one_line_for_all_that_wait_for_the_same(cli: Cli, conn: Connection[Any], connect: Connect) -> None:
+    create_topic(conn, "clicks", 56)
+    commit(conn, "a", partition_ids(conn, "clicks"))
+    connect(autocommit=False).execute("select from tidemark.topic_partitions for update")
+    out = cli(status, "--interval", "0", "--after", "0").out
+    assert len(re.findall(r"^  clicks/0-55: 56 events, \d\.\d s$", out, re.MULTILINE)) == 1
+    assert out.count("blocked by") == 1
+
+
+def test_a_worker_at_work_is_no_obstacle(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
+    """It holds the row as well, but not for long."""
+    commit(conn, "a", ids)
+    conn.execute("update tidemark.objects set committed_at = committed_at - interval '1 h'")
+    connect(autocommit=False).execute("select from tidemark.topic_partitions for no key update")
+    [reason] = {p["waits_for"] for p in cli(status, "--json", "--interval", "0").json["waiting"]}
+    assert reason == "no worker runs"
+
+
+def test_redis_that_hangs_or_is_away(
+    conn: Connection[Any], database_url: str, server_directory: Path, redis_binary: Path | None, ids: list[int]
+) -> None:
+    """Postgres' side is shown all the same, within a second more, and the cause is named."""
+    commit(conn, "a", ids)
+    with RedisServer.start(server_directory / "stopped", binary=redis_binary) as server:
+        with Redis.from_url(server.url) as redis:
+            pid = int(redis.info("server")["process_id"])
+        with app_for(database_url, server.url) as app:
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                began = time.monotonic()
+                words = Cli(app)(status, "--interval", "0", "--after", "0").words
+                assert time.monotonic() - began < 2
+            finally:
+                os.kill(pid, signal.SIGCONT)
+    assert "Redis does not answer: Timeout" in words
+    assert "orders 2 0 2 0." in words
+    assert "Redis does not answer start it, or correct TIDEMARK_BROKER_URL" in words
+    with app_for(database_url, "redis://:secret@127.0.0.1:1/0") as app:
+        found = Cli(app)(status, "--json", "--interval", "0", "--after", "0").json
+        assert {p["waits_for"] for p in found["waiting"]} == {"Redis does not answer"}
+        assert "Connection refused" in found["redis_error"]
+        assert "secret" not in Cli(app)(status, "--interval", "0").out
+
+
+def test_without_a_redis_nobody_knows_the_programs(conn: Connection[Any], database_url: str, ids: list[int]) -> None:
+    commit(conn, "a", ids)
+    with app_for(database_url, "amqp://guest@127.0.0.1:1//") as app:
+        assert set(waits_for(Cli(app)).values()) == {"fan-out"}
+
+
+def test_status_fits_80_columns(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
+    """On a terminal names end in an ellipsis; in a pipe no name is broken in two."""
+    commit(conn, "a", [*ids, *partition_ids(conn, LONG)])
+    connect(autocommit=False).execute("select from tidemark.topic_partitions for update -- " + "long " * 50)
+    found = Situation(
+        reading=read_status(conn), rates=None, hints=read_hints(cli.app), settings=cli.app.settings, after=0
+    )
+    screen = Console(width=80, file=StringIO())
+    with screen.capture() as shown:
+        screen.print(found.render())
+        screen.print(found.render(lambda _: ("▁" * 10, "█" * 10)))
+    assert max(map(len, shown.get().splitlines())) <= 80
+    assert "n…" in shown.get()
+    out = cli(status, "--interval", "0", "--after", "0").out
+    assert out.count(LONG) == 2
+
+
 def test_what_a_partition_waits_for(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
     commit(conn, "a", ids)
-    fresh = cli(status, "--json", "--interval", "0", "--after", "0").json
-    assert {p["waits_for"] for p in fresh["waiting"]} == {"fan-out: is beat running, and a worker on control?"}
     save_fan_out(conn, find_committed(conn))
-    waiting = cli(status, "--json", "--interval", "0", "--after", "0").json["waiting"]
-    assert {p["waits_for"] for p in waiting} == {f"a worker on materialize.{i % 8}" for i in ids}
     blocker, waiter = connect(autocommit=False), connect()
     blocker.execute("select from tidemark.topic_partitions where id = %s for update -- a comment", (ids[1],))
     with ThreadPoolExecutor(1) as pool:
@@ -135,22 +289,24 @@ def test_what_a_partition_waits_for(cli: Cli, conn: Connection[Any], connect: Co
         words = cli(status, "--interval", "0", "--after", "0").words
         assert f"pid {wait['pid']} has waited" in words
         assert f"select pg_terminate_backend({wait['blocker_pid']});" in words
-        assert "orders 1 1 0." in words
-        assert f"a lock of pid {wait['blocker_pid']}" in words
+        assert "orders/1: 1 event, 0." in words
+        assert f"blocked by pid {wait['blocker_pid']}" in words
         # Everyday waits are left out.
         assert "has waited" not in cli(status, "--interval", "0").out
         blocker.rollback()
         assert running.result(30).events_processed == 2
 
 
-def test_why_a_partition_cannot_be_materialized(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+def test_why_a_partition_cannot_be_materialized(
+    cli: Cli, conn: Connection[Any], redis_url: str, ids: list[int]
+) -> None:
     commit(conn, "a", ids)
     save_fan_out(conn, find_committed(conn))
     error = ValueError("disk on fire")
     cli.app.once(worker_metrics).stuck(["orders/1"], f"{type(error).__name__}: {error}")
     cli.app.once(worker_metrics).flush()
-    waiting = cli(status, "--json", "--interval", "0", "--after", "0").json["waiting"]
-    assert {p["partition"]: p["waits_for"] for p in waiting} == {
+    report(redis_url, "worker@one")
+    assert waits_for(cli) == {
         0: f"a worker on materialize.{ids[0] % 8}",
         1: "fails with ValueError: disk on fire",
     }
@@ -235,6 +391,36 @@ def test_top_prints_json_lines(cli: Cli, ids: list[int]) -> None:
     assert [json.loads(line)["topics"][0]["topic"] for line in lines] == ["orders", "orders"]
 
 
+def test_curves_of_lag_and_rate(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+    """A bar a look at first, then one for several; what is older than five minutes falls off."""
+    commit(conn, "a", ids)
+    reading = read_status(conn, ["orders"])
+    curves = Curves(10.0)
+
+    def look(number: int) -> None:
+        pending = [replace(p, lag=float(number)) for p in reading.pending]
+        curves.add(
+            Situation(
+                reading=replace(reading, pending=pending),
+                rates={"orders": 0.0},
+                hints=read_hints(cli.app),
+                settings=cli.app.settings,
+                after=5,
+            )
+        )
+
+    for number in range(1, 100):
+        look(number)
+        lag, rate = curves.of("orders")
+        assert len(lag) == len(rate) == 10
+        assert set(rate) <= {" ", "▁"}
+        assert lag[-1] == "█"
+        if number <= 10:
+            assert len(lag.strip()) == number
+    assert 300 <= curves.seconds <= 400
+    assert curves.of("another")[0] == "▁" * 10
+
+
 @pytest.fixture(scope="module")
 def own_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
     settings = {"max_prepared_transactions": "5", "wal_level": "logical", "max_wal_senders": "2", "fsync": "off"}
@@ -258,6 +444,9 @@ def test_prepared_transactions(own_server: PostgresServer, redis_url: str) -> No
         commit(conn, "a", ids)
         materialize(conn, ids)
         conn.execute("begin; select from tidemark.topic_partitions for update; prepare transaction 'lock'")
+        commit(conn, "b", ids)
+        [lock] = cli(status, "--json", "--interval", "0").json["row_locks"]
+        assert (lock["pid"], lock["gid"], lock["partition_ids"]) == (0, "lock", ids)
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(materialize, waiter, ids)
 

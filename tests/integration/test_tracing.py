@@ -176,6 +176,7 @@ def test_a_trace_that_is_not_sampled_is_not_noted(database_url: str, redis_url: 
     app.once(Background).drain()
     app.once(Background).drain()
     app.once(Background).drain()
+    app.once(Background).drain()
     assert app.redis
     assert app.redis.keys("tidemark:trace:*") == []
     tracing.close()
