@@ -137,7 +137,7 @@ class Comparison:
             pairs = max(pairs, self.pairs * (log(self.high / self.low) / 2 / log(1 + _WORTH_KNOWING)) ** 2)
         needed = ceil(self.candidate.transactions * pairs / self.pairs)
         # An estimate has two digits.
-        step = 10 ** max(len(str(needed)) - 2, 0)
+        step = int(10 ** max(len(str(needed)) - 2, 0))
         return -(-needed // step) * step
 
     @property
