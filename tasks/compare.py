@@ -135,7 +135,10 @@ class Comparison:
         if self.low is not None and self.high is not None:
             # An interval narrows with the root of their number.
             pairs = max(pairs, self.pairs * (log(self.high / self.low) / 2 / log(1 + _WORTH_KNOWING)) ** 2)
-        return ceil(self.candidate.transactions * pairs / self.pairs)
+        needed = ceil(self.candidate.transactions * pairs / self.pairs)
+        # An estimate has two digits.
+        step = int(10 ** max(len(str(needed)) - 2, 0))
+        return -(-needed // step) * step
 
     @property
     def words(self) -> str:
@@ -146,7 +149,7 @@ class Comparison:
         if needed is None:
             more += f", none of them like one of {ours}'s yet"
         elif needed > there:
-            more += f"; a difference of {_WORTH_KNOWING:.0%} shows after about {needed:,}"
+            more += f"; a difference of {_WORTH_KNOWING:.0%} shows with about {needed:,}"
         else:
             more += f": enough to see a difference of {_WORTH_KNOWING:.0%}"
         if self.time_ratio is None or self.verdict == "too few transactions":

@@ -163,7 +163,7 @@ def test_it_says_how_many_more_it_takes(app: TidemarkApp) -> None:
     few = only(app)
     assert few.transactions_needed
     assert few.transactions_needed > 300
-    assert f"a difference of 5% shows after about {few.transactions_needed:,}" in few.words
+    assert f"a difference of 5% shows with about {few.transactions_needed:,}" in few.words
     work(app, n=few.transactions_needed - 100, factor=1.0, seed=2)
     enough = only(app)
     assert (enough.high or 9) / (enough.low or 1) < 1.05**2 * 1.03
