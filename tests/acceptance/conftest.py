@@ -5,13 +5,12 @@ database of its own and an empty broker; every program ends with the test, whate
 """
 
 import itertools
-import os
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import celery
 import psycopg
@@ -34,10 +33,14 @@ from config.settings import Settings
 from db.topics import create_topic, partition_ids
 from tasks import discovery, maintenance, materialization
 from tasks.application import TidemarkApp
-from tests.acceptance.nodes import ROOT, LocalRedis, LocalWorker, Process, ProcessContainer, Worker, celery_argv
-from tests.acceptance.producers import Producers, backlog
-from tests.support import wait_until
-from tests.support_oracle import Ledger, check_log
+from tests.acceptance.nodes import LocalRedis, LocalWorker, ProcessContainer, Worker
+from tests.acceptance.producers import Producers
+from tests.demo import programs
+from tests.demo.check import check
+from tests.demo.evidence import backlog, collect
+from tests.demo.ledger import Ledger
+from tests.demo.programs import Process, celery_argv, leaks
+from tests.support import wait_until, with_password
 
 # pytest looks for fixtures in pytest-celery's modules, too. Some hold shared tasks, and the first look at one
 # configures the current app: that of `tasks` would start embedded servers in this machine's own data directory.
@@ -73,26 +76,21 @@ class Place:
     def env(self) -> dict[str, str]:
         env = {
             **FAST,
-            "TIDEMARK_DATABASE_URL": self.database_url,
+            "TIDEMARK_DATABASE_URL": with_password(self.database_url),
             "TIDEMARK_BROKER_URL": self.broker_url,
             **self.settings,
         }
         return env if self.redis_url is None else {**env, "TIDEMARK_REDIS_URL": self.redis_url}
 
 
-class Programs:
-    """Starts Tidemark's programs and ends them all."""
+class Programs(programs.Programs):
+    """Starts Tidemark's programs and ends them all. What any of them has written is looked through for secrets."""
 
     def __init__(self, place: Place, app: TidemarkApp) -> None:
+        super().__init__(place.directory, place.env)
         self.place = place
         self.app = app
-        self._stack = ExitStack()
         self._numbers = itertools.count(1)
-
-    def process(self, name: str, argv: list[str], env: Mapping[str, str] | None = None) -> Process:
-        process = Process(argv, {**self.place.env, **(env or {})}, self.place.directory / f"{name}.log")
-        self._stack.callback(process.close)
-        return process
 
     def worker(
         self, *options: str, env: Mapping[str, str] | None = None, app: str = "tasks", wait: bool = True
@@ -117,21 +115,7 @@ class Programs:
             wait_until(the_worker_is_ready, timeout=READY_SECONDS)
 
     def beat(self) -> Process:
-        name = f"beat{next(self._numbers)}"
-        return self.process(name, celery_argv("beat", "-l", "INFO"))
-
-    def run(self, *arguments: str, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
-        """`celery -A tasks …` until it ends."""
-        return subprocess.run(
-            celery_argv(*arguments),
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, **self.place.env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return self.celery(f"beat{next(self._numbers)}", "beat", "-l", "INFO")
 
     def stats(self, worker: Worker) -> dict[str, int]:
         """Tasks this worker has taken so far, by name."""
@@ -139,10 +123,19 @@ class Programs:
         return {str(name): int(count) for name, count in replies[worker.hostname()]["total"].items()}
 
     def close(self) -> None:
-        self._stack.close()
+        self.stop()
         # pytest shows it when the test has failed.
-        for file in sorted(self.place.directory.glob("*.log")):
-            print(f"=== {file.name}\n{file.read_text(errors='replace')[-4000:]}")  # noqa: T201
+        for name, output in self.outputs():
+            print(f"=== {name}\n{output[-4000:]}")  # noqa: T201
+        secrets = {secret for program in self._programs for secret in secrets_of(program.env)}
+        assert not (found := leaks(self.outputs(), sorted(secrets))), f"secrets in what programs wrote: {found}"
+
+
+def secrets_of(env: Mapping[str, str]) -> set[str]:
+    """Passwords of the URLs and of the logins in an environment."""
+    found = {urlsplit(value).password for name, value in env.items() if name.endswith("_URL")}
+    found |= {env[name].partition(":")[2] for name in ("TIDEMARK_FLOWER_AUTH", "FLOWER_BASIC_AUTH") if name in env}
+    return {secret for secret in found if secret}
 
 
 def make_app(place: Place) -> TidemarkApp:
@@ -179,9 +172,9 @@ def app(place: Place) -> Iterator[TidemarkApp]:
 
 @pytest.fixture
 def start(place: Place, app: TidemarkApp) -> Iterator[Programs]:
-    programs = Programs(place, app)
-    yield programs
-    programs.close()
+    started = Programs(place, app)
+    yield started
+    started.close()
 
 
 # pytest-celery's fixtures, each for the local counterpart of what it would start in Docker.
@@ -199,7 +192,7 @@ def celery_backend_cluster(redis_server: RedisServer, redis_url: str) -> CeleryB
 
 @pytest.fixture
 def celery_worker(start: Programs) -> Worker:
-    return start.worker("-c", "2")
+    return start.worker()
 
 
 @pytest.fixture
@@ -262,11 +255,11 @@ class Log:
 
         wait_until(the_backlog_is_drained, timeout=timeout, interval=0.1)
 
-    def check(self) -> dict[int, int]:
-        """Every invariant holds; returns how much was looked at for each."""
-        verdict = check_log(self.conn, self.ledger)
-        assert not verdict.violations, verdict.violations
-        return verdict.checked
+    def check(self) -> int:
+        """Every invariant holds; returns how many batches have their offsets."""
+        evidence = collect(self.conn, self.partitions, self.ledger)
+        assert [finding for finding in check(evidence) if finding.violation is not None] == []
+        return evidence.placed
 
 
 @pytest.fixture
@@ -285,7 +278,6 @@ def produce(log: Log) -> Iterator[Callable[..., Producers]]:
         def begin(**options: Any) -> Producers:
             producers = Producers(log.url, log.partitions, log.ledger, **options)
             stack.callback(producers.stop)
-            producers.start()
             return producers
 
         yield begin

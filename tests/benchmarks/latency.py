@@ -31,7 +31,7 @@ from db.topics import create_topic, partition_ids
 from tasks import materialization
 from tasks.application import TidemarkApp
 from tasks.wake import commit_and_wake
-from tests.acceptance.nodes import Process, celery_argv
+from tests.demo.programs import Process, celery_argv
 
 PARTITIONS = 16
 _POLL_SECONDS = 0.1

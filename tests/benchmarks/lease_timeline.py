@@ -24,7 +24,7 @@ from config.embedded.redis import RedisServer
 from db.commit import Batch, commit_batches
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
-from tests.acceptance.nodes import Process, celery_argv
+from tests.demo.programs import Process, celery_argv
 
 SHARDS = 8
 _ENDS = "select partition_id, end_offset from tidemark.named_partitions"

@@ -24,7 +24,6 @@ from config.settings import Settings
 from tasks import discovery, maintenance, materialization
 from tasks.application import TidemarkApp
 from tasks.discovery import fan_out_once
-from tests.acceptance.nodes import Process, celery_argv
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, drain, shares
 from tests.benchmarks.crew import Crew
@@ -32,6 +31,7 @@ from tests.benchmarks.measure import Sample
 from tests.benchmarks.plan import Measurement, compared, seconds_for
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, list_objects, load, placed
+from tests.demo.programs import Process, celery_argv
 
 _WORKERS = 2
 _DEADLINE = 120.0
