@@ -10,7 +10,7 @@ from psycopg.rows import TupleRow
 
 T = TypeVar("T")
 
-_DATABASE_PASSWORD = "the-database-password-of-the-tests"
+_DATABASE_PASSWORD = "kN4wTz8QxV2mRb6Lh0sJ"
 
 
 class Connect(Protocol):

@@ -5,7 +5,7 @@ database of its own and an empty broker; every program ends with the test, whate
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,13 +122,31 @@ class Programs(programs.Programs):
         replies = self.app.control.inspect([worker.hostname()], timeout=5, limit=1).stats() or {}
         return {str(name): int(count) for name, count in replies[worker.hostname()]["total"].items()}
 
+    def require_discreet(self) -> None:
+        """Raise LeakError where one of them has written a password of the environment of any."""
+        self.stop()
+        environments = [self.env, *(program.env for program in self._programs)]
+        if found := leaks(self.outputs(), {secret for env in environments for secret in secrets_of(env)}):
+            raise LeakError("secrets stand in the output after:\n" + "\n".join(found))
+
     def close(self) -> None:
         self.stop()
         # pytest shows it when the test has failed.
         for name, output in self.outputs():
             print(f"=== {name}\n{output[-4000:]}")  # noqa: T201
-        secrets = {secret for program in self._programs for secret in secrets_of(program.env)}
-        assert not (found := leaks(self.outputs(), sorted(secrets))), f"secrets in what programs wrote: {found}"
+
+
+class LeakError(AssertionError):
+    """A program has written a secret."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Every test of real programs fails where one of them has written a secret."""
+    result = yield
+    if isinstance(started := pyfuncitem.funcargs.get("start"), Programs):
+        started.require_discreet()
+    return result
 
 
 def secrets_of(env: Mapping[str, str]) -> set[str]:

@@ -5,12 +5,13 @@ session's process group also names what a program leaves behind. What a program 
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from config.errors import TidemarkError
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 _END_SECONDS = 20.0
+# By as many characters a secret is recognized.
+_SIGNIFICANT = 10
 # A program that is measured writes its coverage when it ends by itself.
 _MEASURED_SECONDS = 10.0 if "COVERAGE_PROCESS_CONFIG" in os.environ else 0.0
 
@@ -202,14 +205,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def leaks(outputs: Sequence[tuple[str, str]], secrets: Sequence[str]) -> list[str]:
-    """The lines of the outputs in which a secret stands, without the secret."""
+def leaks(outputs: Sequence[tuple[str, str]], secrets: Collection[str]) -> list[str]:
+    """What stands before each secret in the outputs, once; the secret itself is left out."""
     found = []
     for name, output in outputs:
-        for line in output.splitlines():
-            shown = line
-            for secret in secrets:
-                shown = shown.replace(secret, "(SECRET)")
-            if shown != line:
-                found.append(f"{name}: {shown[:300]}")
-    return found
+        # A table or a frame around a traceback breaks lines where it likes, and cuts off what is long.
+        words = re.sub(r"[\s│]+", "", output)
+        for secret in secrets:
+            begin = secret[:_SIGNIFICANT]
+            found += [
+                f"{name}: {words[max(0, at.start() - 60) : at.start()]}…" for at in re.finditer(re.escape(begin), words)
+            ]
+    return list(dict.fromkeys(found))

@@ -28,6 +28,7 @@ from tests.acceptance.conftest import (
     log,
     place,
     produce,
+    pytest_pyfunc_call,
 )
 from tests.acceptance.nodes import Worker
 from tests.demo.programs import ROOT
@@ -45,6 +46,7 @@ __all__ = [
     "log",
     "place",
     "produce",
+    "pytest_pyfunc_call",
 ]
 
 # As in compose.yaml; a test compares them.
