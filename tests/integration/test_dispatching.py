@@ -2,7 +2,6 @@
 
 import json
 from base64 import b64decode
-from collections.abc import Iterator
 from typing import Any
 
 import kombu.exceptions
@@ -11,44 +10,24 @@ import pytest
 from psycopg import Connection
 from redis import Redis
 
-from config.settings import Settings
-from db.commit import commit_object
 from db.discover import Pending
-from db.topics import create_topic, partition_ids
-from tasks import discovery, maintenance, materialization
 from tasks.application import TidemarkApp
 from tasks.discovery import fan_out_once, sweep_once
 from tasks.dispatch import dispatch
+from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import wait_until
 
 SHARDS = 4
 
 
-def make_app(database_url: str, broker_url: str, **changes: Any) -> TidemarkApp:
-    app = TidemarkApp("tidemark-test", set_as_current=False)
-    app.settings = Settings(database_url=database_url, broker_url=broker_url, shards=SHARDS, **changes)
-    for module in (materialization, discovery, maintenance):
-        module.register(app)
-    return app
-
-
 @pytest.fixture
-def app(database_url: str, redis_url: str) -> Iterator[TidemarkApp]:
-    made = make_app(database_url, redis_url)
-    yield made
-    made.database.close()
-    made.close()
+def app(make_app: MakeApp) -> TidemarkApp:
+    return make_app(shards=SHARDS)
 
 
 @pytest.fixture
 def ids(conn: Connection[Any]) -> list[int]:
-    create_topic(conn, "orders", 8)
-    return partition_ids(conn, "orders")
-
-
-def commit(conn: Connection[Any], key: str, ids: list[int]) -> None:
-    n = len(ids)
-    commit_object(conn, key, ids, [1] * n, list(range(0, 10 * n, 10)), [10] * n, [0] * n)
+    return make_topic(conn, partitions=8)
 
 
 def queued(redis_url: str) -> dict[str, list[dict[str, Any]]]:
@@ -107,9 +86,9 @@ def test_a_queued_partition_is_not_queued_again_until_its_task_starts(
 
 
 def test_a_token_that_outlived_its_task_expires(
-    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int]
+    make_app: MakeApp, redis_url: str, conn: Connection[Any], ids: list[int]
 ) -> None:
-    app = make_app(database_url, redis_url, queued_seconds=0.05)
+    app = make_app(shards=SHARDS, queued_seconds=0.05)
     commit(conn, "a", ids[:1])
     fan_out_once(app)
 
@@ -135,16 +114,16 @@ def test_the_sweep_finds_what_a_flushed_redis_lost(
 
 
 def test_a_broker_that_is_down_leaves_the_commits_to_be_found_again(
-    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int]
+    make_app: MakeApp, redis_url: str, conn: Connection[Any], ids: list[int]
 ) -> None:
     commit(conn, "a", ids[:1])
-    down = make_app(database_url, "redis://127.0.0.1:1/0")
+    down = make_app(shards=SHARDS, broker_url="redis://127.0.0.1:1/0")
     down.conf.task_publish_retry = False
     with pytest.raises(kombu.exceptions.OperationalError):
         fan_out_once(down)
     down.database.close()
 
-    up = make_app(database_url, redis_url)
+    up = make_app(shards=SHARDS)
     assert fan_out_once(up)["partitions"] == 1
     up.database.close()
 

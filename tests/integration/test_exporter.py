@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,7 @@ from redis import Redis
 import db.figures
 from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
-from config.settings import Settings
 from db.audit import audit
-from db.commit import commit_object
 from db.execute import run
 from db.materialize import MaterializationMetrics, Moved, materialize
 from db.statements import statement
@@ -37,6 +36,8 @@ from tasks.exporter import Exporter, ServerError, Source
 from tasks.figures import WorkerFigures
 from tasks.leases import LeaseStore
 from tasks.materialization import drain
+from tests.integration import conftest
+from tests.integration.conftest import MakeApp, make_topic
 from tests.support import Connect, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,7 @@ PROMTOOL = shutil.which("promtool")
 WITHOUT_PROMTOOL = (
     "promtool is not installed (Debian: apt-get install prometheus); a parser looked at the names instead"
 )
+SETTINGS: dict[str, Any] = {"metrics_seconds": 0.001, "lock_timeout": 0.2, "retries": 1, "retry_seconds": 0.01}
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -67,23 +69,8 @@ class Scrape:
 
 
 @pytest.fixture
-def app(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[TidemarkApp]:
-    with ExitStack() as stack:
-        yield make_app(stack, database_url, redis_url, tmp_path)
-
-
-def make_app(stack: ExitStack, database_url: str, redis_url: str, directory: Path, **settings: Any) -> TidemarkApp:
-    app = TidemarkApp("exported", set_as_current=False)
-    app.settings = Settings(
-        database_url=database_url,
-        broker_url=redis_url,
-        data_dir=directory,
-        metrics_seconds=0.001,
-        **{"lock_timeout": 0.2, "retries": 1, "retry_seconds": 0.01, **settings},
-    )
-    stack.callback(app.close)
-    stack.callback(lambda: app.database.close() if "database" in vars(app) else None)
-    return app
+def app(make_app: MakeApp, tmp_path: Path) -> TidemarkApp:
+    return make_app(**SETTINGS, data_dir=tmp_path)
 
 
 @pytest.fixture
@@ -106,15 +93,12 @@ def scrape(exporter: Exporter) -> Scrape:
     return Scrape(get(exporter))
 
 
-def commit(conn: Connection[Any], key: str, partitions: Sequence[int]) -> None:
-    count = len(partitions)
-    commit_object(conn, key, partitions, [3] * count, [0] * count, [10] * count, [0] * count)
+commit = partial(conftest.commit, records=3)
 
 
 @pytest.fixture
 def orders(conn: Connection[TupleRow]) -> list[int]:
-    create_topic(conn, "orders", 4)
-    return partition_ids(conn, "orders")
+    return make_topic(conn, partitions=4)
 
 
 # --- What it says
@@ -215,8 +199,7 @@ def read_by_figures(conn: Connection[TupleRow]) -> int:
 
 def test_the_figures_cost_some_descents_a_partition(connect: Connect, conn: Connection[TupleRow]) -> None:
     """However long the log is, and however many transactions were open once."""
-    create_topic(conn, "large", 2_000)
-    ids = partition_ids(conn, "large")
+    ids = make_topic(conn, "large", partitions=2_000)
     commit(conn, "first", ids)
     materialize(conn, ids)
     conn.execute("analyze")
@@ -313,13 +296,13 @@ def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
     assert last("materialize_duration_seconds_count", topic="orders", strategy=DONE.strategy) == 2
 
 
-def test_labels_are_bounded(redis_url: str, database_url: str, conn: Connection[TupleRow], tmp_path: Path) -> None:
+def test_labels_are_bounded(make_app: MakeApp, conn: Connection[TupleRow], tmp_path: Path) -> None:
     names = [f"topic{n}" for n in range(6)]
     for name in names:
         create_topic(conn, name, 2)
         commit(conn, name, partition_ids(conn, name))
     with ExitStack() as stack:
-        app = make_app(stack, database_url, redis_url, tmp_path, metrics_topics=3)
+        app = make_app(**SETTINGS, data_dir=tmp_path, metrics_topics=3)
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
         for _ in range(2):
             # As many processes, each of which meets all topics.
@@ -411,11 +394,11 @@ def test_leases(app: TidemarkApp, exporter: Exporter) -> None:
 
 
 def test_a_source_that_is_away_takes_no_other_with_it(
-    monkeypatch: pytest.MonkeyPatch, redis_url: str, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, make_app: MakeApp, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
         monkeypatch.setattr("tasks.exporter._ANSWER_SECONDS", 0.5)
-        app = make_app(stack, "postgresql://127.0.0.1:1/nowhere", redis_url, tmp_path)
+        app = make_app(**SETTINGS, data_dir=tmp_path, database_url="postgresql://127.0.0.1:1/nowhere")
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
         found = scrape(exporter)
         assert found("exporter_source_up", source="postgres") == 0
@@ -426,10 +409,10 @@ def test_a_source_that_is_away_takes_no_other_with_it(
 
 
 def test_redis_and_broker_away(
-    database_url: str, tmp_path: Path, conn: Connection[TupleRow], orders: list[int]
+    make_app: MakeApp, tmp_path: Path, conn: Connection[TupleRow], orders: list[int]
 ) -> None:
     with ExitStack() as stack:
-        app = make_app(stack, database_url, "redis://127.0.0.1:1/0", tmp_path)
+        app = make_app(**SETTINGS, data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0")
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
 
         def all_but_postgres_are_down() -> bool:

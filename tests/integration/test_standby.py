@@ -21,11 +21,11 @@ from db.commit import Batch, commit_batches, commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.migrate import upgrade
-from db.topics import create_topic, partition_ids
 from db.translate import is_transient
 from tests.demo.check import check
 from tests.demo.evidence import collect
 from tests.demo.ledger import Ledger, Outcome, Reading, commit_noted, note
+from tests.integration.conftest import make_topic
 from tests.support import wait_until
 
 SETTINGS = {"autovacuum": "off", "wal_receiver_status_interval": "1s"}
@@ -86,8 +86,7 @@ def connect(server: PostgresServer) -> Connection[TupleRow]:
 def test_a_standby_that_lags(servers: tuple[PostgresServer, Standby]) -> None:
     """An offset that is not there yet is told apart from one that is nowhere; and who would write may try elsewhere."""
     with connect(servers[0]) as primary, connect(servers[1]) as standby:
-        create_topic(primary, "orders", 1)
-        ids = partition_ids(primary, "orders")
+        ids = make_topic(primary, "orders", partitions=1)
         commit_object(primary, "a", ids, [10], [0], [1], [0])
         materialize(primary, ids)
         wait_until(lambda: read_end(standby, ids[0]) == 10)
@@ -184,8 +183,7 @@ class Traffic:
 def test_a_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> None:
     primary, standby = servers
     with connect(primary) as conn:
-        create_topic(conn, "orders", PARTITIONS)
-        ids = partition_ids(conn, "orders")
+        ids = make_topic(conn, partitions=PARTITIONS)
     traffic = Traffic(primary.url(), ids)
     with ThreadPoolExecutor(PRODUCERS + 2) as threads:
         jobs = [threads.submit(traffic.produce, number) for number in range(PRODUCERS)]

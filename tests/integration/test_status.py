@@ -15,15 +15,15 @@ from psycopg import Connection, sql
 from psycopg.pq import ExecStatus, PGconn
 
 from config.embedded.postgres import PostgresServer
-from db.commit import commit_object
 from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
 from db.partitions import COUNT_LIMIT
 from db.status import read_status
-from db.topics import create_topic, partition_ids
+from db.topics import create_topic
 from tasks.commands.status import status
 from tasks.commands.top import top
+from tests.integration.conftest import commit, make_topic
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 
@@ -31,21 +31,9 @@ LONG = "n" * 249
 
 
 @pytest.fixture
-def cli(database_url: str, redis_url: str) -> Iterator[Cli]:
-    with app_for(database_url, redis_url) as app:
-        yield Cli(app)
-
-
-@pytest.fixture
 def ids(conn: Connection[Any]) -> list[int]:
     create_topic(conn, LONG, 1)
-    create_topic(conn, "orders", 2)
-    return partition_ids(conn, "orders")
-
-
-def commit(conn: Connection[Any], key: str, ids: list[int], records: int = 1) -> None:
-    n = len(ids)
-    commit_object(conn, key, ids, [records] * n, [0] * n, [10] * n, [0] * n)
+    return make_topic(conn, partitions=2)
 
 
 def test_backlog_and_lag(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
@@ -249,8 +237,7 @@ def test_prepared_transactions(own_server: PostgresServer, redis_url: str) -> No
         app_for(own_server.url(), redis_url) as app,
     ):
         cli = Cli(app)
-        create_topic(conn, "orders", 1)
-        ids = partition_ids(conn, "orders")
+        ids = make_topic(conn, partitions=1)
         conn.execute("begin")
         commit(conn, "late", ids)
         conn.execute("prepare transaction 'it''s late'")
@@ -280,8 +267,7 @@ def test_replication_slots_and_standbys(own_server: PostgresServer, redis_url: s
     """They have no transaction of their own to measure: what counts is the oldest commit that they do not see."""
     with psycopg.connect(own_server.url(), autocommit=True) as conn, app_for(own_server.url(), redis_url) as app:
         cli = Cli(app)
-        create_topic(conn, "replicated", 1)
-        ids = partition_ids(conn, "replicated")
+        ids = make_topic(conn, "replicated", partitions=1)
         commit(conn, "before", ids)
         conn.execute("select pg_create_logical_replication_slot('cdc', 'pgoutput')")
         (xmin,) = conn.execute("select txid_current()").fetchone() or (0,)
