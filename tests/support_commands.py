@@ -58,12 +58,18 @@ def assert_readable(lines: Sequence[str]) -> None:
     assert [line for line in lines if len(line) > COLUMNS or "\x1b" in line] == []
 
 
-@contextmanager
-def app_for(database_url: str, broker_url: str, **changes: Any) -> Iterator[TidemarkApp]:
+def new_app(**settings: Any) -> TidemarkApp:
+    """An app with settings of its own: the one in `tasks` reads its environment once."""
     app = TidemarkApp("tidemark-test", set_as_current=False)
-    app.settings = Settings(database_url=database_url, broker_url=broker_url, **changes)
+    app.settings = Settings.model_validate(settings)
     for module in (materialization, discovery, maintenance):
         module.register(app)
+    return app
+
+
+@contextmanager
+def app_for(database_url: str, broker_url: str, **changes: Any) -> Iterator[TidemarkApp]:
+    app = new_app(database_url=database_url, broker_url=broker_url, **changes)
     yield app
     app.database.close()
     app.close()

@@ -29,9 +29,7 @@ from pytest_celery import (
 
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
-from config.settings import Settings
 from db.topics import create_topic, partition_ids
-from tasks import discovery, maintenance, materialization
 from tasks.application import TidemarkApp
 from tests.acceptance.nodes import LocalRedis, LocalWorker, ProcessContainer, Worker
 from tests.acceptance.producers import Producers
@@ -41,6 +39,7 @@ from tests.demo.evidence import backlog, collect
 from tests.demo.ledger import Ledger
 from tests.demo.programs import Process, celery_argv, leaks
 from tests.support import wait_until, with_password
+from tests.support_commands import new_app
 
 # pytest looks for fixtures in pytest-celery's modules, too. Some hold shared tasks, and the first look at one
 # configures the current app: that of `tasks` would start embedded servers in this machine's own data directory.
@@ -159,12 +158,7 @@ def secrets_of(env: Mapping[str, str]) -> set[str]:
 def make_app(place: Place) -> TidemarkApp:
     """An app in this process with settings of its own: the one in `tasks` reads its environment once."""
     values = {name.removeprefix("TIDEMARK_").lower(): value for name, value in place.env.items()}
-    app = TidemarkApp("tidemark-test", set_as_current=False)
-    app.settings = Settings.model_validate(values)
-    materialization.register(app)
-    discovery.register(app)
-    maintenance.register(app)
-    return app
+    return new_app(**values)
 
 
 @pytest.fixture
