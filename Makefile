@@ -49,6 +49,13 @@ check: setup ## Format, lint, types, layers
 test: check ## All checks and all tests that need nothing but this repository
 	$(PYTEST) --numprocesses 2 --dist loadfile $(ARGS)
 
+.PHONY: coverage
+coverage: check ## The same tests, with the branch coverage of all processes, and its floor
+	mkdir -p build/coverage && $(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
 .PHONY: test-unit
 test-unit: setup ## The tests that need no server
 	$(PYTEST) tests/unit $(ARGS)

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
 T = TypeVar("T")
+
+_DATABASE_PASSWORD = "kN4wTz8QxV2mRb6Lh0sJ"
 
 
 class Connect(Protocol):
@@ -27,3 +30,10 @@ def wait_until(condition: Callable[[], T], *, timeout: float = 15.0, interval: f
             raise AssertionError(f"after {timeout:g} s still not: {getattr(condition, '__name__', condition)}")
         time.sleep(interval)
     return value
+
+
+def with_password(url: str) -> str:
+    """The URL of a database with a password, where it has none: an embedded server does not ask for it."""
+    parts = urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    return url if ":" in user else parts._replace(netloc=f"{user}:{_DATABASE_PASSWORD}@{host}").geturl()

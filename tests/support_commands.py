@@ -62,10 +62,16 @@ def assert_readable(lines: Sequence[str]) -> None:
     assert [line for line in lines if len(line) > COLUMNS or "\x1b" in line] == []
 
 
+def new_app(**settings: Any) -> TidemarkApp:
+    """An app with settings of its own: the one in `tasks` reads its environment once."""
+    app = TidemarkApp("tidemark-test")
+    app.settings = Settings.model_validate(settings)
+    return app
+
+
 @contextmanager
 def app_for(database_url: str, broker_url: str, **changes: Any) -> Iterator[TidemarkApp]:
-    app = TidemarkApp("tidemark-test")
-    app.settings = Settings(database_url=database_url, broker_url=broker_url, **changes)
+    app = new_app(database_url=database_url, broker_url=broker_url, **changes)
     yield app
     app.database.close()
     app.close()

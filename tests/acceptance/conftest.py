@@ -5,13 +5,12 @@ database of its own and an empty broker; every program ends with the test, whate
 """
 
 import itertools
-import os
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import celery
 import psycopg
@@ -30,13 +29,17 @@ from pytest_celery import (
 
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
-from config.settings import Settings
 from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
-from tests.acceptance.nodes import ROOT, LocalRedis, LocalWorker, Process, ProcessContainer, Worker, celery_argv
-from tests.acceptance.producers import Producers, backlog
-from tests.support import wait_until
-from tests.support_oracle import Ledger, check_log
+from tests.acceptance.nodes import LocalRedis, LocalWorker, ProcessContainer, Worker
+from tests.acceptance.producers import Producers
+from tests.demo import programs
+from tests.demo.check import check
+from tests.demo.evidence import backlog, collect
+from tests.demo.ledger import Ledger
+from tests.demo.programs import Process, celery_argv, leaks
+from tests.support import wait_until, with_password
+from tests.support_commands import new_app
 
 # pytest looks for fixtures in pytest-celery's modules, too. Some hold shared tasks, and the first look at one
 # configures the current app: that of `tasks` would start embedded servers in this machine's own data directory.
@@ -72,26 +75,21 @@ class Place:
     def env(self) -> dict[str, str]:
         env = {
             **FAST,
-            "TIDEMARK_DATABASE_URL": self.database_url,
+            "TIDEMARK_DATABASE_URL": with_password(self.database_url),
             "TIDEMARK_BROKER_URL": self.broker_url,
             **self.settings,
         }
         return env if self.redis_url is None else {**env, "TIDEMARK_REDIS_URL": self.redis_url}
 
 
-class Programs:
-    """Starts Tidemark's programs and ends them all."""
+class Programs(programs.Programs):
+    """Starts Tidemark's programs and ends them all. What any of them has written is looked through for secrets."""
 
     def __init__(self, place: Place, app: TidemarkApp) -> None:
+        super().__init__(place.directory, place.env)
         self.place = place
         self.app = app
-        self._stack = ExitStack()
         self._numbers = itertools.count(1)
-
-    def process(self, name: str, argv: list[str], env: Mapping[str, str] | None = None) -> Process:
-        process = Process(argv, {**self.place.env, **(env or {})}, self.place.directory / f"{name}.log")
-        self._stack.callback(process.close)
-        return process
 
     def worker(
         self, *options: str, env: Mapping[str, str] | None = None, app: str = "tasks", wait: bool = True
@@ -116,40 +114,51 @@ class Programs:
             wait_until(the_worker_is_ready, timeout=READY_SECONDS)
 
     def beat(self) -> Process:
-        name = f"beat{next(self._numbers)}"
-        return self.process(name, celery_argv("beat", "-l", "INFO"))
-
-    def run(self, *arguments: str, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
-        """`celery -A tasks …` until it ends."""
-        return subprocess.run(
-            celery_argv(*arguments),
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, **self.place.env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return self.celery(f"beat{next(self._numbers)}", "beat", "-l", "INFO")
 
     def stats(self, worker: Worker) -> dict[str, int]:
         """Tasks this worker has taken so far, by name."""
         replies = self.app.control.inspect([worker.hostname()], timeout=5, limit=1).stats() or {}
         return {str(name): int(count) for name, count in replies[worker.hostname()]["total"].items()}
 
+    def require_discreet(self) -> None:
+        """Raise LeakError where one of them has written a password of the environment of any."""
+        self.stop()
+        environments = [self.env, *(program.env for program in self._programs)]
+        if found := leaks(self.outputs(), {secret for env in environments for secret in secrets_of(env)}):
+            raise LeakError("secrets stand in the output after:\n" + "\n".join(found))
+
     def close(self) -> None:
-        self._stack.close()
+        self.stop()
         # pytest shows it when the test has failed.
-        for file in sorted(self.place.directory.glob("*.log")):
-            print(f"=== {file.name}\n{file.read_text(errors='replace')[-4000:]}")  # noqa: T201
+        for name, output in self.outputs():
+            print(f"=== {name}\n{output[-4000:]}")  # noqa: T201
+
+
+class LeakError(AssertionError):
+    """A program has written a secret."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Every test of real programs fails where one of them has written a secret."""
+    result = yield
+    if isinstance(started := pyfuncitem.funcargs.get("start"), Programs):
+        started.require_discreet()
+    return result
+
+
+def secrets_of(env: Mapping[str, str]) -> set[str]:
+    """Passwords of the URLs and of the logins in an environment."""
+    found = {urlsplit(value).password for name, value in env.items() if name.endswith("_URL")}
+    found |= {env[name].partition(":")[2] for name in ("TIDEMARK_FLOWER_AUTH", "FLOWER_BASIC_AUTH") if name in env}
+    return {secret for secret in found if secret}
 
 
 def make_app(place: Place) -> TidemarkApp:
     """An app in this process with settings of its own: the one in `tasks` reads its environment once."""
     values = {name.removeprefix("TIDEMARK_").lower(): value for name, value in place.env.items()}
-    app = TidemarkApp("tidemark-test")
-    app.settings = Settings.model_validate(values)
-    return app
+    return new_app(**values)
 
 
 @pytest.fixture
@@ -175,9 +184,9 @@ def app(place: Place) -> Iterator[TidemarkApp]:
 
 @pytest.fixture
 def start(place: Place, app: TidemarkApp) -> Iterator[Programs]:
-    programs = Programs(place, app)
-    yield programs
-    programs.close()
+    started = Programs(place, app)
+    yield started
+    started.close()
 
 
 # pytest-celery's fixtures, each for the local counterpart of what it would start in Docker.
@@ -195,7 +204,7 @@ def celery_backend_cluster(redis_server: RedisServer, redis_url: str) -> CeleryB
 
 @pytest.fixture
 def celery_worker(start: Programs) -> Worker:
-    return start.worker("-c", "2")
+    return start.worker()
 
 
 @pytest.fixture
@@ -258,11 +267,11 @@ class Log:
 
         wait_until(the_backlog_is_drained, timeout=timeout, interval=0.1)
 
-    def check(self) -> dict[int, int]:
-        """Every invariant holds; returns how much was looked at for each."""
-        verdict = check_log(self.conn, self.ledger)
-        assert not verdict.violations, verdict.violations
-        return verdict.checked
+    def check(self) -> int:
+        """Every invariant holds; returns how many batches have their offsets."""
+        evidence = collect(self.conn, self.partitions, self.ledger)
+        assert [finding for finding in check(evidence) if finding.violation is not None] == []
+        return evidence.placed
 
 
 @pytest.fixture
@@ -281,7 +290,6 @@ def produce(log: Log) -> Iterator[Callable[..., Producers]]:
         def begin(**options: Any) -> Producers:
             producers = Producers(log.url, log.partitions, log.ledger, **options)
             stack.callback(producers.stop)
-            producers.start()
             return producers
 
         yield begin

@@ -4,93 +4,16 @@ pytest-celery's containers wrap an object of the Docker SDK. `ProcessContainer` 
 that object's interface which is used, so the fixtures, nodes and clusters above them are pytest-celery's own.
 """
 
-import os
 import shlex
 import signal
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
 import celery
-import psutil
 from pytest_celery import CeleryTestContainer, CeleryTestWorker, CeleryWorkerContainer, RedisContainer
 
-ROOT = Path(__file__).parents[2]
-_END_SECONDS = 20
-
-
-class Process:
-    """A program of ours in a session of its own, its output in a file."""
-
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        self.argv = list(argv)
-        self.env = {**os.environ, **env}
-        self.log = log
-        self._output: IO[bytes] = log.open("ab")
-        self._process = self._spawn()
-
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self.argv,
-            cwd=ROOT,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.poll()
-
-    @property
-    def running(self) -> bool:
-        return self.returncode is None
-
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def wait(self, timeout: float = _END_SECONDS) -> int:
-        return self._process.wait(timeout)
-
-    def kill(self) -> None:
-        """SIGKILL to the program and all it started, as `docker kill` does."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait(_END_SECONDS)
-
-    def restart(self) -> None:
-        self.end()
-        self._process = self._spawn()
-
-    def end(self) -> None:
-        """Stop in order, then by force; whatever was left of the session goes too."""
-        if self.running:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_END_SECONDS)
-        self.kill()
-
-    def close(self) -> None:
-        """For the end of a test, which waits for nobody."""
-        self.kill()
-        self._output.close()
-
-    def children(self) -> list[int]:
-        """Pids of the processes it forked."""
-        return [child.pid for child in psutil.Process(self.pid).children(recursive=True)]
+from tests.demo.programs import ROOT, Process
 
 
 class Server(Protocol):
@@ -266,8 +189,3 @@ class Worker(CeleryTestWorker):
 
     def hostname(self) -> str:
         return self._name
-
-
-def celery_argv(*arguments: str, app: str = "tasks") -> list[str]:
-    """The command line of Celery's program in this environment."""
-    return [sys.executable, "-m", "celery", "-A", app, *arguments]

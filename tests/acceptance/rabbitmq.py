@@ -1,14 +1,13 @@
 """A RabbitMQ of the tests' own: node, data, logs, cookie and port mapper apart from any other, on 127.0.0.1 only."""
 
 import shutil
-import socket
 from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
 import kombu
 
-from tests.acceptance.nodes import Process
+from tests.demo.programs import Process, free_port
 from tests.support import wait_until
 
 # Not the wrapper in /usr/sbin, which changes to the directories and the user of the system's own server.
@@ -24,12 +23,6 @@ def find_program() -> str | None:
     """Path of rabbitmq-server; None where it is not installed."""
     found = next((place for place in _PLACES if Path(place).exists()), None)
     return found or shutil.which("rabbitmq-server")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RabbitServer:

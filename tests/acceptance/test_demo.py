@@ -88,13 +88,27 @@ def test_ends_well(demo: Demo) -> None:
     counts = [int(re.findall(r"[\d,]+", counted)[0].replace(",", "")) for _, _, counted, _ in found]
     assert counts[0] == counts[1] > 500
     assert all(count > 0 for count in counts)
-    assert max(map(len, demo.text().splitlines())) <= 160
     assert demo.leftovers() == []
+
+
+def test_what_it_shows(demo: Demo) -> None:
+    """Who leases which shards, one clock that only goes on, how long the login lives; in 80 columns."""
+    assert demo.start("--seconds", "1", "--producers", "1", "--workers", "2").wait(150) == 0, demo.text()
+    leased = re.findall(r"^.{7}  worker\d@\S+ leases shards (.+)$", demo.text(), re.MULTILINE)
+    assert len(leased) == 2
+    parts = [part.partition("-") for part in ", ".join(leased).split(", ")]
+    shards = [shard for first, _, last in parts for shard in range(int(first), int(last or first) + 1)]
+    assert sorted(shards) == list(range(8))
+    clock = [float(seconds) for seconds in re.findall(r"^ *([\d.]+) s  ", demo.text(), re.MULTILINE)]
+    assert clock == sorted(clock)
+    assert len(clock) > 5
+    assert "with --keep until Ctrl-C" in demo.text()
+    assert max(map(len, demo.text().splitlines())) <= 80
 
 
 def test_ctrl_c_while_producing(demo: Demo) -> None:
     """Everything runs by then: servers, workers, beat, Flower and producers."""
-    process = demo.start("--seconds", "60", "--producers", "2", "--shards", "2")
+    process = demo.start("--seconds", "60", "--producers", "2", "--workers", "2")
     wait_until(lambda: "producing" in demo.text() or process.poll() is not None, timeout=120)
     assert process.poll() is None, demo.text()
     assert len(demo.processes()) > 10
@@ -110,7 +124,7 @@ def test_ctrl_c_while_producing(demo: Demo) -> None:
 @pytest.mark.parametrize("seconds", [0.0, 2.0])
 def test_sigterm_while_starting(demo: Demo, seconds: float) -> None:
     """As soon as there is anything to clean up, and while the programs load."""
-    process = demo.start("--producers", "2", "--shards", "2")
+    process = demo.start("--producers", "2", "--workers", "2")
     wait_until(lambda: any(demo.directory.iterdir()), timeout=60)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
@@ -121,12 +135,12 @@ def test_sigterm_while_starting(demo: Demo, seconds: float) -> None:
 
 def test_program_that_dies(demo: Demo) -> None:
     """The demo says which, ends with exit code 1, and finds also what the dead one left behind."""
-    process = demo.start("--seconds", "60", "--producers", "1", "--shards", "1")
+    process = demo.start("--seconds", "60", "--producers", "1", "--workers", "1")
     wait_until(lambda: "producing" in demo.text() or process.poll() is not None, timeout=120)
-    control = [p for p in demo.processes() if "control,maintenance" in p.cmdline() and p.ppid() == process.pid]
-    assert len(control[0].children()) == 2
-    control[0].kill()
+    (worker,) = [p for p in demo.processes() if p.ppid() == process.pid and "worker" in p.cmdline()]
+    assert len(worker.children()) == 1
+    worker.kill()
     assert process.wait(60) == 1, demo.text()
-    message = r"^Error: control worker was ended by SIGKILL; the end of its log:"
+    message = r"^Error: worker1 was ended by SIGKILL; the end of its log:"
     assert re.search(message, demo.text(), re.MULTILINE), demo.text()
     assert demo.leftovers() == []

@@ -3,7 +3,6 @@
 import base64
 import json
 import shutil
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ import pytest
 from config.queues import shard_of, shard_queue
 from tasks.app import TidemarkApp
 from tests.acceptance.conftest import Log, Programs
-from tests.acceptance.nodes import ROOT, Worker, celery_argv
+from tests.acceptance.nodes import Worker
 from tests.acceptance.producers import commit_one
+from tests.demo.programs import ROOT, free_port
 from tests.support import wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -63,17 +63,14 @@ class Flower:
 
 @pytest.fixture
 def worker(start: Programs) -> Worker:
-    # -E: Flower learns of tasks by their events.
-    return start.worker("-c", "1", "-E")
+    return start.worker()
 
 
 @pytest.fixture
 def flower(start: Programs, tmp_path: Path) -> Flower:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     login = {"TIDEMARK_FLOWER_AUTH": f"{USER}:{PASSWORD}", "TIDEMARK_DATA_DIR": str(tmp_path)}
-    process = start.process("flower", celery_argv("flower", f"--port={port}"), login)
+    process = start.celery("flower", "flower", f"--port={port}", env=login)
     flower = Flower(url=f"http://127.0.0.1:{port}")
 
     def flower_answers() -> bool:
@@ -178,7 +175,7 @@ def test_the_pages_read_well(flower: Flower, worker: Worker, page: Any, app: Tid
 def test_a_job_lands_on_the_queues_of_its_shards(flower: Flower, start: Programs, app: TidemarkApp, log: Log) -> None:
     """A worker resolves the topic's name; no worker serves a shard yet, so the tasks can be looked at."""
     commit_one(log.conn, log.ledger, "bucket/1", log.partitions)
-    start.worker("-c", "1", "-Q", "control")
+    start.worker("-Q", "control")
     flower.request("/api/task/async-apply/tasks.materialize_topic", {"args": ["orders"]})
     flower.request("/api/task/async-apply/tasks.materialize", {"kwargs": {"partition_ids": log.partitions[:1]}})
     asked = shard_of(log.partitions[0], app.settings.shards)
@@ -191,7 +188,7 @@ def test_a_job_lands_on_the_queues_of_its_shards(flower: Flower, start: Programs
         return the_queues() == {shard: 2 if shard == asked else 1 for shard in range(app.settings.shards)}
 
     wait_until(every_shard_has_its_task)
-    start.worker("-c", "1")
+    start.worker()
     log.wait_until_drained()
     log.check()
 

@@ -93,7 +93,7 @@ def test_postgres_crashes_while_tasks_run(
     """Twice, once for longer: every kind of pool goes on with the same process; failed commits are replayed."""
     workers = start_workers(start)
     start.beat()
-    producers = produce(pause=0.005)
+    producers = produce()
     for pause in (0.0, 3.0):
         mark = len(log.ledger.sent)
 
@@ -110,7 +110,7 @@ def test_postgres_crashes_while_tasks_run(
     with psycopg.connect(place.database_url, autocommit=True) as conn:
         fresh = Log(url=log.url, conn=conn, partitions=log.partitions, ledger=log.ledger)
         fresh.wait_until_drained()
-        assert fresh.check()[2] == len(log.ledger.sent)
+        assert fresh.check() == len(log.ledger.sent)
     assert_alive(workers)
 
 

@@ -87,7 +87,7 @@ def test_the_next_worker_takes_over(
     wait_until(the_second_materializes, timeout=30)
     producers.stop()
     log.wait_until_drained()
-    assert log.check()[2] == len(log.ledger.sent)
+    assert log.check() == len(log.ledger.sent)
 
 
 def test_rabbitmq_crashes(
@@ -104,5 +104,5 @@ def test_rabbitmq_crashes(
     producers.stop()
     commit_one(log.conn, log.ledger, "bucket/after", log.partitions)
     log.wait_until_drained(timeout=60)
-    assert log.check()[2] == len(log.ledger.sent)
+    assert log.check() == len(log.ledger.sent)
     assert worker.process.running

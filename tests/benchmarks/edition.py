@@ -29,10 +29,14 @@ from db import discover
 from db.commit import commit_object
 from db.materialize import materialize
 from db.retention import retain
-from tests.acceptance.nodes import Process, celery_argv
 from tests.benchmarks.cold import Backlog, drain, shares
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, load, wal_position
+
+try:
+    from tests.demo.programs import Process, celery_argv
+except ModuleNotFoundError:  # where the first edition has it
+    from tests.acceptance.nodes import Process, celery_argv  # type: ignore[attr-defined,no-redef,unused-ignore]
 
 Conn = psycopg.Connection[Any]
 _TIMESTAMP = 1_767_225_600_000

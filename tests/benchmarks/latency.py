@@ -22,15 +22,14 @@ import psycopg
 
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
-from config.settings import Settings
 from db.commit import commit_object
 from db.discover import sweep
 from db.materialize import materialize
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
-from tasks.app import TidemarkApp
 from tasks.dispatch import commit_and_wake
-from tests.acceptance.nodes import Process, celery_argv
+from tests.demo.programs import Programs
+from tests.support_commands import app_for
 
 PARTITIONS = 16
 _POLL_SECONDS = 0.1
@@ -97,11 +96,11 @@ def run(samples: int, stack: ExitStack) -> dict[str, list[float]]:
         "TIDEMARK_BROKER_URL": redis.url,
         "TIDEMARK_DATA_DIR": str(directory),
     }
+    programs = Programs(directory, env)
+    stack.callback(programs.stop)
     for name in ("worker", "beat"):
-        process = Process(celery_argv(name), env, directory / f"{name}.log")
-        stack.callback(process.close)
-    app = TidemarkApp("latency")
-    app.settings = Settings(database_url=postgres.url(), broker_url=redis.url)
+        programs.celery(name, name)
+    app = stack.enter_context(app_for(postgres.url(), redis.url))
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     poller = context.Process(target=poll, args=(postgres.url("polled"), stop))

@@ -25,7 +25,7 @@ from db.commit import Batch, commit_batches
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
 from tasks.membership import read_programs, redis_time
-from tests.acceptance.nodes import Process, celery_argv
+from tests.demo.programs import Process, Programs
 
 SHARDS = 8
 _ENDS = "select partition_id, end_offset from tidemark.named_partitions"
@@ -201,16 +201,13 @@ def main() -> None:
             "TIDEMARK_DATA_DIR": str(directory),
         }
 
-        def process(name: str, *arguments: str) -> Process:
-            made = Process(celery_argv(*arguments), env, directory / f"{name}.log")
-            stack.callback(made.close)
-            return made
-
+        programs = Programs(directory, env)
+        stack.callback(programs.stop)
         timeline = Timeline()
-        process("beat", "beat")
+        programs.celery("beat", "beat")
         watch = Watch(postgres.url(), redis.url, timeline, lease=lease)
         stack.callback(watch.close)
-        play(watch, lambda name: process(name, "worker", "-n", f"{name}@test"))
+        play(watch, lambda name: programs.celery(name, "worker", "-n", f"{name}@test"))
         sys.stdout.write(render(timeline) + "\n\n")
         rows = (
             ("1 → 4 workers", "one worker has all shards", "kill -9 w2"),

@@ -20,10 +20,8 @@ import psycopg
 
 from config.embedded.redis import RedisServer
 from config.queues import shard_of_queue
-from config.settings import Settings
 from tasks.app import TidemarkApp
 from tasks.dispatch import fan_out
-from tests.acceptance.nodes import Process, celery_argv
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, drain, shares
 from tests.benchmarks.crew import Crew
@@ -31,6 +29,8 @@ from tests.benchmarks.measure import Sample
 from tests.benchmarks.plan import Measurement, compared, seconds_for
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, list_objects, load, placed
+from tests.demo.programs import Programs
+from tests.support_commands import app_for
 
 _WORKERS = 2
 _DEADLINE = 120.0
@@ -85,18 +85,16 @@ class Rig:
         redis = stack.enter_context(RedisServer.start(directory / "redis"))
         self.conn: psycopg.Connection[Any] = stack.enter_context(psycopg.connect(url, autocommit=True))
         self.crew = stack.enter_context(Crew(url, _WORKERS))
-        self._app = TidemarkApp("tidemark-bench")
-        self._app.settings = Settings(database_url=url, broker_url=redis.url, data_dir=directory)
-        stack.callback(self._app.database.close)
+        self._app = stack.enter_context(app_for(url, redis.url, data_dir=directory))
         env = {
             "TIDEMARK_DATABASE_URL": url,
             "TIDEMARK_BROKER_URL": redis.url,
             "TIDEMARK_DATA_DIR": str(directory),
         }
-        for number in range(_WORKERS):
-            name = f"w{number}"
-            worker = Process(celery_argv("worker", "-n", f"{name}@bench", "-l", "INFO"), env, directory / f"{name}.log")
-            stack.callback(worker.close)
+        programs = Programs(directory, env)
+        stack.callback(programs.stop)
+        for name in (f"w{number}" for number in range(_WORKERS)):
+            programs.celery(name, "worker", "-n", f"{name}@bench")
 
     @classmethod
     @contextmanager

@@ -21,10 +21,10 @@ from tests.demo.view import Screen
     type=click.FloatRange(min=0, min_open=True),
     help="Commits a second of each producer, 24 to 48 batches each.",
 )
-@click.option("--shards", type=click.IntRange(1, 64), help="Shards, a worker each. [default: TIDEMARK_SHARDS or 8]")
+@click.option("--workers", default=3, show_default=True, type=click.IntRange(1, 64), help="They share the shards.")
 @click.option("--keep", is_flag=True, help="Stay up after the check, to look around, until Ctrl-C.")
 @click.pass_context
-def demo(ctx: click.Context, *, seconds: float, producers: int, rate: float, shards: int | None, keep: bool) -> None:
+def demo(ctx: click.Context, *, seconds: float, producers: int, rate: float, workers: int, keep: bool) -> None:
     """Run the whole pipeline under load, then check that nothing was lost, doubled or out of order.
 
     Starts servers, workers, beat and Flower, in a temporary directory, and stops them all in the end. Uses
@@ -36,7 +36,8 @@ def demo(ctx: click.Context, *, seconds: float, producers: int, rate: float, sha
             seconds=seconds,
             producers=producers,
             rate=rate,
-            shards=shards or settings.shards,
+            workers=workers,
+            shards=settings.shards,
             keep=keep,
             database_url=settings.database_url,
             broker_url=settings.broker_url,

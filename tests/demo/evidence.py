@@ -1,41 +1,106 @@
-"""Collects what the check needs from the database, when the backlog is drained and nobody commits."""
+"""What the database says: the log as it is stored, as it is fetched, and what is pending."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg.rows import class_row
 
+from db.discover import sweep
 from db.fetch import FetchedBatch, fetch_batches
 from db.topics import names_of
 from tests.demo.check import Evidence, PartitionLog
-from tests.demo.ledger import Attempt
-from tests.demo.observers import Reader, Watcher
+from tests.demo.ledger import Ledger
 from tests.demo.storage import download
-from tests.observe import find_objects, observe_heads, read_log
 
 _BATCHES_A_FETCH = 500
+
+# Offsets of partitions in one snapshot, and the objects and records of the batches since the end offset that was known
+# of each, where a run begins. Costs O(new batches).
+_HEADS = """
+    select p.partition_id, p.start_offset, p.end_offset, n.new_records, n.new_object_ids
+    from unnest(%s::int[], %s::bigint[]) known(id, end_offset)
+    join tidemark.named_partitions p on p.partition_id = known.id
+    cross join lateral (
+        select coalesce(sum(b.n_records), 0)::bigint as new_records,
+               coalesce(array_agg(b.object_id), '{}') as new_object_ids
+        from tidemark.record_batches b
+        where b.partition_id = known.id and b.run_start_offset >= known.end_offset
+    ) n
+"""
+
+# As the runs have them, also where they break the rules that a fetch relies on.
+_LOG = """
+    select b.start_offset, b.n_records, coalesce(b.object_key, format('(no object %%s)', b.object_id)) as object_key,
+           b.byte_offset, b.byte_length, b.max_timestamp_ms as max_timestamp
+    from tidemark.record_batches b
+    where b.partition_id = %s
+    order by b.start_offset
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Head:
+    """A partition's offsets, and what stands between the end offset known before and the present one."""
+
+    partition_id: int
+    start_offset: int
+    end_offset: int
+    new_records: int
+    new_object_ids: list[int]
+
+
+def observe_heads(conn: psycopg.Connection[Any], known_end_offsets: Mapping[int, int]) -> list[Head]:
+    """Heads of the partitions in `known_end_offsets`, all in one snapshot."""
+    with conn.cursor(row_factory=class_row(Head)) as cursor:
+        # Planned each time: a plan kept from an empty log would scan a full one.
+        return cursor.execute(
+            _HEADS, (list(known_end_offsets), list(known_end_offsets.values())), prepare=False
+        ).fetchall()
+
+
+def read_log(conn: psycopg.Connection[Any], partition_id: int) -> list[FetchedBatch]:
+    """Every batch of a partition by offset, straight from its runs and events."""
+    with conn.cursor(row_factory=class_row(FetchedBatch)) as cursor:
+        return cursor.execute(_LOG, (partition_id,), prepare=False).fetchall()
+
+
+def find_objects(conn: psycopg.Connection[Any], prefix: str) -> dict[str, int]:
+    """Ids of committed objects by key."""
+    return dict(conn.execute("select key, id from tidemark.objects where key ^@ %s", (prefix,)).fetchall())
+
+
+def backlog(conn: psycopg.Connection[Any], partition_ids: Collection[int] | None = None) -> int:
+    """Pending events in these partitions, or in all."""
+    return sum(p.events for p in sweep(conn) if partition_ids is None or p.partition_id in partition_ids)
 
 
 def collect(
     conn: psycopg.Connection[Any],
     partition_ids: Sequence[int],
-    key_prefix: str,
-    objects: Path,
-    attempts: Sequence[Attempt],
-    watcher: Watcher,
-    reader: Reader,
+    ledger: Ledger,
+    *,
+    key_prefix: str = "",
+    objects: Path | None = None,
+    looks: int | None = None,
+    fetched: int | None = None,
 ) -> Evidence:
-    """Read the log and the objects of the run."""
+    """All that is known when the backlog is drained and nobody commits.
+
+    `objects` is where the producers uploaded to. `looks` and `fetched` are how often readers looked and how many
+    batches they were given, where the ledger does not hold each.
+    """
     return Evidence(
         partitions=read_partitions(conn, partition_ids),
         objects=find_objects(conn, key_prefix),
-        attempts=attempts,
-        sightings=watcher.sightings,
-        readings=reader.readings,
-        load=lambda key: download(objects, key),
-        looks=watcher.looks,
-        fetched=reader.fetched,
+        attempts=ledger.attempts,
+        sightings=ledger.sightings,
+        readings=ledger.readings,
+        load=None if objects is None else lambda key: download(objects, key),
+        looks=len(ledger.sightings) if looks is None else looks,
+        fetched=len(ledger.readings) if fetched is None else fetched,
     )
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tests.demo.ledger import Attempt, LedgerTail, Outcome
+from tests.demo.ledger import Ledger, LedgerTail, Outcome
 from tests.demo.observers import Watcher
 
 # Rates and lags shown are those of the last seconds.
@@ -31,18 +31,19 @@ class Figures:
 
 
 class Meter:
-    """Follows a run; keeps all attempts for the check afterwards."""
+    """Follows a run, and gathers in `ledger` what the producers have written down."""
 
-    def __init__(self, ledger: LedgerTail, watcher: Watcher, topics: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, files: LedgerTail, ledger: Ledger, watcher: Watcher, topics: Mapping[str, Sequence[int]]
+    ) -> None:
+        self._files = files
         self._ledger = ledger
         self._watcher = watcher
         self._topics = topics
         self._returned: dict[int, float] = {}
-        self._committed = 0
         self._lags: list[float] = []
         self._recent: deque[tuple[float, float]] = deque()
         self._totals: deque[tuple[float, int, int]] = deque()
-        self.attempts: list[Attempt] = []
 
     def begin(self) -> None:
         """Forget the lags so far: those of programs that were starting."""
@@ -50,13 +51,11 @@ class Meter:
 
     def read_ledgers(self) -> None:
         """Take in what the producers have noted."""
-        for attempt in self._ledger.read():
-            self.attempts.append(attempt)
+        for attempt in self._files.read():
+            self._ledger.write(attempt)
             object_id = attempt.object_id
             if attempt.outcome is not Outcome.COMMITTED or object_id is None:
                 continue
-            if object_id not in self._returned:
-                self._committed += len(attempt.batches)
             self._returned[object_id] = min(attempt.returned, self._returned.get(object_id, attempt.returned))
 
     def read(self, backlog: int) -> Figures:
@@ -64,7 +63,7 @@ class Meter:
         self.read_ledgers()
         now = time.monotonic()
         self._sample(now)
-        self._totals.append((now, self._committed, self._watcher.materialized))
+        self._totals.append((now, len(self._ledger.sent), self._watcher.materialized))
         while self._totals[0][0] < now - _WINDOW_SECONDS and len(self._totals) > 1:
             self._totals.popleft()
         since, committed, materialized = self._totals[0]
@@ -74,9 +73,9 @@ class Meter:
         p50, p99 = percentiles([lag for _, lag in self._recent])
         ends = self._watcher.end_offsets
         return Figures(
-            committed=self._committed,
+            committed=len(self._ledger.sent),
             materialized=self._watcher.materialized,
-            committed_rate=(self._committed - committed) / elapsed,
+            committed_rate=(len(self._ledger.sent) - committed) / elapsed,
             materialized_rate=(self._watcher.materialized - materialized) / elapsed,
             backlog=backlog,
             lag_p50=p50,

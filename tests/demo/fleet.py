@@ -1,8 +1,8 @@
 """Which programs the demo runs: the same that everybody runs, by the same command lines."""
 
 import base64
+import json
 import secrets
-import socket
 import sys
 import urllib.error
 import urllib.request
@@ -10,28 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tasks
-from config.queues import CONTROL, MAINTENANCE, shard_queue
 from tests.demo.plan import Places, Plan
 from tests.demo.producer import Order
-from tests.demo.programs import Program, Programs
+from tests.demo.programs import HOST, Process, Programs, free_port
 
-_CELERY = (sys.executable, "-m", "celery", "-A", "tasks")
-_HOST = "127.0.0.1"
 _ANSWER_SECONDS = 1.0
+_INSPECT_SECONDS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flower:
     """Where the user finds Flower."""
 
-    port: int
+    port: int = field(default_factory=free_port)
     user: str = "tidemark"
     password: str = field(default_factory=lambda: secrets.token_urlsafe(9))
 
     @property
     def url(self) -> str:
-        return f"http://{_HOST}:{self.port}"
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def login(self) -> str:
+        return f"{self.url}  login {self.user} / {self.password}"
 
     def answers(self) -> bool:
         """Whether the page with the workers comes for this login."""
@@ -50,64 +51,43 @@ class Flower:
 class Fleet:
     """The programs, by what they do."""
 
-    shards: Sequence[Program]
-    beat: Program
-    control: Program
-    flower: Program
-    producers: Sequence[Program]
+    workers: Sequence[Process]
+    beat: Process
+    flower: Process
+    producers: Sequence[Process]
 
 
-def start_fleet(
-    plan: Plan,
-    places: Places,
-    programs: Programs,
-    environment: Mapping[str, str],
-    partition_ids: Sequence[int],
-    flower: Flower,
-) -> Fleet:
+def start_fleet(plan: Plan, places: Places, programs: Programs, partition_ids: Sequence[int], flower: Flower) -> Fleet:
     """Start them all at once; they take some seconds of CPU to load."""
-    environment = {**environment, "PYTHONPATH": _python_path(environment)}
-    shards = [
-        programs.start(
-            f"worker of shard {shard}",
-            _worker(plan, f"shard-{shard}", shard_queue(shard), "-c", "1", "-P", "solo"),
-            environment,
-        )
-        for shard in range(plan.shards)
-    ]
-    # Two slots: fan-out must not wait for maintenance.
-    control = programs.start(
-        "control worker", _worker(plan, "control", f"{CONTROL},{MAINTENANCE}", "-c", "2"), environment
-    )
-    beat = programs.start("beat", [*_CELERY, "beat", "-l", "WARNING"], environment)
+    # The name of the run tells its workers from others on a shared broker.
+    names = [f"worker{number}@demo-{plan.name}" for number in range(1, plan.workers + 1)]
+    workers = [programs.celery(name.split("@")[0], "worker", "-n", name) for name in names]
+    beat = programs.celery("beat", "beat")
     # The password goes by the environment: everybody can read a command line.
-    started_flower = programs.start(
-        "flower",
-        [*_CELERY, "flower", f"--address={_HOST}", f"--port={flower.port}", "--persistent=False"],
-        {**environment, "FLOWER_BASIC_AUTH": f"{flower.user}:{flower.password}"},
-    )
+    login = {"TIDEMARK_FLOWER_AUTH": f"{flower.user}:{flower.password}"}
+    started_flower = programs.celery("flower", "flower", f"--port={flower.port}", env=login)
     producers = [
-        programs.start(
+        programs.process(
             f"producer {number}",
             [sys.executable, "-m", "tests.demo.producer", _order(plan, places, partition_ids, number)],
-            environment,
             may_end=True,
         )
         for number in range(plan.producers)
     ]
-    return Fleet(shards=shards, control=control, beat=beat, flower=started_flower, producers=producers)
+    return Fleet(workers=workers, beat=beat, flower=started_flower, producers=producers)
+
+
+def leased_shards(programs: Programs) -> Mapping[str, Sequence[int]]:
+    """Which shards each worker has, as `celery -A tasks inspect shards` tells."""
+    told = programs.run("inspect", "shards", "--json", "--timeout", str(_INSPECT_SECONDS))
+    # With no answer at all it says so, and ends with an exit code of its own.
+    answers = json.loads(told.stdout) if told.returncode == 0 else {}
+    return {name: answers[name]["shards"] for name in sorted(answers)}
 
 
 def ledger_of(places: Places, number: int) -> Path:
     """A producer's ledger, which appears when it is ready."""
     return places.ledgers / f"producer-{number}.jsonl"
-
-
-def _worker(plan: Plan, name: str, queues: str, *options: str) -> list[str]:
-    # Events are what Flower lives on; mingle would have every worker wait a second for all others.
-    node = f"demo-{plan.name}-{name}@%h"
-    quiet = ("--without-gossip", "--without-mingle", "-l", "WARNING")
-    return [*_CELERY, "worker", "-Q", queues, *options, "-n", node, "-E", *quiet]
 
 
 def _order(plan: Plan, places: Places, partition_ids: Sequence[int], number: int) -> str:
@@ -119,17 +99,3 @@ def _order(plan: Plan, places: Places, partition_ids: Sequence[int], number: int
         objects=str(places.objects),
         ledger=str(ledger_of(places, number)),
     ).to_json()
-
-
-def _python_path(environment: Mapping[str, str]) -> str:
-    """Find the packages we were imported from, wherever the programs look otherwise."""
-    ours = str(Path(tasks.__file__).parents[1])
-    theirs = environment.get("PYTHONPATH")
-    return f"{ours}:{theirs}" if theirs else ours
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        return int(probe.getsockname()[1])

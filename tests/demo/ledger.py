@@ -1,19 +1,23 @@
-"""What a producer knows to have done: one JSON line for every attempt to commit, written when its outcome is known.
+"""What producers know to have done, and what readers have seen: in memory, and for processes in a file.
 
 Times are of the monotonic clock, which all processes of a machine share: `began` before anything was sent, `returned`
-after the answer was there.
+after the answer was there. An attempt to commit is noted when its outcome is known; in a file it is a line of JSON.
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from enum import StrEnum
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
-from db.commit import Batch
+import psycopg
+
+from db.commit import Batch, commit_batches
+from db.fetch import FetchedBatch
 
 
 class Outcome(StrEnum):
@@ -63,6 +67,83 @@ class Attempt:
                 for b in values["batches"]
             ),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sighting:
+    """A partition's head when a reader looked.
+
+    `new_records` stood between the end offset that the reader had seen before and this one; None: it did not count.
+    """
+
+    partition_id: int
+    start_offset: int
+    end_offset: int
+    new_records: int | None = None
+    reader: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """A batch that a fetch returned."""
+
+    partition_id: int
+    batch: FetchedBatch
+
+
+class Notes(Protocol):
+    """Where attempts are written down."""
+
+    def write(self, attempt: Attempt) -> None: ...
+
+
+class Ledger:
+    """In memory, filled by producers and readers from any thread."""
+
+    def __init__(self) -> None:
+        self.attempts: list[Attempt] = []
+        self.sightings: list[Sighting] = []
+        self.readings: list[Reading] = []
+        # The batches of the objects that are known to be committed, each object's once.
+        self.sent: list[Batch] = []
+        self._keys: set[str] = set()
+        self._lock = Lock()
+
+    def write(self, attempt: Attempt) -> None:
+        with self._lock:
+            self.attempts.append(attempt)
+            if attempt.outcome is Outcome.COMMITTED and attempt.key not in self._keys:
+                self._keys.add(attempt.key)
+                self.sent += attempt.batches
+
+
+def note(
+    notes: Notes,
+    key: str,
+    batches: Sequence[Batch],
+    began: float,
+    outcome: Outcome,
+    object_id: int | None = None,
+) -> Attempt:
+    """Write down an attempt that has just returned."""
+    attempt = Attempt(
+        key=key,
+        batches=tuple(batches),
+        began=began,
+        returned=time.monotonic(),
+        outcome=outcome,
+        object_id=object_id,
+    )
+    notes.write(attempt)
+    return attempt
+
+
+def commit_noted(conn: psycopg.Connection[Any], notes: Notes, key: str, batches: Sequence[Batch]) -> int:
+    """Commit an object and write it down; returns its id."""
+    began = time.monotonic()
+    object_id = commit_batches(conn, key, batches)
+    note(notes, key, batches, began, Outcome.COMMITTED, object_id)
+    return object_id
 
 
 class LedgerWriter:

@@ -7,7 +7,7 @@ Each is a thread with a connection of its own. What one of them fails with is ra
 import random
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Event, Thread
 from types import TracebackType
@@ -17,30 +17,13 @@ import psycopg
 
 from db.fetch import FetchedBatch, fetch_batches
 from db.pool import Database
-from tests.demo.plan import DemoError
-from tests.observe import observe_heads
+from tests.demo.evidence import observe_heads
+from tests.demo.ledger import Ledger, Reading, Sighting
+from tests.demo.programs import DemoError
 
 _WATCH_SECONDS = 0.05
 _READ_SECONDS = 0.02
 _BATCHES_A_READ = 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sighting:
-    """A partition's head, and how many records stood between the end offset seen before and this one."""
-
-    partition_id: int
-    start_offset: int
-    end_offset: int
-    new_records: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """A batch that a fetch returned."""
-
-    partition_id: int
-    batch: FetchedBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,26 +86,22 @@ class Watcher(Observer):
     Keeps each partition's head only where it changed: a long run must not fill the memory.
     """
 
-    def __init__(self, database: Database, partition_ids: Sequence[int]) -> None:
+    def __init__(self, database: Database, partition_ids: Sequence[int], ledger: Ledger) -> None:
         super().__init__("watcher", database, _WATCH_SECONDS)
-        self._ends = dict.fromkeys(sorted(partition_ids), 0)
+        self._ledger = ledger
+        self.end_offsets = dict.fromkeys(sorted(partition_ids), 0)
         self._last: dict[int, tuple[int, int]] = {}
         self.looks = 0
         self.materialized = 0
-        self.sightings: list[Sighting] = []
         self.arrivals: deque[Arrival] = deque()
 
-    @property
-    def end_offsets(self) -> Mapping[int, int]:
-        return self._ends
-
     def look(self, conn: psycopg.Connection[object]) -> None:
-        heads = observe_heads(conn, self._ends)
+        heads = observe_heads(conn, self.end_offsets)
         seen = time.monotonic()
         self.looks += len(heads)
         for head in heads:
             if self._last.get(head.partition_id) != (head.start_offset, head.end_offset) or head.new_records:
-                self.sightings.append(
+                self._ledger.sightings.append(
                     Sighting(
                         partition_id=head.partition_id,
                         start_offset=head.start_offset,
@@ -131,7 +110,7 @@ class Watcher(Observer):
                     )
                 )
             self._last[head.partition_id] = head.start_offset, head.end_offset
-            self._ends[head.partition_id] = head.end_offset
+            self.end_offsets[head.partition_id] = head.end_offset
         object_ids = tuple(object_id for head in heads for object_id in head.new_object_ids)
         if object_ids:
             self.materialized += len(object_ids)
@@ -141,13 +120,13 @@ class Watcher(Observer):
 class Reader(Observer):
     """Fetches at random offsets, and keeps the first sight of every batch and every later one that differs."""
 
-    def __init__(self, database: Database, watcher: Watcher) -> None:
+    def __init__(self, database: Database, watcher: Watcher, ledger: Ledger) -> None:
         super().__init__("reader", database, _READ_SECONDS)
+        self._ledger = ledger
         self._watcher = watcher
         self._random = random.Random()
         self._first: dict[tuple[int, int], FetchedBatch] = {}
         self.fetched = 0
-        self.readings: list[Reading] = []
 
     def look(self, conn: psycopg.Connection[object]) -> None:
         partition_id, end_offset = self._random.choice(list(self._watcher.end_offsets.items()))
@@ -162,4 +141,4 @@ class Reader(Observer):
             offset = batch.start_offset + batch.n_records
             first = self._first.setdefault((partition_id, batch.start_offset), batch)
             if first is batch or first != batch:
-                self.readings.append(Reading(partition_id=partition_id, batch=batch))
+                self._ledger.readings.append(Reading(partition_id=partition_id, batch=batch))

@@ -10,14 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from config.errors import TidemarkError
-
 TOPICS = ("orders", "payments", "clicks")
 PARTITIONS = 16
-
-
-class DemoError(TidemarkError):
-    """The demo could not run to its end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +21,7 @@ class Plan:
     seconds: float
     producers: int
     rate: float
+    workers: int
     shards: int
     keep: bool
     database_url: str | None

@@ -1,10 +1,10 @@
-"""One producer, a process of its own: `python -m tests.demo.producer ORDER`.
+"""One producer: threads of a test's process, or a process of its own, `python -m tests.demo.producer ORDER`.
 
 Uploads objects and commits them, several at once, and is difficult in every way a producer may be: slow to commit,
 changing its mind, repeating itself, at the same moment too, and repeating itself wrongly. All goes into its ledger.
 
-Its ledger file appears when it is ready. It begins when told to on its standard input, and ends at once when that
-closes: nobody is left to tell.
+The process' ledger file appears when it is ready. It begins when told to on its standard input, and ends at once when
+that closes: nobody is left to tell.
 """
 
 import json
@@ -18,15 +18,17 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum, auto
 from itertools import accumulate
 from pathlib import Path
-from threading import Lock, Thread
-from typing import Self
+from threading import Event, Lock, Thread
+from typing import Any, Self
+
+import psycopg
 
 from config.errors import CommitConflictError
 from config.settings import load_settings
 from db.commit import Batch, commit_batches
 from db.pool import Database
 from db.translate import is_transient
-from tests.demo.ledger import Attempt, LedgerWriter, Outcome
+from tests.demo.ledger import LedgerWriter, Notes, Outcome, commit_noted, note
 from tests.demo.storage import upload
 
 # Commits of one producer under way at once: the slow ones must not slow the others down.
@@ -66,14 +68,17 @@ _KINDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """What the demo tells a producer on its command line."""
+    """What a producer is to do; `rate` is commits a second. Without `objects`, a directory, nothing is uploaded.
+
+    `ledger` is the file of a process.
+    """
 
     number: int
     key_prefix: str
     rate: float
     partition_ids: Sequence[int]
-    objects: str
-    ledger: str
+    objects: str | None = None
+    ledger: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -88,7 +93,7 @@ class Shift:
     """From when to when, by the monotonic clock."""
 
     start: float
-    stop: float
+    stop: float = float("inf")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -101,10 +106,11 @@ class Shift:
 class Producer:
     """Several threads that share a schedule."""
 
-    def __init__(self, order: Order, database: Database, ledger: LedgerWriter) -> None:
+    def __init__(self, order: Order, database: Database, notes: Notes) -> None:
         self._order = order
         self._database = database
-        self._ledger = ledger
+        self._notes = notes
+        self._over = Event()
         self._random = random.Random(f"{order.key_prefix}{order.number}")
         self._lock = Lock()
         self._number = 0
@@ -115,6 +121,10 @@ class Producer:
             for done in [threads.submit(self._work, shift) for _ in range(THREADS)]:
                 done.result()
 
+    def end(self) -> None:
+        """Let `run` return after the commits at hand."""
+        self._over.set()
+
     def _work(self, shift: Shift) -> None:
         while True:
             with self._lock:
@@ -123,10 +133,10 @@ class Producer:
                 key, batches = self._draw(number)
                 hold, pause = (self._random.uniform(0, _LONGEST_HOLD) for _ in range(2))
             due = shift.start + number / self._order.rate
-            if due >= shift.stop or time.monotonic() >= shift.stop:
+            if due >= shift.stop or time.monotonic() >= shift.stop or self._over.wait(max(0.0, due - time.monotonic())):
                 return
-            time.sleep(max(0.0, due - time.monotonic()))
-            upload(Path(self._order.objects), key, [batch.byte_length for batch in batches])
+            if self._order.objects is not None:
+                upload(Path(self._order.objects), key, [batch.byte_length for batch in batches])
             self._carry_out(kind, key, batches, hold, pause)
 
     def _carry_out(self, kind: Kind, key: str, batches: Sequence[Batch], hold: float, pause: float) -> None:
@@ -174,7 +184,7 @@ class Producer:
                 if not is_transient(error):
                     raise
                 outcome, object_id = Outcome.UNKNOWN, None
-            self._note(key, batches, began, outcome, object_id)
+            note(self._notes, key, batches, began, outcome, object_id)
             if outcome is not Outcome.UNKNOWN:
                 return
             time.sleep(_RETRY_PAUSE)
@@ -188,24 +198,12 @@ class Producer:
         except Exception as error:
             if not is_transient(error):
                 raise
-        self._note(key, batches, began, Outcome.ROLLED_BACK, None)
-
-    def _note(self, key: str, batches: Sequence[Batch], began: float, outcome: Outcome, object_id: int | None) -> None:
-        self._ledger.write(
-            Attempt(
-                key=key,
-                batches=tuple(batches),
-                began=began,
-                returned=time.monotonic(),
-                outcome=outcome,
-                object_id=object_id,
-            )
-        )
+        note(self._notes, key, batches, began, Outcome.ROLLED_BACK)
 
     def _draw(self, number: int) -> tuple[str, list[Batch]]:
         draw = self._random.randint
         lengths = [draw(*_BYTES) for _ in range(draw(*_BATCHES))]
-        now = time.time_ns() // 1_000_000
+        now = _now()
         batches = [
             Batch(
                 partition_id=self._random.choice(self._order.partition_ids),
@@ -221,6 +219,23 @@ class Producer:
     def _endless_kinds(self) -> Iterator[Kind]:
         while True:
             yield from self._random.sample(_KINDS, len(_KINDS))
+
+
+def commit_everywhere(
+    conn: psycopg.Connection[Any], objects: Path, notes: Notes, key: str, partition_ids: Sequence[int]
+) -> None:
+    """Upload and commit one batch for every partition."""
+    length = _BYTES[0]
+    batches = [
+        Batch(partition_id=i, n_records=1, byte_offset=n * length, byte_length=length, max_timestamp=_now())
+        for n, i in enumerate(partition_ids)
+    ]
+    upload(objects, key, [length] * len(batches))
+    commit_noted(conn, notes, key, batches)
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _end_with_standard_input() -> None:

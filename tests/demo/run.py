@@ -8,26 +8,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-import psycopg
-
+from config.embedded.host import tail
 from config.settings import Settings
-from db.discover import sweep
 from db.migrate import upgrade
 from db.pool import Database
 from db.topics import create_topic, partition_ids
 from tests.demo.check import check
-from tests.demo.evidence import collect
+from tests.demo.evidence import backlog, collect
 from tests.demo.figures import Meter
-from tests.demo.fleet import Fleet, Flower, free_port, ledger_of, start_fleet
+from tests.demo.fleet import Fleet, Flower, leased_shards, ledger_of, start_fleet
 from tests.demo.interrupts import Interrupted, Interrupts
-from tests.demo.ledger import LedgerTail, LedgerWriter
+from tests.demo.ledger import Ledger, LedgerTail, LedgerWriter
 from tests.demo.observers import Reader, Watcher
-from tests.demo.plan import PARTITIONS, DemoError, Places, Plan
-from tests.demo.producer import Shift
-from tests.demo.programs import Program, Programs
+from tests.demo.plan import PARTITIONS, Places, Plan
+from tests.demo.producer import Shift, commit_everywhere
+from tests.demo.programs import DemoError, Process, Programs
 from tests.demo.servers import Servers
-from tests.demo.view import Screen
-from tests.demo.warmup import commit_everywhere
+from tests.demo.view import Screen, shards_text
 
 # Some seconds of CPU for each program: long on a machine that has other things to do.
 _READY_SECONDS = 180.0
@@ -37,6 +34,7 @@ _FINISH_SECONDS = 30.0
 _POLL = 0.1
 _VIEW_SECONDS = 0.5
 _HEAD_START = 0.2
+_STOP_SECONDS = 10.0
 _CONNECTIONS = 4
 
 
@@ -80,16 +78,23 @@ class _Run:
         topics = self._create_topics()
         ids = [i for topic in topics.values() for i in topic]
 
-        self._step(f"starting {self._plan.shards + 3} programs and {self._plan.producers} producers")
-        self._programs = Programs(self._places.logs, self._interrupts)
-        self._stack.callback(self._programs.stop)
-        flower = Flower(port=free_port())
+        workers = f"{self._plan.workers} times celery -A tasks worker"
+        self._step(f"starting {self._plan.producers} producers, beat, Flower and {workers}")
         environment = self._servers.environment(self._plan, self._places)
-        fleet = start_fleet(self._plan, self._places, self._programs, environment, ids, flower)
-        with Watcher(self._database, ids) as self._watcher, Reader(self._database, self._watcher) as self._reader:
-            self._meter = Meter(LedgerTail(self._places.ledgers), self._watcher, topics)
+        self._programs = Programs(self._places.logs, environment, self._interrupts.held)
+        self._stack.callback(self._programs.stop, _STOP_SECONDS)
+        flower = Flower()
+        fleet = start_fleet(self._plan, self._places, self._programs, ids, flower)
+        self._ledger = Ledger()
+        with (
+            Watcher(self._database, ids, self._ledger) as self._watcher,
+            Reader(self._database, self._watcher, self._ledger) as self._reader,
+        ):
+            self._meter = Meter(LedgerTail(self._places.ledgers), self._ledger, self._watcher, topics)
             self._await_ready(fleet, flower, ids)
-            self._step(f"Flower: {flower.url}  login {flower.user} / {flower.password}")
+            self._await_shares()
+            until = "until Ctrl-C" if self._plan.keep else "until this run ends; with --keep until Ctrl-C"
+            self._step(f"Flower: {flower.login}\n         ({until})")
             self._produce(fleet, flower, ids)
             self._watcher.finish()
             self._reader.finish()
@@ -100,8 +105,12 @@ class _Run:
         self._step("stopping everything")
         return 0 if passed else 1
 
+    @property
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
     def _step(self, text: str) -> None:
-        self._screen.say(f"{time.monotonic() - self._began:5.1f} s  {text}")
+        self._screen.say(f"{self._elapsed:5.1f} s  {text}")
 
     def _create_topics(self) -> Mapping[str, Sequence[int]]:
         with self._database.connection() as conn:
@@ -128,44 +137,49 @@ class _Run:
             time.sleep(pause)
 
     def _await_ready(self, fleet: Fleet, flower: Flower, ids: Sequence[int]) -> None:
-        """Ready is when a commit to every partition has got its offsets: by beat, the control worker and all shards."""
+        """Ready is when a commit to every partition has got its offsets: by beat, and by workers for all shards."""
         with self._database.connection() as conn, LedgerWriter(self._places.ledgers / "warm-up.jsonl") as ledger:
             commit_everywhere(conn, self._places.objects, ledger, f"{self._plan.key_prefix}warm-up", ids)
-
-        def silent() -> str:
-            ends = self._watcher.end_offsets
-            shards = sorted({i % self._plan.shards for i in ids if not ends[i]})
-            names = [fleet.shards[shard].name for shard in shards]
-            if len(names) == self._plan.shards:
-                names += [fleet.beat.name, fleet.control.name]
-            return f"a first commit is not materialized; look at: {', '.join(names)}\n{_logs(self._programs, names)}"
-
-        self._await(_READY_SECONDS, lambda: all(self._watcher.end_offsets.values()), silent)
         self._await(
             _READY_SECONDS,
-            flower.answers,
-            lambda: f"Flower does not answer\n{_logs(self._programs, [fleet.flower.name])}",
+            lambda: all(self._watcher.end_offsets.values()),
+            lambda: f"a first commit is not materialized\n{_logs((fleet.beat, *fleet.workers))}",
         )
+        self._await(_READY_SECONDS, flower.answers, lambda: f"Flower does not answer\n{_logs([fleet.flower])}")
         self._await(
             _READY_SECONDS,
             lambda: all(ledger_of(self._places, number).exists() for number in range(self._plan.producers)),
             lambda: "a producer is not ready",
         )
 
+    def _await_shares(self) -> None:
+        """Wait until all workers have shards, as far as there are enough, and every shard has a worker."""
+        shares: Mapping[str, Sequence[int]] = {}
+
+        def shared() -> bool:
+            nonlocal shares
+            shares = leased_shards(self._programs)
+            having = sum(map(bool, shares.values()))
+            covered = {shard for share in shares.values() for shard in share}
+            return having >= min(self._plan.workers, self._plan.shards) and len(covered) == self._plan.shards
+
+        self._await(_READY_SECONDS, shared, lambda: f"the workers have not shared the shards: {shares}")
+        for name, share in shares.items():
+            self._step(f"{name} leases shards {shards_text(share)}")
+
     def _produce(self, fleet: Fleet, flower: Flower, ids: Sequence[int]) -> None:
         shift = Shift(start=time.monotonic() + _HEAD_START, stop=time.monotonic() + _HEAD_START + self._plan.seconds)
         self._meter.begin()
         for producer in fleet.producers:
             producer.tell(shift.to_json())
-        with self._screen.follow(flower, self._plan.seconds) as view, self._database.connection() as conn:
+        with self._screen.follow(flower) as view, self._database.connection() as conn:
 
             def show(phase: str | None = None) -> int:
-                backlog = _backlog(conn, ids)
-                elapsed = max(0.0, time.monotonic() - shift.start)
+                pending = backlog(conn, ids)
                 if phase is None:
-                    phase = "producing" if elapsed < self._plan.seconds else "finishing the last commits"
-                view.show(phase, elapsed, self._meter.read(backlog))
-                return backlog
+                    phase = "producing" if time.monotonic() < shift.stop else "finishing"
+                view.show(phase, self._elapsed, self._meter.read(pending))
+                return pending
 
             def finished() -> bool:
                 show()
@@ -180,23 +194,20 @@ class _Run:
             self._await(
                 _DRAIN_SECONDS,
                 lambda: show("draining") == 0,
-                lambda: (
-                    f"{_backlog(conn, ids):,} events are not materialized\n"
-                    f"{_logs(self._programs, [p.name for p in (*fleet.shards, fleet.control, fleet.beat)])}"
-                ),
+                lambda: f"{backlog(conn, ids):,} events are not materialized\n{_logs((*fleet.workers, fleet.beat))}",
             )
-            view.show("drained", time.monotonic() - shift.start, self._meter.totals(self._plan.seconds))
+            view.show("drained", self._elapsed, self._meter.totals(self._plan.seconds))
 
     def _check(self, ids: Sequence[int]) -> bool:
         with self._database.connection() as conn:
             evidence = collect(
                 conn,
                 ids,
-                self._plan.key_prefix,
-                self._places.objects,
-                self._meter.attempts,
-                self._watcher,
-                self._reader,
+                self._ledger,
+                key_prefix=self._plan.key_prefix,
+                objects=self._places.objects,
+                looks=self._watcher.looks,
+                fetched=self._reader.fetched,
             )
         findings = check(evidence)
         self._step("the invariants, against what producers, objects and observers say:")
@@ -205,7 +216,7 @@ class _Run:
 
     def _keep(self, flower: Flower) -> None:
         self._screen.say(
-            f"Flower        {flower.url}  login {flower.user} / {flower.password}\n"
+            f"Flower        {flower.login}\n"
             f"Postgres      {self._servers.database_url}\n"
             f"Redis         {self._servers.broker_url}\n"
             f"everything stays up until Ctrl-C"
@@ -220,14 +231,9 @@ class _Run:
             return
 
 
-def _backlog(conn: psycopg.Connection[object], ids: Sequence[int]) -> int:
-    ours = set(ids)
-    return sum(pending.events for pending in sweep(conn) if pending.partition_id in ours)
+def _still_running(programs: Sequence[Process]) -> list[str]:
+    return [program.name for program in programs if program.running]
 
 
-def _still_running(programs: Sequence[Program]) -> list[str]:
-    return [program.name for program in programs if program.exit_code is None]
-
-
-def _logs(programs: Programs, names: Sequence[str]) -> str:
-    return "\n".join(f"--- {name}\n{programs.log_of(name)}" for name in names)
+def _logs(programs: Sequence[Process]) -> str:
+    return "\n".join(f"--- {program.name}\n{tail(program.log)}" for program in programs)

@@ -1,6 +1,5 @@
 """The servers of the demo: those the environment names, or embedded ones in the run's directory."""
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,10 +10,11 @@ from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.embedded.server import EmbeddedServer
 from tests.demo.interrupts import Interrupts
-from tests.demo.plan import DemoError, Places, Plan
+from tests.demo.plan import Places, Plan
 from tests.demo.producer import THREADS
+from tests.demo.programs import DemoError
 
-# Workers, observers and a psql; and what a cluster keeps for superusers.
+# Observers, Flower's and a psql; and what a cluster keeps for superusers.
 _OTHER_CONNECTIONS = 60
 
 
@@ -32,7 +32,7 @@ class Servers:
 
         if plan.database_url is None:
             # A producer's thread may need a second connection, to repeat itself at once.
-            connections = _OTHER_CONNECTIONS + plan.shards + 2 * THREADS * plan.producers
+            connections = _OTHER_CONNECTIONS + 2 * plan.workers + 2 * THREADS * plan.producers
             settings = {"max_connections": str(connections)}
             self.database_url: str = start("postgres", PostgresServer.start, settings=settings).url()
         else:
@@ -46,9 +46,8 @@ class Servers:
                 raise DemoError(f"{server.program} died; the end of its log:\n{tail(directory / 'server.log')}")
 
     def environment(self, plan: Plan, places: Places) -> dict[str, str]:
-        """For the programs: ours, so that settings reach them, but for what would send them elsewhere."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "FLOWER_"))}
-        return kept | {
+        """For the programs."""
+        return {
             "TIDEMARK_DATABASE_URL": self.database_url,
             "TIDEMARK_BROKER_URL": self.broker_url,
             "TIDEMARK_DATA_DIR": str(places.directory / "data"),

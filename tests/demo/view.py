@@ -21,7 +21,7 @@ _OFFSETS_A_LINE = 8
 
 
 class View(Protocol):
-    """Shows how far a run is; `phase` says what is going on, `elapsed` since the producers began."""
+    """Shows how far a run is; `phase` says what is going on, `elapsed` is seconds since the demo began."""
 
     def show(self, phase: str, elapsed: float, figures: Figures) -> None: ...
 
@@ -38,11 +38,11 @@ class Screen:
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def follow(self, flower: Flower, seconds: float) -> Iterator[View]:
+    def follow(self, flower: Flower) -> Iterator[View]:
         """What shows the run inside the block."""
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             with Live(console=self._console, auto_refresh=False, transient=False) as live:
-                yield _Panel(live, flower, seconds)
+                yield _Panel(live, flower)
         else:
             yield _Lines(self)
 
@@ -62,6 +62,7 @@ class _Lines:
         self._screen = screen
         self._next = 0.0
         self._phase = ""
+        self._write("", "", "committed", "per s", "materialized", "per s", "backlog", "lag p50", "p99")
 
     def show(self, phase: str, elapsed: float, figures: Figures) -> None:
         # The first line of every phase is shown, the last phase in full.
@@ -69,18 +70,28 @@ class _Lines:
             return
         self._phase = phase
         self._next = time.monotonic() + _LINE_SECONDS
-        self._screen.say(
-            f"{elapsed:5.1f} s  {phase}: committed {figures.committed:,} ({figures.committed_rate:,.0f}/s), "
-            f"materialized {figures.materialized:,} ({figures.materialized_rate:,.0f}/s), backlog {figures.backlog:,}, "
-            f"lag p50 {seconds_text(figures.lag_p50)} p99 {seconds_text(figures.lag_p99)}"
+        self._write(
+            f"{elapsed:.1f} s",
+            phase,
+            f"{figures.committed:,}",
+            f"{figures.committed_rate:,.0f}",
+            f"{figures.materialized:,}",
+            f"{figures.materialized_rate:,.0f}",
+            f"{figures.backlog:,}",
+            seconds_text(figures.lag_p50),
+            seconds_text(figures.lag_p99),
         )
+
+    def _write(self, at: str, phase: str, *columns: str) -> None:
+        widths = (9, 6, 12, 6, 7, 7, 6)
+        numbers = " ".join(f"{text:>{width}}" for text, width in zip(columns, widths, strict=True))
+        self._screen.say(f"{at:>7}  {phase:<9} {numbers}")
 
 
 class _Panel:
-    def __init__(self, live: Live, flower: Flower, seconds: float) -> None:
+    def __init__(self, live: Live, flower: Flower) -> None:
         self._live = live
         self._flower = flower
-        self._seconds = seconds
 
     def show(self, phase: str, elapsed: float, figures: Figures) -> None:
         self._live.update(self._draw(phase, elapsed, figures), refresh=True)
@@ -104,13 +115,11 @@ class _Panel:
             for first in range(0, len(ends), _OFFSETS_A_LINE):
                 line = ends[first : first + _OFFSETS_A_LINE]
                 offsets.add_row("" if first else topic, *map(str, line))
-        flower = Text.assemble(
-            ("Flower  ", "bold"), self._flower.url, "   login ", self._flower.user, " / ", self._flower.password
-        )
+        flower = Text.assemble(("Flower  ", "bold"), self._flower.login)
         return Panel(
             Group(numbers, "", offsets, "", flower),
             title=f"Tidemark: {phase}",
-            subtitle=f"{elapsed:.0f} of {self._seconds:g} s" if elapsed < self._seconds else f"{elapsed:.0f} s",
+            subtitle=f"{elapsed:.0f} s",
             width=min(_WIDTH, self._live.console.width),
         )
 
@@ -118,3 +127,14 @@ class _Panel:
 def seconds_text(value: float | None) -> str:
     """Seconds with two decimals, a dash for none."""
     return "-" if value is None else f"{value:.2f} s"
+
+
+def shards_text(shards: Sequence[int]) -> str:
+    """Neighbours as ranges: `0-2, 5`."""
+    ranges: list[list[int]] = []
+    for shard in sorted(shards):
+        if ranges and ranges[-1][-1] == shard - 1:
+            ranges[-1].append(shard)
+        else:
+            ranges.append([shard])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges) or "none"

@@ -9,7 +9,7 @@ is built first, by `docker build` with whatever DOCKER_BUILD_OPTIONS says beside
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from uuid import uuid4
 
 import pytest
@@ -28,8 +28,10 @@ from tests.acceptance.conftest import (
     log,
     place,
     produce,
+    pytest_pyfunc_call,
 )
-from tests.acceptance.nodes import ROOT, Worker
+from tests.acceptance.nodes import Worker
+from tests.demo.programs import ROOT
 from tests.docker.engine import ContainerProcess, Engine, NoEngineError, PostgresContainer, RedisContainer, inside
 from tests.support import wait_until
 
@@ -44,6 +46,7 @@ __all__ = [
     "log",
     "place",
     "produce",
+    "pytest_pyfunc_call",
 ]
 
 # As in compose.yaml; a test compares them.
@@ -111,12 +114,14 @@ class ContainerPrograms(Programs):
         self._engine = engine
         self._translate = translate
 
-    def process(self, name: str, argv: list[str], env: Mapping[str, str] | None = None) -> ContainerProcess:  # type: ignore[override]  # has what is used of one
+    def process(  # type: ignore[override]  # has what is used of a process
+        self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None, *, may_end: bool = False
+    ) -> ContainerProcess:
         # The image's entry point is `celery -A tasks`.
         arguments = argv[argv.index("-A") + 2 :]
         values = {key: self._translate(value) for key, value in {**self.place.env, **(env or {})}.items()}
         process = ContainerProcess(self._engine, name, arguments, values)
-        self._stack.callback(process.close)
+        self._programs.append(process)  # type: ignore[arg-type]  # as above
         return process
 
     def ready(self, *workers: Worker) -> None:

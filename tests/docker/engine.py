@@ -1,6 +1,6 @@
 """Containers with the interface of the local programs and servers, so that the same tests run on both.
 
-`ContainerProcess` stands in for `tests.acceptance.nodes.Process`, `PostgresContainer` and `RedisContainer` for the
+`ContainerProcess` stands in for `tests.demo.programs.Process`, `PostgresContainer` and `RedisContainer` for the
 embedded servers. Servers are reached from here through a port on the loopback address, from other containers by name.
 """
 
@@ -19,6 +19,8 @@ import docker  # type: ignore[import-untyped]  # ships no types
 import psycopg
 from docker.errors import APIError, NotFound  # type: ignore[import-untyped]  # ships no types
 from redis import Redis, RedisError
+
+from tests.demo.programs import free_port
 
 # Generous: an engine may run on a small machine, and unpack an image first.
 _START_SECONDS = 60.0
@@ -83,6 +85,7 @@ class ContainerProcess:
 
     def __init__(self, engine: Engine, name: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
         self.env = dict(env)
+        self.name = name
         self._container = engine.start(
             name,
             engine.image,
@@ -142,7 +145,7 @@ class _ServerContainer:
         self.name = name
         self.inner_port = options.pop("inner_port")
         # Docker would give another free port at every restart.
-        self.port = _free_port()
+        self.port = free_port()
         self._container = engine.start(
             name, image, command, ports={f"{self.inner_port}/tcp": ("127.0.0.1", self.port)}, **options
         )
@@ -271,10 +274,3 @@ def inside(servers: Sequence[_ServerContainer]) -> Callable[[str], str]:
         return next((server.inside(url) for server in servers if server.port == port), url)
 
     return translate
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

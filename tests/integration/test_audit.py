@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from threading import Event
 from typing import Any, LiteralString
@@ -15,10 +16,11 @@ from psycopg.rows import TupleRow
 from config.errors import UnknownTopicError
 from db import audit as module
 from db.audit import AuditResult, Violation, audit
-from db.commit import commit_object
 from db.materialize import materialize
 from db.retention import retain
-from db.topics import create_topic, partition_ids, set_retention
+from db.topics import set_retention
+from tests.integration import conftest
+from tests.integration.conftest import make_topic
 from tests.support import Connect
 
 OLD = 1_000_000_000_000
@@ -26,21 +28,13 @@ OLD = 1_000_000_000_000
 Conn = Connection[TupleRow]
 
 
-def topic(conn: Conn, name: str = "t", partitions: int = 1) -> list[int]:
-    create_topic(conn, name, partitions)
-    return partition_ids(conn, name)
-
-
-def commit(conn: Conn, key: str, ids: Sequence[int]) -> int:
-    """One object with a batch of ten records and a hundred bytes for each of `ids`."""
-    n = len(ids)
-    return commit_object(conn, key, ids, [10] * n, [100 * i for i in range(n)], [100] * n, [OLD] * n)
+commit = partial(conftest.commit, records=10, length=100, timestamp=OLD)
 
 
 @pytest.fixture
 def partition(conn: Conn) -> int:
     """Partition with batches [0, 10) … [90, 100), each an object and a run of its own: object n is in the run n."""
-    (p,) = topic(conn)
+    (p,) = make_topic(conn, "t")
     for i in range(10):
         commit(conn, f"o{i}", [p])
         materialize(conn, [p])
@@ -307,7 +301,7 @@ def test_damage_is_found_where_it_is(conn: Conn, partition: int, kind: str) -> N
 
 
 def test_an_object_over_several_partitions_is_counted_over_all(conn: Conn) -> None:
-    ids = topic(conn, partitions=3)
+    ids = make_topic(conn, "t", partitions=3)
     commit(conn, "o", [*ids, ids[0]])
     materialize(conn, ids[:2])
     assert found(conn) == []
@@ -364,7 +358,7 @@ def test_damage_is_found_in_stretches_of_any_length(conn: Conn, partition: int, 
 
 def test_late_transactions_cuts_and_retention(conn: Conn, connect: Connect) -> None:
     """Nothing is wrong at any step; and each lost piece of a late transaction is found, in stretches of any length."""
-    (p,) = topic(conn)
+    (p,) = make_topic(conn, "t")
     late = [connect(autocommit=False) for _ in range(3)]
     for n, writer in enumerate(late):
         commit(writer, f"late{n}", [p] * 150)
@@ -403,7 +397,7 @@ def test_late_transactions_cuts_and_retention(conn: Conn, connect: Connect) -> N
 
 def test_stopped_it_goes_round(conn: Conn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_GROUP", 2)
-    ids = topic(conn, partitions=7)
+    ids = make_topic(conn, "t", partitions=7)
     for n in range(3):
         commit(conn, f"o{n}", ids)
         materialize(conn, ids)
@@ -428,7 +422,7 @@ def test_stopped_it_goes_round(conn: Conn, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_one_topic(conn: Conn) -> None:
-    ids = [*topic(conn, "a", 2), *topic(conn, "b", 3)]
+    ids = [*make_topic(conn, "a", partitions=2), *make_topic(conn, "b", partitions=3)]
     commit(conn, "o", ids)
     materialize(conn, ids)
     conn.execute("update tidemark.runs set end_bytes = 1 where partition_id = any(%s)", (ids[:1],))
@@ -443,7 +437,7 @@ def test_nothing_to_read_is_not_complete(conn: Conn) -> None:
     """Without topics, without records, and with records that have no offset yet; but so it is with nothing new."""
     nothing = AuditResult(partitions=0, batches=0, violations=(), complete=False, empty=True)
     assert audit(conn) == nothing
-    ids = topic(conn, partitions=3)
+    ids = make_topic(conn, "t", partitions=3)
     assert audit(conn, topic="t") == replace(nothing, partitions=3)
     commit(conn, "o", ids[:1])
     assert audit(conn) == replace(nothing, partitions=3)
@@ -456,7 +450,7 @@ def test_nothing_to_read_is_not_complete(conn: Conn) -> None:
 def test_it_ends_with_enough_violations(conn: Conn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_GROUP", 2)
     monkeypatch.setattr(module, "_VIOLATIONS", 3)
-    topic(conn, partitions=50)
+    make_topic(conn, "t", partitions=50)
     conn.execute(
         "insert into tidemark.log_starts (start_offset, start_bytes, partition_id) "
         "select 1, 0, id from tidemark.topic_partitions"
@@ -466,7 +460,7 @@ def test_it_ends_with_enough_violations(conn: Conn, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_expired_batch_is_not_a_lost_one(conn: Conn) -> None:
-    ids = topic(conn, partitions=2)
+    ids = make_topic(conn, "t", partitions=2)
     for n in range(5):
         commit(conn, f"o{n}", [*ids, ids[0]])
         materialize(conn, ids)
@@ -488,7 +482,7 @@ def test_it_locks_nothing_and_holds_no_snapshot(conn: Conn, connect: Connect, pa
 
 def test_nothing_is_wrong_with_a_database_at_work(conn: Conn, connect: Connect) -> None:
     """Commits, stragglers, rollbacks, materialization in small bites and retention, under audit all along."""
-    ids = topic(conn, partitions=4)
+    ids = make_topic(conn, "t", partitions=4)
     set_retention(conn, "t", retention_ms=None, retention_bytes=2000)
     done = Event()
 

@@ -32,6 +32,7 @@ from tasks.commands.status import status
 from tasks.commands.top import top
 from tasks.commands.topics import topics
 from tasks.commands.workers import workers
+from tests.integration.conftest import make_topic
 from tests.support import wait_until
 from tests.support_commands import COLUMNS, Cli, app_for, assert_readable
 
@@ -39,12 +40,6 @@ LONG = "n" * 249
 PROGRAM = [str(Path(sys.executable).with_name("celery")), "-A", "tasks"]
 ROOT = Path(__file__).parents[2]
 CLOSED = "redis://127.0.0.1:1/0"
-
-
-@pytest.fixture
-def cli(database_url: str, redis_url: str) -> Iterator[Cli]:
-    with app_for(database_url, redis_url) as app:
-        yield Cli(app)
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +141,7 @@ def test_commit_then_fetch(cli: Cli, conn: Connection[Any]) -> None:
 
 
 def test_follow_goes_on_until_ctrl_c(cli: Cli, conn: Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    create_topic(conn, "orders", 1)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=1)
     pauses: list[float] = []
 
     def pause(seconds: float) -> None:
@@ -221,8 +215,7 @@ def test_commit_with_other_content_is_a_conflict(cli: Cli) -> None:
 
 
 def test_keys_and_names_cannot_move_the_cursor(cli: Cli, conn: Connection[Any]) -> None:
-    create_topic(conn, "orders", 1)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=1)
     commit_object(conn, "a\x1b[2Jb\nc", ids, [1], [0], [1], [0])
     conn.execute("update tidemark.record_batch_events set max_timestamp = %s", (2**62,))
     materialize(conn, ids)
@@ -334,8 +327,7 @@ def test_broker_is_away(database_url: str) -> None:
 
 
 def test_audit(cli: Cli, conn: Connection[Any]) -> None:
-    create_topic(conn, LONG, 2)
-    ids = partition_ids(conn, LONG)
+    ids = make_topic(conn, LONG, partitions=2)
     for key in range(3):
         commit_object(conn, f"k{key}", ids, [2, 3], [0, 1], [1, 1], [0, 0])
         materialize(conn, ids)

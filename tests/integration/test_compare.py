@@ -3,7 +3,6 @@
 import random
 import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from psycopg import Connection
 from config.settings import Strategy
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics
-from db.topics import create_topic, partition_ids
 from tasks import compare as comparison
 from tasks import metrics
 from tasks.app import TidemarkApp
@@ -20,15 +18,15 @@ from tasks.commands.compare import compare
 from tasks.compare import PAIRS_AT_LEAST, Comparison, DrainComparison
 from tasks.observers import worker_metrics
 from tasks.rollout import Side, strategy_of
+from tests.integration.conftest import MakeApp, make_topic
 from tests.support_commands import Cli, app_for, drain
 
 ROLLOUT: dict[str, Any] = {"strategy": "window", "candidate": "incremental", "candidate_percent": 50}
 
 
 @pytest.fixture
-def app(database_url: str, redis_url: str) -> Iterator[TidemarkApp]:
-    with app_for(database_url, redis_url, **ROLLOUT) as made:
-        yield made
+def app(make_app: MakeApp) -> TidemarkApp:
+    return make_app(**ROLLOUT)
 
 
 def side(strategy: Strategy) -> Side:
@@ -118,8 +116,7 @@ def test_sides_of_a_task_are_alike_enough_to_be_compared(
     database_url: str, redis_url: str, conn: Connection[Any]
 ) -> None:
     """At ten percent, beside all the other partitions, none of the candidate's transactions would have its like."""
-    create_topic(conn, "orders", 200)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=200)
     with app_for(database_url, redis_url, **ROLLOUT | {"candidate_percent": 10}) as app:
         for number in range(PAIRS_AT_LEAST):
             commit_object(conn, f"object-{number}", ids, [1] * 200, list(range(200)), [10] * 200, [0] * 200)
@@ -187,8 +184,7 @@ def test_what_is_kept_is_bounded(app: TidemarkApp, monkeypatch: pytest.MonkeyPat
 
 def test_without_a_candidate_nothing_is_kept(database_url: str, redis_url: str, conn: Connection[Any]) -> None:
     with app_for(database_url, redis_url) as app:
-        create_topic(conn, "orders", 3)
-        ids = partition_ids(conn, "orders")
+        ids = make_topic(conn, partitions=3)
         commit_object(conn, "a", ids, [1] * 3, [0] * 3, [10] * 3, [0] * 3)
         drain(app, ids)
         app.once(worker_metrics).flush()
@@ -197,8 +193,7 @@ def test_without_a_candidate_nothing_is_kept(database_url: str, redis_url: str, 
 
 
 def test_workers_count_both_sides_and_their_failures(app: TidemarkApp, conn: Connection[Any]) -> None:
-    create_topic(conn, "orders", 20)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=20)
     commit_object(conn, "a", ids * 2, [1] * 40, list(range(40)), [10] * 40, [0] * 40)
     drain(app, ids)
     drain(app, ids)

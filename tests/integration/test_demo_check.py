@@ -18,12 +18,11 @@ from db.materialize import materialize
 from db.pool import Database
 from db.topics import create_topic, partition_ids
 from tests.demo.check import Evidence, Finding, check
-from tests.demo.evidence import collect, read_partitions
-from tests.demo.ledger import Attempt, LedgerTail, LedgerWriter, Outcome
-from tests.demo.observers import Reader, Reading, Sighting, Watcher
-from tests.demo.plan import DemoError
-from tests.demo.storage import download, upload
-from tests.observe import find_objects
+from tests.demo.evidence import collect, find_objects, read_partitions
+from tests.demo.ledger import Attempt, Ledger, LedgerTail, LedgerWriter, Outcome, Reading, Sighting, note
+from tests.demo.observers import Reader, Watcher
+from tests.demo.programs import DemoError
+from tests.demo.storage import upload
 
 PREFIX = "demo-test/"
 BYTES = 80
@@ -36,9 +35,19 @@ class Story:
     conn: Connection[TupleRow]
     ids: list[int]
     storage: Path
-    attempts: list[Attempt] = field(default_factory=list)
-    sightings: list[Sighting] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        return self.ledger.attempts
+
+    @property
+    def sightings(self) -> list[Sighting]:
+        return self.ledger.sightings
+
+    @property
+    def readings(self) -> list[Reading]:
+        return self.ledger.readings
 
     def commit(self, key: str, *, n_records: int = 10, outcome: Outcome = Outcome.COMMITTED) -> Attempt:
         """Upload and attempt to commit an object of two batches for each partition."""
@@ -62,16 +71,9 @@ class Story:
         else:
             with suppress(CommitConflictError):
                 object_id = commit_batches(self.conn, key, batches)
-        attempt = Attempt(
-            key=key,
-            batches=batches,
-            began=began,
-            returned=time.monotonic(),
-            outcome=Outcome.REFUSED if outcome is Outcome.COMMITTED and object_id is None else outcome,
-            object_id=object_id,
-        )
-        self.attempts.append(attempt)
-        return attempt
+        if outcome is Outcome.COMMITTED and object_id is None:
+            outcome = Outcome.REFUSED
+        return note(self.ledger, key, batches, began, outcome, object_id)
 
     def place(self) -> None:
         """Give what is pending its offsets, one batch in a run: then the tests can bend single batches."""
@@ -90,20 +92,13 @@ class Story:
                     new_records=log.end_offset - known.get(partition_id, 0),
                 )
             )
-            self.readings += [
+            self.ledger.readings += [
                 Reading(partition_id=partition_id, batch=batch)
                 for batch in fetch_batches(self.conn, partition_id, log.start_offset)
             ]
 
     def evidence(self) -> Evidence:
-        return Evidence(
-            partitions=read_partitions(self.conn, self.ids),
-            objects=find_objects(self.conn, PREFIX),
-            attempts=self.attempts,
-            sightings=self.sightings,
-            readings=self.readings,
-            load=lambda key: download(self.storage, key),
-        )
+        return collect(self.conn, self.ids, self.ledger, key_prefix=PREFIX, objects=self.storage)
 
     def violations(self) -> dict[int, str]:
         return {f.number: f.violation for f in check(self.evidence()) if f.violation is not None}
@@ -344,7 +339,8 @@ def test_observers_and_ledgers_together(conn: Connection[TupleRow], database_url
     story = Story(conn=conn, ids=partition_ids(conn, "orders"), storage=tmp_path)
     database = Database(database_url, Settings(), threads=3)
     try:
-        with Watcher(database, story.ids) as watcher, Reader(database, watcher) as reader:
+        ledger = story.ledger
+        with Watcher(database, story.ids, ledger) as watcher, Reader(database, watcher, ledger) as reader:
             for number in range(20):
                 story.commit(f"{number}")
                 materialize(conn, story.ids)
@@ -352,7 +348,7 @@ def test_observers_and_ledgers_together(conn: Connection[TupleRow], database_url
             _write_and_read_back(story, tmp_path)
             watcher.finish()
             reader.finish()
-        evidence = collect(conn, story.ids, PREFIX, tmp_path, story.attempts, watcher, reader)
+        evidence = story.evidence()
     finally:
         database.close()
     assert [f.violation for f in check(evidence)] == [None] * 6
@@ -368,7 +364,10 @@ def test_a_failing_observer_is_heard_of(database_url: str) -> None:
 
     database = Database(database_url, Settings(), threads=1)
     try:
-        with Failing(database, [1]) as watcher, pytest.raises(DemoError, match="the watcher failed: ZeroDivisionError"):
+        with (
+            Failing(database, [1], Ledger()) as watcher,
+            pytest.raises(DemoError, match="the watcher failed: ZeroDivisionError"),
+        ):
             watcher.finish()
     finally:
         database.close()
@@ -382,7 +381,7 @@ def _write_and_read_back(story: Story, directory: Path) -> None:
         file.write('{"half a line')
     read = list(LedgerTail(directory).read())
     assert read == story.attempts
-    story.attempts = read
+    story.attempts[:] = read
 
 
 def _swap(story: Story, one: str, other: str) -> None:

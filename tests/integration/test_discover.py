@@ -1,6 +1,5 @@
 """Fan-out and sweep: who finds which work."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,23 +8,16 @@ from psycopg.rows import TupleRow
 
 import db.discover
 from db.arrays import Int4Array
-from db.commit import commit_object
 from db.discover import Committed, Pending, find_committed, save_fan_out, sweep
 from db.materialize import materialize
 from db.statements import run, statement
-from db.topics import create_topic, partition_ids
+from tests.integration.conftest import commit, make_topic
 from tests.support import Connect
 
 
 @pytest.fixture
 def ids(conn: Connection[TupleRow]) -> list[int]:
-    create_topic(conn, "orders", 5)
-    return partition_ids(conn, "orders")
-
-
-def commit(conn: Connection[Any], key: str, partitions: Sequence[int]) -> None:
-    count = len(partitions)
-    commit_object(conn, key, partitions, [1] * count, [0] * count, [1] * count, [0] * count)
+    return make_topic(conn, partitions=5)
 
 
 def found(committed: Committed) -> dict[int, int]:

@@ -2,7 +2,6 @@
 
 import json
 from base64 import b64decode
-from collections.abc import Iterator
 from typing import Any
 
 import kombu.exceptions
@@ -12,42 +11,25 @@ from psycopg import Connection
 from redis import Redis
 
 from config.queues import shard_queue
-from config.settings import Settings
-from db.commit import commit_object
 from db.discover import Pending
-from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
 from tasks.dispatch import dispatch, fan_out, hand_over, sweep
 from tasks.drain import serve
 from tasks.tokens import QueuedTokens
+from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import wait_until
 
 SHARDS = 4
 
 
-def make_app(database_url: str, broker_url: str, **changes: Any) -> TidemarkApp:
-    app = TidemarkApp("tidemark-test")
-    app.settings = Settings(**{"database_url": database_url, "broker_url": broker_url, "shards": SHARDS, **changes})
-    return app
-
-
 @pytest.fixture
-def app(database_url: str, redis_url: str) -> Iterator[TidemarkApp]:
-    made = make_app(database_url, redis_url)
-    yield made
-    made.database.close()
-    made.close()
+def app(make_app: MakeApp) -> TidemarkApp:
+    return make_app(shards=SHARDS)
 
 
 @pytest.fixture
 def ids(conn: Connection[Any]) -> list[int]:
-    create_topic(conn, "orders", 8)
-    return partition_ids(conn, "orders")
-
-
-def commit(conn: Connection[Any], key: str, ids: list[int]) -> None:
-    n = len(ids)
-    commit_object(conn, key, ids, [1] * n, list(range(0, 10 * n, 10)), [10] * n, [0] * n)
+    return make_topic(conn, partitions=8)
 
 
 def messages_of(redis_url: str, *queues: str) -> list[dict[str, Any]]:
@@ -107,9 +89,9 @@ def test_a_queued_partition_is_not_queued_again_until_its_task_starts(
 
 
 def test_a_token_that_outlived_its_task_expires(
-    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int]
+    make_app: MakeApp, redis_url: str, conn: Connection[Any], ids: list[int]
 ) -> None:
-    app = make_app(database_url, redis_url, queued_seconds=0.05)
+    app = make_app(shards=SHARDS, queued_seconds=0.05)
     commit(conn, "a", ids[:1])
     fan_out(app)
 
@@ -135,16 +117,16 @@ def test_the_sweep_finds_what_a_flushed_redis_lost(
 
 
 def test_a_broker_that_is_down_leaves_the_commits_to_be_found_again(
-    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int]
+    make_app: MakeApp, redis_url: str, conn: Connection[Any], ids: list[int]
 ) -> None:
     commit(conn, "a", ids[:1])
-    down = make_app(database_url, "redis://127.0.0.1:1/0")
+    down = make_app(shards=SHARDS, broker_url="redis://127.0.0.1:1/0")
     down.conf.task_publish_retry = False
     with pytest.raises(kombu.exceptions.OperationalError):
         fan_out(down)
     down.database.close()
 
-    up = make_app(database_url, redis_url)
+    up = make_app(shards=SHARDS)
     assert fan_out(up)["partitions"] == 1
     up.database.close()
 
@@ -171,14 +153,14 @@ def test_after_too_many_commits_the_sweep_takes_over(
 
 
 def test_a_task_of_fewer_shards_is_grouped_again(
-    database_url: str, conn: Connection[Any], ids: list[int], redis_url: str
+    make_app: MakeApp, conn: Connection[Any], ids: list[int], redis_url: str
 ) -> None:
     """Published with 2 shards, taken by a worker with 4: queued once more, by its shards, whose tokens it keeps."""
     commit(conn, "a", ids)
-    old = make_app(database_url, redis_url, shards=2)
+    old = make_app(shards=2)
     fan_out(old)
     (group, _) = (m["kwargs"]["partition_ids"] for m in messages_of(redis_url, "materialize.0", "materialize.1"))
-    new = make_app(database_url, redis_url, shards=4)
+    new = make_app(shards=4)
     with Redis.from_url(redis_url) as redis:
         redis.delete("materialize.0", "materialize.1")
     done = serve(new, group)
@@ -188,15 +170,11 @@ def test_a_task_of_fewer_shards_is_grouped_again(
     assert found == {shard_queue(shard): [i for i in group if i % 4 == shard] for shard in shards}
     assert len(shards) == 2
     assert new.once(QueuedTokens).acquire(group) == []
-    for made in (old, new):
-        made.database.close()
 
 
-def test_what_cannot_be_handed_over_may_be_queued_again(
-    database_url: str, conn: Connection[Any], ids: list[int], redis_url: str
-) -> None:
+def test_what_cannot_be_handed_over_may_be_queued_again(make_app: MakeApp, ids: list[int], redis_url: str) -> None:
     """The broker is away, the Redis with the tokens is not."""
-    app = make_app(database_url, "redis://127.0.0.1:1/0", redis_url=redis_url)
+    app = make_app(broker_url="redis://127.0.0.1:1/0", redis_url=redis_url)
     with pytest.raises(kombu.exceptions.OperationalError):
         hand_over(app, ids[:2])
     assert app.once(QueuedTokens).acquire(ids[:2]) == ids[:2]

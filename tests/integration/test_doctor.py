@@ -444,12 +444,6 @@ def test_unknown_variables() -> None:
     assert finding.level is Level.OK
 
 
-@pytest.fixture
-def cli(database_url: str, redis_url: str) -> Iterator[Cli]:
-    with app_for(database_url, redis_url) as app:
-        yield Cli(app)
-
-
 def test_the_command(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     # The tests' server takes risks, and the doctor says so.
     found = cli(doctor, "--json", code=1).json

@@ -1,7 +1,6 @@
 """A task with one bad partition: the others are served, and the bad one is reported by name."""
 
 import logging
-from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
@@ -10,16 +9,14 @@ from psycopg import Connection, errors
 from redis import Redis
 
 from config.settings import BATCHINGS
-from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
-from db.topics import create_topic, partition_ids
 from tasks import exporter, metrics
 from tasks.app import TidemarkApp
 from tasks.drain import drain as drain_sides
 from tasks.drain import together
 from tasks.observers import observers, worker_metrics
+from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import Connect
-from tests.support_commands import app_for
 
 PARTITIONS = 40
 
@@ -30,19 +27,12 @@ def drain(app: TidemarkApp, ids: list[int]) -> MaterializationMetrics:
 
 @pytest.fixture
 def ids(conn: Connection[Any]) -> list[int]:
-    create_topic(conn, "orders", PARTITIONS)
-    return partition_ids(conn, "orders")
+    return make_topic(conn, partitions=PARTITIONS)
 
 
 @pytest.fixture(params=BATCHINGS)
-def app(request: pytest.FixtureRequest, database_url: str, redis_url: str) -> Iterator[TidemarkApp]:
-    with app_for(database_url, redis_url, lock_timeout=0.1, shards=1, batching=request.param) as made:
-        yield made
-
-
-def commit(conn: Connection[Any], key: str, ids: list[int], records: int = 1) -> None:
-    n = len(ids)
-    commit_object(conn, key, ids, [records] * n, list(range(n)), [10] * n, [0] * n)
+def app(request: pytest.FixtureRequest, make_app: MakeApp) -> TidemarkApp:
+    return make_app(lock_timeout=0.1, shards=1, batching=request.param)
 
 
 def served(conn: Connection[Any]) -> list[int]:

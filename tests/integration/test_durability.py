@@ -16,11 +16,10 @@ from psycopg.rows import TupleRow
 
 from config.embedded.postgres import PostgresServer
 from config.settings import STRATEGIES, Strategy
-from db.commit import commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.migrate import upgrade
-from db.topics import create_topic, partition_ids
+from tests.integration.conftest import commit, make_topic
 from tests.support import Connect, wait_until
 
 WEAK = ["off", "local"]
@@ -49,18 +48,12 @@ def database_url(server: PostgresServer) -> str:
 @pytest.fixture
 def ids(conn: Connection[TupleRow]) -> list[int]:
     name = uuid4().hex
-    create_topic(conn, name, 2)
-    return partition_ids(conn, name)
+    return make_topic(conn, name, partitions=2)
 
 
 @pytest.fixture
 def key() -> str:
     return uuid4().hex
-
-
-def commit(conn: Connection[Any], key: str, ids: Sequence[int], records: int = 1) -> int:
-    count = len(ids)
-    return commit_object(conn, key, ids, [records] * count, range(count), [1] * count, [0] * count)
 
 
 def show(conn: Connection[Any]) -> str:

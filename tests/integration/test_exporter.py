@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ import db.status
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
-from config.settings import DEFAULT_STRATEGY, Settings
+from config.settings import DEFAULT_STRATEGY
 from db.audit import audit
-from db.commit import commit_object
 from db.materialize import MaterializationMetrics, Moved, ages_of_run, materialize
 from db.statements import run, statement
 from db.topics import create_topic, partition_ids
@@ -41,6 +41,8 @@ from tasks.metrics import DrainMetrics, WorkerMetrics
 from tasks.names import PartitionNames
 from tasks.observers import observers, worker_metrics
 from tasks.rollout import Side
+from tests.integration import conftest
+from tests.integration.conftest import MakeApp, make_topic
 from tests.support import Connect, wait_until
 from tests.support_commands import drain
 
@@ -49,6 +51,7 @@ PROMTOOL = shutil.which("promtool")
 WITHOUT_PROMTOOL = (
     "promtool is not installed (Debian: apt-get install prometheus); a parser looked at the names instead"
 )
+SETTINGS: dict[str, Any] = {"metrics_seconds": 0.001, "lock_timeout": 0.2, "retries": 1, "retry_seconds": 0.01}
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -72,23 +75,8 @@ class Scrape:
 
 
 @pytest.fixture
-def app(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[TidemarkApp]:
-    with ExitStack() as stack:
-        yield make_app(stack, database_url, redis_url, tmp_path)
-
-
-def make_app(stack: ExitStack, database_url: str, redis_url: str, directory: Path, **settings: Any) -> TidemarkApp:
-    app = TidemarkApp("exported")
-    app.settings = Settings(
-        database_url=database_url,
-        broker_url=redis_url,
-        data_dir=directory,
-        metrics_seconds=0.001,
-        **{"lock_timeout": 0.2, "retries": 1, "retry_seconds": 0.01, **settings},
-    )
-    stack.callback(app.close)
-    stack.callback(lambda: app.database.close() if "database" in vars(app) else None)
-    return app
+def app(make_app: MakeApp, tmp_path: Path) -> TidemarkApp:
+    return make_app(**SETTINGS, data_dir=tmp_path)
 
 
 @pytest.fixture
@@ -111,15 +99,12 @@ def scrape(exporter: Exporter) -> Scrape:
     return Scrape(get(exporter))
 
 
-def commit(conn: Connection[Any], key: str, partitions: Sequence[int]) -> None:
-    count = len(partitions)
-    commit_object(conn, key, partitions, [3] * count, [0] * count, [10] * count, [0] * count)
+commit = partial(conftest.commit, records=3)
 
 
 @pytest.fixture
 def orders(conn: Connection[TupleRow]) -> list[int]:
-    create_topic(conn, "orders", 4)
-    return partition_ids(conn, "orders")
+    return make_topic(conn, partitions=4)
 
 
 # --- What it says
@@ -220,8 +205,7 @@ def read_by_figures(conn: Connection[TupleRow]) -> int:
 
 def test_the_figures_cost_some_descents_a_partition(connect: Connect, conn: Connection[TupleRow]) -> None:
     """However long the log is, and however many transactions were open once."""
-    create_topic(conn, "large", 2_000)
-    ids = partition_ids(conn, "large")
+    ids = make_topic(conn, "large", partitions=2_000)
     commit(conn, "first", ids)
     materialize(conn, ids)
     conn.execute("analyze")
@@ -372,13 +356,13 @@ def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
     assert last("materialize_duration_seconds_count", topic="orders", strategy=DONE.strategy) == 2
 
 
-def test_labels_are_bounded(redis_url: str, database_url: str, conn: Connection[TupleRow], tmp_path: Path) -> None:
+def test_labels_are_bounded(make_app: MakeApp, conn: Connection[TupleRow], tmp_path: Path) -> None:
     names = [f"topic{n}" for n in range(6)]
     for name in names:
         create_topic(conn, name, 2)
         commit(conn, name, partition_ids(conn, name))
     with ExitStack() as stack:
-        app = make_app(stack, database_url, redis_url, tmp_path, metrics_topics=3)
+        app = make_app(**SETTINGS, data_dir=tmp_path, metrics_topics=3)
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
         for _ in range(2):
             # As many processes, each of which meets all topics.
@@ -502,11 +486,11 @@ def test_leases(app: TidemarkApp, exporter: Exporter) -> None:
 
 
 def test_a_source_that_is_away_takes_no_other_with_it(
-    monkeypatch: pytest.MonkeyPatch, redis_url: str, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, make_app: MakeApp, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
         monkeypatch.setattr("tasks.exporter._ANSWER_SECONDS", 0.5)
-        app = make_app(stack, "postgresql://127.0.0.1:1/nowhere", redis_url, tmp_path)
+        app = make_app(**SETTINGS, data_dir=tmp_path, database_url="postgresql://127.0.0.1:1/nowhere")
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
         found = scrape(exporter)
         assert found("exporter_source_up", source="postgres") == 0
@@ -517,10 +501,10 @@ def test_a_source_that_is_away_takes_no_other_with_it(
 
 
 def test_redis_and_broker_away(
-    database_url: str, tmp_path: Path, conn: Connection[TupleRow], orders: list[int]
+    make_app: MakeApp, tmp_path: Path, conn: Connection[TupleRow], orders: list[int]
 ) -> None:
     with ExitStack() as stack:
-        app = make_app(stack, database_url, "redis://127.0.0.1:1/0", tmp_path)
+        app = make_app(**SETTINGS, data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0")
         exporter = stack.enter_context(Exporter(app, "127.0.0.1", 0))
 
         def all_but_postgres_are_down() -> bool:
@@ -545,11 +529,11 @@ def frozen(*pids: int) -> Iterator[None]:
 
 
 def test_a_scrape_of_hung_servers_ends_in_time(
-    database_url: str, postgres_server: PostgresServer, crashable: RedisServer, tmp_path: Path
+    make_app: MakeApp, postgres_server: PostgresServer, crashable: RedisServer, tmp_path: Path
 ) -> None:
     """Well before Prometheus gives it up after 10 s, so that the alert is that of the source, and of nothing else."""
     with ExitStack() as stack:
-        app = make_app(stack, database_url, crashable.url, tmp_path)
+        app = make_app(**SETTINGS, broker_url=crashable.url, data_dir=tmp_path)
         connected = stack.enter_context(Exporter(app, "127.0.0.1", 0))
         connected._broker._heard({"hostname": "celery@test"})
         sources = ("postgres", "redis", "broker")

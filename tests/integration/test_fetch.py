@@ -14,6 +14,7 @@ from db.commit import commit_object
 from db.fetch import FetchedBatch, fetch_batches
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids
+from tests.integration.conftest import make_topic
 from tests.support import Connect
 
 # Batches of the log the tests read: (records, bytes).
@@ -27,8 +28,7 @@ Fetch = Callable[..., list[int]]
 @pytest.fixture
 def partition_id(conn: Connection[TupleRow]) -> int:
     """A log between two others, so that a scan which leaves it would show."""
-    create_topic(conn, "orders", 3)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=3)
     count = len(BATCHES)
     records, lengths = zip(*BATCHES, strict=True)
     for number, i in enumerate(ids):
@@ -181,8 +181,7 @@ def test_unknown_names(
 @pytest.mark.parametrize("deleted", [True, False])
 def test_a_start_offset_inside_a_batch(deleted: bool, conn: Connection[TupleRow]) -> None:  # noqa: FBT001
     """As after deleting records up to an offset: the batch that spans it is there, and perhaps more before it."""
-    create_topic(conn, "short", 1)
-    ids = partition_ids(conn, "short")
+    ids = make_topic(conn, "short", partitions=1)
     commit_object(conn, "short", ids * 4, [5] * 4, range(4), [1] * 4, [0] * 4)
     while materialize(conn, ids, events_per_partition=2).events_processed:
         pass
@@ -294,8 +293,7 @@ def test_reads_little_beside_what_it_returns(
     shape: Callable[[Connection[Any], Connect, list[int]], None], conn: Connection[TupleRow], connect: Connect
 ) -> None:
     """Whatever the size of transactions, and wherever in them the offset lies."""
-    create_topic(conn, "shape", 2)
-    ids = partition_ids(conn, "shape")
+    ids = make_topic(conn, "shape", partitions=2)
     shape(conn, connect, ids)
     check(conn, ids[0], random.Random(1), turns=150)
 
@@ -341,8 +339,7 @@ def check(conn: Connection[Any], partition_id: int, chance: random.Random, turns
 @pytest.mark.parametrize("seed", range(6))
 def test_random_logs(seed: int, conn: Connection[TupleRow], connect: Connect) -> None:
     chance = random.Random(seed)
-    create_topic(conn, "random", 2)
-    ids = partition_ids(conn, "random")
+    ids = make_topic(conn, "random", partitions=2)
     writers = [connect(autocommit=False) for _ in range(4)]
     for turn in range(120):
         number = chance.randrange(6)

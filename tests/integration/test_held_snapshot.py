@@ -3,27 +3,20 @@
 By buffers, not by time. In the first edition three hundred passes made each of these some twenty times as dear.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
 from config.settings import STRATEGIES
-from db.commit import commit_object
 from db.discover import find_committed, save_fan_out, sweep
 from db.materialize import materialize
 from db.statements import statement
-from db.topics import create_topic, partition_ids
+from tests.integration.conftest import commit, make_topic
 from tests.support import Connect
 
 PARTITIONS = 20
 PASSES = 300
-
-
-def commit(conn: Connection[Any], key: str, ids: Sequence[int]) -> None:
-    count = len(ids)
-    commit_object(conn, key, ids, [1] * count, range(count), [1] * count, [0] * count)
 
 
 def buffers(conn: Connection[Any], query: str | bytes, *, name: str = "") -> int:
@@ -48,8 +41,7 @@ def buffers(conn: Connection[Any], query: str | bytes, *, name: str = "") -> int
 
 
 def test_nothing_gets_dearer_under_a_held_snapshot(connect: Connect, conn: Connection[TupleRow]) -> None:
-    create_topic(conn, "orders", PARTITIONS)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=PARTITIONS)
     holder, meter = connect(autocommit=False), connect()
     # Else psycopg deallocates what it did not prepare, after a rollback.
     meter.prepare_threshold = None

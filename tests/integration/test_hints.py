@@ -25,6 +25,7 @@ from db.migrate import upgrade
 from db.retention import retain
 from db.statements import statement
 from db.topics import create_topic, partition_ids
+from tests.integration.conftest import make_topic
 from tests.integration.test_plans import Explained, fill
 from tests.support_hints import GROWING, HINTED, phrases, scans
 
@@ -219,8 +220,7 @@ def test_a_plan_made_for_empty_tables_serves_full_ones(hints: str, server: Postg
     url = server.url(name)
     upgrade(url)
     with psycopg.connect(url, autocommit=True) as broker, psycopg.connect(url, autocommit=True) as worker:
-        create_topic(broker, "orders", PARTITIONS)
-        ids = partition_ids(broker, "orders")
+        ids = make_topic(broker, "orders", partitions=PARTITIONS)
         broker.execute("analyze")
         worker.execute(f"set pg_hint_plan.enable_hint = {hints}".encode())
         worker.execute("set plan_cache_mode = force_generic_plan")

@@ -16,7 +16,7 @@ from config.settings import STRATEGIES, Strategy
 from db.commit import commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
-from db.topics import create_topic, partition_ids
+from tests.integration.conftest import make_topic
 from tests.support import Connect
 
 RUN = 64
@@ -39,8 +39,7 @@ def database_url(postgres_server: PostgresServer, template_database: str) -> Ite
 @pytest.fixture
 def ids(conn: Connection[TupleRow], request: pytest.FixtureRequest) -> list[int]:
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    create_topic(conn, name, 2)
-    return partition_ids(conn, name)
+    return make_topic(conn, name, partitions=2)
 
 
 class Log:

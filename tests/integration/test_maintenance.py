@@ -1,34 +1,28 @@
 """The maintenance tasks: what one turn does, and what it leaves for the next."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from psycopg import Connection
 
-from config.settings import Settings
 from db.commit import commit_object
 from db.materialize import materialize
-from db.topics import create_topic, partition_ids, set_retention
+from db.topics import set_retention
 from tasks.app import TidemarkApp
 from tasks.maintenance import audit, retain
+from tests.integration.conftest import MakeApp, make_topic
 
 
 @pytest.fixture
-def app(database_url: str) -> Iterator[TidemarkApp]:
-    made = TidemarkApp("tidemark-test")
-    made.settings = Settings(database_url=database_url, broker_url="redis://127.0.0.1:1/0", delete_batch=2)
-    yield made
-    made.database.close()
-    made.close()
+def app(make_app: MakeApp) -> TidemarkApp:
+    return make_app(broker_url="redis://127.0.0.1:1/0", delete_batch=2)
 
 
 @pytest.fixture
 def ids(conn: Connection[Any]) -> list[int]:
     """A topic of four partitions with five old batches in each, all materialized."""
-    create_topic(conn, "orders", 4)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=4)
     for number in range(5):
         commit_object(conn, f"object-{number}", ids, [10] * 4, [0] * 4, [100] * 4, [1_000 + number] * 4)
     materialize(conn, ids)

@@ -19,14 +19,13 @@ from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
 from db.statements import run, statement
-from db.topics import create_topic, partition_ids
+from tests.integration.conftest import make_topic
 from tests.support import Connect, wait_until
 
 
 @pytest.fixture
 def ids(conn: Connection[TupleRow]) -> list[int]:
-    create_topic(conn, "orders", 3)
-    return partition_ids(conn, "orders")
+    return make_topic(conn, partitions=3)
 
 
 def commit(conn: Connection[Any], key: str, partitions: Sequence[int], records: Sequence[int] | None = None) -> int:
@@ -150,8 +149,7 @@ def test_lock_wait_is_measured(connect: Connect, conn: Connection[TupleRow], ids
 @pytest.mark.parametrize("each", [1, 65])
 def test_transaction_size_is_close_to_what_was_written(each: int, conn: Connection[TupleRow]) -> None:
     size = "select pg_relation_size('tidemark.runs') + pg_indexes_size('tidemark.runs')"
-    create_topic(conn, "wide", 2_000)
-    ids = partition_ids(conn, "wide")
+    ids = make_topic(conn, "wide", partitions=2_000)
     for number in range(each):
         commit(conn, f"object {number}", ids)
     before = conn.execute(size).fetchone()
@@ -381,8 +379,7 @@ def two_phase_url(server_directory: Path, postgres_bin: Path | None) -> Iterator
 
 def test_prepared_transactions(two_phase_url: str) -> None:
     with psycopg.connect(two_phase_url, autocommit=True) as conn:
-        create_topic(conn, "orders", 1)
-        ids = partition_ids(conn, "orders")
+        ids = make_topic(conn, partitions=1)
         conn.execute("begin")
         commit(conn, "prepared", ids)
         conn.execute("prepare transaction 'one'")
@@ -398,8 +395,7 @@ def test_two_hundred_open_transactions_cost_a_pass_one_row(two_phase_url: str) -
     """And its runs nothing: a list in each of them made passes of many partitions 25 times as slow."""
     opened, with_events = 200, {3, 50, 77, 78, 199}
     with psycopg.connect(two_phase_url, autocommit=True) as conn:
-        create_topic(conn, "wide", 200)
-        ids = partition_ids(conn, "wide")
+        ids = make_topic(conn, "wide", partitions=200)
         commit(conn, "before", ids)
         materialize(conn, ids)
         for number in range(opened):

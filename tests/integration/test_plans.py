@@ -20,7 +20,8 @@ from db.arrays import Int4Array
 from db.commit import commit_object
 from db.materialize import materialize
 from db.statements import run, statement
-from db.topics import create_topic, partition_ids
+from db.topics import create_topic
+from tests.integration.conftest import make_topic
 from tests.support import Connect
 
 STATISTICS = ["empty", "typical", "skewed"]
@@ -61,8 +62,7 @@ def data(request: pytest.FixtureRequest, postgres_server: PostgresServer, templa
             # Statistics are as old as the case says.
             for table in (*GROWING, "topic_partitions"):
                 conn.execute(f"alter table tidemark.{table} set (autovacuum_enabled = off)".encode())
-            create_topic(conn, "orders", PARTITIONS)
-            ids = partition_ids(conn, "orders")
+            ids = make_topic(conn, partitions=PARTITIONS)
             if statistics == "skewed":
                 share = [99, *[1] * (PARTITIONS - 1)]
                 weights = [weight * CONSUMED // sum(share) for weight in share]
@@ -221,8 +221,7 @@ def test_place_reads_late_events_once(
     """However many there are, in however many transactions, and whatever waits behind them. 15 reads them again for
     each step of a recursion that looks for several transactions at once.
     """
-    create_topic(conn, "orders", 2)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=2)
     for strategy in STRATEGIES:
         with ExitStack() as stack:
             late = [stack.enter_context(connect(autocommit=False)) for _ in range(min(transactions, 50))]
@@ -308,8 +307,7 @@ def test_plans_made_for_an_empty_database_do_not_outlive_it(connect: Connect, co
     """A worker and a broker that start first, and keep their sessions while the tables grow unanalyzed."""
     for table in (*GROWING, "topic_partitions"):
         conn.execute(f"alter table tidemark.{table} set (autovacuum_enabled = off)".encode())
-    create_topic(conn, "first", 1)
-    first = partition_ids(conn, "first")
+    first = make_topic(conn, "first", partitions=1)
     session = connect()
     fetch = "select * from tidemark.fetch_batches(%s::int, %s::bigint, 1000, 5)"
     for number in range(12):

@@ -1,9 +1,10 @@
 """A database in another cluster: nothing runs until it is rebased, and then nothing is lost, doubled or reordered."""
 
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,20 @@ from config.embedded.postgres import PostgresServer
 from config.embedded.wheels import postgres_bin as wheel_bin
 from config.errors import ForeignClusterError, TransientDatabaseError
 from db.audit import audit
-from db.commit import commit_object
 from db.discover import find_committed, save_fan_out, sweep
 from db.materialize import materialize
 from db.migrate import require_current, upgrade
 from db.rebase import RebaseResult, rebase
 from db.statements import run
 from db.topics import create_topic, partition_ids
+from tests.integration import conftest
+from tests.integration.conftest import make_topic
 from tests.support import Connect, wait_until
 
 OTHER_CLUSTER = 4711
 
 
-def commit(conn: Connection[Any], key: str, partitions: Sequence[int]) -> int:
-    count = len(partitions)
-    return commit_object(conn, key, partitions, [2] * count, range(count), [1] * count, [0] * count)
+commit = partial(conftest.commit, records=2, length=1)
 
 
 def log(conn: Connection[Any], partition_id: int) -> list[tuple[Any, ...]]:
@@ -42,8 +42,7 @@ def log(conn: Connection[Any], partition_id: int) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 def ids(conn: Connection[TupleRow]) -> list[int]:
-    create_topic(conn, "orders", 2)
-    return partition_ids(conn, "orders")
+    return make_topic(conn, partitions=2)
 
 
 def with_history(connect: Connect, conn: Connection[TupleRow], ids: list[int]) -> None:

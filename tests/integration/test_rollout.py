@@ -1,7 +1,5 @@
 """A candidate on a share of the partitions, and each batching: the same offsets, and metrics that say who did what."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import psycopg
@@ -12,7 +10,6 @@ from redis import Redis
 from config.settings import BATCHINGS, STRATEGIES, Settings
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
-from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
 from tasks.background import Background
 from tasks.batching import Adaptive
@@ -20,23 +17,17 @@ from tasks.dispatch import publish, wake
 from tasks.drain import controllers, serve
 from tasks.observers import observers
 from tasks.rollout import strategy_of
+from tests.integration.conftest import MakeApp, make_topic
 from tests.support import Connect
-from tests.support_commands import app_for, drain
+from tests.support_commands import drain
 
 PARTITIONS = 24
 HALF: dict[str, Any] = {"strategy": "window", "candidate": "incremental", "candidate_percent": 50}
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as made:
-        yield made
-
-
-@pytest.fixture
 def ids(conn: Connection[Any]) -> list[int]:
-    create_topic(conn, "orders", PARTITIONS)
-    return partition_ids(conn, "orders")
+    return make_topic(conn, partitions=PARTITIONS)
 
 
 def commit(conn: Connection[Any], key: str, ids: list[int], *, first: int = 0) -> None:
@@ -59,8 +50,7 @@ def play(
     app: TidemarkApp, conn: Connection[Any], late: Connection[Any], topic: str
 ) -> tuple[list[tuple[Any, ...]], MaterializationMetrics]:
     """Commits in two rounds, with one that is late for the first; deep in one partition, thin in the others."""
-    create_topic(conn, topic, PARTITIONS)
-    ids = partition_ids(conn, topic)
+    ids = make_topic(conn, topic, partitions=PARTITIONS)
     commit(conn, f"{topic}-a", ids)
     commit(late, f"{topic}-late", ids[:5] * 3, first=100)
     commit(conn, f"{topic}-deep", [ids[3]] * 40 + ids[::2], first=1000)
@@ -86,30 +76,21 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_same_offsets_whichever_side(
-    database_url: str, redis_url: str, conn: Connection[Any], connect: Connect, stack: ExitStack
-) -> None:
+def test_same_offsets_whichever_side(conn: Connection[Any], connect: Connect, make_app: MakeApp) -> None:
     logs = {}
     for number, (name, changes) in enumerate(SIDES.items()):
         # Few enough that the deep partition takes several transactions.
-        app = stack.enter_context(app_for(database_url, redis_url, batch_events_min=1, batch_events_max=50, **changes))
+        app = make_app(batch_events_min=1, batch_events_max=50, **changes)
         logs[name], _ = play(app, conn, connect(autocommit=False), f"topic-{number}")
     assert len(logs["window"]) == PARTITIONS + 15 + 40 + PARTITIONS // 2 + 2 * PARTITIONS
     assert {name: log == logs["window"] for name, log in logs.items()} == dict.fromkeys(SIDES, True)
 
 
 @pytest.mark.parametrize("changes", [{}, HALF], ids=["one side", "two sides"])
-def test_same_offsets_by_any_batching(
-    database_url: str, redis_url: str, conn: Connection[Any], connect: Connect, stack: ExitStack, changes: Any
-) -> None:
+def test_same_offsets_by_any_batching(conn: Connection[Any], connect: Connect, make_app: MakeApp, changes: Any) -> None:
     logs, transactions = {}, {}
     for batching in BATCHINGS:
-        app = stack.enter_context(
-            app_for(
-                database_url, redis_url, batching=batching,
-                events_per_partition=4, batch_events_min=8, batch_events_max=48, **changes,
-            )
-        )  # fmt: skip
+        app = make_app(batching=batching, events_per_partition=4, batch_events_min=8, batch_events_max=48, **changes)
         logs[batching], total = play(app, conn, connect(autocommit=False), f"topic-{batching}")
         transactions[batching] = total.transactions
     assert {name: log == logs["fixed"] for name, log in logs.items()} == dict.fromkeys(BATCHINGS, True)
@@ -118,11 +99,11 @@ def test_same_offsets_by_any_batching(
 
 
 def test_a_growing_rollout_goes_on_where_the_partition_stands(
-    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int], stack: ExitStack
+    conn: Connection[Any], ids: list[int], make_app: MakeApp
 ) -> None:
     for number, percent in enumerate((0, 10, 50, 100, 50)):
         commit(conn, f"object-{number}", ids, first=100 * number)
-        app = stack.enter_context(app_for(database_url, redis_url, **HALF | {"candidate_percent": percent}))
+        app = make_app(**HALF | {"candidate_percent": percent})
         assert drain(app, ids).events_processed == PARTITIONS
     by_partition: dict[int, int] = {}
     for partition, start, records, _ in log_of(conn, ids):
@@ -131,10 +112,8 @@ def test_a_growing_rollout_goes_on_where_the_partition_stands(
     assert len(by_partition) == PARTITIONS
 
 
-def test_a_task_with_both_sides_says_what_each_did(
-    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int], stack: ExitStack
-) -> None:
-    app = stack.enter_context(app_for(database_url, redis_url, shards=1, **HALF))
+def test_a_task_with_both_sides_says_what_each_did(conn: Connection[Any], ids: list[int], make_app: MakeApp) -> None:
+    app = make_app(shards=1, **HALF)
     commit(conn, "a", ids)
     result = serve(app, ids, observers(app))
     candidate = sum(strategy_of(i, app.settings) == "incremental" for i in ids)
@@ -150,14 +129,12 @@ def test_a_task_with_both_sides_says_what_each_did(
 
 
 def test_a_candidate_that_fails_holds_up_its_own_partitions_alone(
-    database_url: str,
-    redis_url: str,
     conn: Connection[Any],
     ids: list[int],
-    stack: ExitStack,
+    make_app: MakeApp,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    app = stack.enter_context(app_for(database_url, redis_url, **HALF))
+    app = make_app(**HALF)
 
     def broken(*args: Any, strategy: Any, **more: Any) -> MaterializationMetrics:
         if strategy == "incremental":
@@ -176,11 +153,9 @@ def test_a_candidate_that_fails_holds_up_its_own_partitions_alone(
 
 
 def test_complete_brings_one_deep_partition_to_its_end_before_the_next(
-    database_url: str, redis_url: str, conn: Connection[Any], ids: list[int], stack: ExitStack
+    conn: Connection[Any], ids: list[int], make_app: MakeApp
 ) -> None:
-    app = stack.enter_context(
-        app_for(database_url, redis_url, batching="complete", batch_events_min=1, batch_events_max=10)
-    )
+    app = make_app(batching="complete", batch_events_min=1, batch_events_max=10)
     for n in (0, 1):
         commit(conn, f"deep-{n}", [ids[n]] * 35)
     total = drain(app, ids[:3])
@@ -192,11 +167,9 @@ def test_complete_brings_one_deep_partition_to_its_end_before_the_next(
 
 
 def test_adaptive_shrinks_when_another_transaction_holds_the_partition(
-    database_url: str, redis_url: str, conn: Connection[Any], connect: Connect, ids: list[int], stack: ExitStack
+    conn: Connection[Any], connect: Connect, ids: list[int], make_app: MakeApp
 ) -> None:
-    app = stack.enter_context(
-        app_for(database_url, redis_url, batching="adaptive", lock_timeout=0.05, retries=1, retry_seconds=0.001)
-    )
+    app = make_app(batching="adaptive", lock_timeout=0.05, retries=1, retry_seconds=0.001)
     commit(conn, "a", ids[:1])
     holder = connect(autocommit=False)
     holder.execute("select from tidemark.topic_partitions where id = %s for no key update", (ids[0],))
@@ -216,9 +189,9 @@ def due(redis_url: str, queue: str) -> list[bool]:
 
 @pytest.mark.parametrize("batching", BATCHINGS)
 def test_only_collect_collects_and_only_after_a_wake_up(
-    batching: Any, database_url: str, redis_url: str, ids: list[int], stack: ExitStack
+    batching: Any, redis_url: str, ids: list[int], make_app: MakeApp
 ) -> None:
-    app = stack.enter_context(app_for(database_url, redis_url, shards=1, batching=batching, collect_seconds=0.5))
+    app = make_app(shards=1, batching=batching, collect_seconds=0.5)
     wake(app, ids[:1])
     app.once(Background).drain()
     publish(app, ids[1:2], at_once=True)

@@ -15,7 +15,7 @@ from db.arrays import Int4Array
 from db.commit import commit_object
 from db.materialize import materialize
 from db.statements import run
-from db.topics import create_topic, partition_ids
+from tests.integration.conftest import make_topic
 from tests.support import Connect, wait_until
 
 SCHEMA = """
@@ -105,8 +105,7 @@ def test_the_seeds_statement(held: bool, connect: Connect, conn: Connection[Tupl
 
 
 def test_ours(connect: Connect, conn: Connection[TupleRow]) -> None:
-    create_topic(conn, "orders", 2)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=2)
     for key, partition in COMMITS:
         commit_object(conn, key, [ids[partition]], [10], [0], [1], [0])
     holder, one, two = connect(), connect(), connect()

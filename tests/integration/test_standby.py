@@ -21,10 +21,12 @@ from db.commit import Batch, commit_batches, commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.migrate import upgrade
-from db.topics import create_topic, partition_ids
 from db.translate import is_transient
+from tests.demo.check import check
+from tests.demo.evidence import collect
+from tests.demo.ledger import Ledger, Outcome, Reading, commit_noted, note
+from tests.integration.conftest import make_topic
 from tests.support import wait_until
-from tests.support_oracle import Ledger, Placed, Sent, check_log
 
 SETTINGS = {"autovacuum": "off", "wal_receiver_status_interval": "1s"}
 PARTITIONS = 3
@@ -84,8 +86,7 @@ def connect(server: PostgresServer) -> Connection[TupleRow]:
 def test_a_standby_that_lags(servers: tuple[PostgresServer, Standby]) -> None:
     """An offset that is not there yet is told apart from one that is nowhere; and who would write may try elsewhere."""
     with connect(servers[0]) as primary, connect(servers[1]) as standby:
-        create_topic(primary, "orders", 1)
-        ids = partition_ids(primary, "orders")
+        ids = make_topic(primary, "orders", partitions=1)
         commit_object(primary, "a", ids, [10], [0], [1], [0])
         materialize(primary, ids)
         wait_until(lambda: read_end(standby, ids[0]) == 10)
@@ -161,23 +162,7 @@ class Traffic:
                 except psycopg.OperationalError:
                     self.unanswered.append((key, batches, began))
                     return
-                self.record(key, batches, object_id, began)
-
-    def record(self, key: str, batches: list[Batch], object_id: int, began: float) -> None:
-        self.ledger.attempts.append((key, object_id))
-        self.ledger.sent += [
-            Sent(
-                partition_id=batch.partition_id,
-                n_records=batch.n_records,
-                object_key=key,
-                byte_offset=batch.byte_offset,
-                byte_length=batch.byte_length,
-                max_timestamp=batch.max_timestamp,
-                began=began,
-                returned=time.monotonic(),
-            )
-            for batch in batches
-        ]
+                note(self.ledger, key, batches, began, Outcome.COMMITTED, object_id)
 
     def materialize(self) -> None:
         with psycopg.connect(self.url, autocommit=True) as conn, suppress(psycopg.OperationalError):
@@ -192,29 +177,18 @@ class Traffic:
                 for partition_id, offset in offsets.items():
                     for batch in fetch_batches(conn, partition_id, offset):
                         offsets[partition_id] = batch.start_offset + batch.n_records
-                        self.ledger.batches_seen.append(
-                            Placed(
-                                partition_id,
-                                batch.start_offset,
-                                batch.n_records,
-                                batch.object_key,
-                                batch.byte_offset,
-                                batch.byte_length,
-                                batch.max_timestamp,
-                            )
-                        )
+                        self.ledger.readings.append(Reading(partition_id=partition_id, batch=batch))
 
 
 def test_a_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> None:
     primary, standby = servers
     with connect(primary) as conn:
-        create_topic(conn, "orders", PARTITIONS)
-        ids = partition_ids(conn, "orders")
+        ids = make_topic(conn, partitions=PARTITIONS)
     traffic = Traffic(primary.url(), ids)
     with ThreadPoolExecutor(PRODUCERS + 2) as threads:
         jobs = [threads.submit(traffic.produce, number) for number in range(PRODUCERS)]
         jobs += [threads.submit(traffic.materialize), threads.submit(traffic.read)]
-        wait_until(lambda: len(traffic.ledger.batches_seen) > 1_000 or any(job.done() for job in jobs), timeout=30)
+        wait_until(lambda: len(traffic.ledger.readings) > 1_000 or any(job.done() for job in jobs), timeout=30)
         primary.kill()
         for job in jobs:
             job.result(10)
@@ -223,20 +197,19 @@ def test_a_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> N
         assert conn.execute("select pg_promote()").fetchone() == (True,)
         # Who had no answer asks again, as a broker does.
         for key, batches, began in traffic.unanswered:
-            traffic.record(key, batches, commit_batches(conn, key, batches), began)
+            note(traffic.ledger, key, batches, began, Outcome.COMMITTED, commit_batches(conn, key, batches))
         after = [
             Batch(partition_id=i, n_records=1, byte_offset=n, byte_length=1, max_timestamp=0) for n, i in enumerate(ids)
         ]
-        began = time.monotonic()
-        traffic.record("after", after, commit_batches(conn, "after", after), began)
+        commit_noted(conn, traffic.ledger, "after", after)
         while materialize(conn, ids).events_processed:
             pass
         last = [fetch_batches(conn, i, read_end(conn, i) - 1)[0].object_key for i in ids]
         assert last == ["after"] * PARTITIONS
-        verdict = check_log(conn, traffic.ledger)
+        evidence = collect(conn, ids, traffic.ledger)
         late = conn.execute("select count(*) from tidemark.runs where seen_tx is not null").fetchone()
-    assert verdict.violations == ()
-    assert verdict.checked[2] == len(traffic.ledger.sent) > 1_000
-    assert verdict.checked[4] > 1_000
+    assert [finding.violation for finding in check(evidence)] == [None] * 6
+    assert evidence.placed == len(traffic.ledger.sent) > 1_000
+    assert evidence.fetched > 1_000
     assert late
     assert late[0] > 0

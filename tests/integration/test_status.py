@@ -23,7 +23,6 @@ from rich.console import Console
 
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
-from db.commit import commit_object
 from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
@@ -34,6 +33,7 @@ from tasks.commands.status import status
 from tasks.commands.top import Curves, top
 from tasks.membership import KEY, Program
 from tasks.observers import worker_metrics
+from tests.integration.conftest import commit, make_topic
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 
@@ -41,21 +41,9 @@ LONG = "n" * 249
 
 
 @pytest.fixture
-def cli(database_url: str, redis_url: str) -> Iterator[Cli]:
-    with app_for(database_url, redis_url) as app:
-        yield Cli(app)
-
-
-@pytest.fixture
 def ids(conn: Connection[Any]) -> list[int]:
     create_topic(conn, LONG, 1)
-    create_topic(conn, "orders", 2)
-    return partition_ids(conn, "orders")
-
-
-def commit(conn: Connection[Any], key: str, ids: list[int], records: int = 1) -> None:
-    n = len(ids)
-    commit_object(conn, key, ids, [records] * n, [0] * n, [10] * n, [0] * n)
+    return make_topic(conn, partitions=2)
 
 
 def test_backlog_and_lag(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
@@ -436,8 +424,7 @@ def test_prepared_transactions(own_server: PostgresServer, redis_url: str) -> No
         app_for(own_server.url(), redis_url) as app,
     ):
         cli = Cli(app)
-        create_topic(conn, "orders", 1)
-        ids = partition_ids(conn, "orders")
+        ids = make_topic(conn, partitions=1)
         conn.execute("begin")
         commit(conn, "late", ids)
         conn.execute("prepare transaction 'it''s late'")
@@ -470,8 +457,7 @@ def test_replication_slots_and_standbys(own_server: PostgresServer, redis_url: s
     """They have no transaction of their own to measure: what counts is the oldest commit that they do not see."""
     with psycopg.connect(own_server.url(), autocommit=True) as conn, app_for(own_server.url(), redis_url) as app:
         cli = Cli(app)
-        create_topic(conn, "replicated", 1)
-        ids = partition_ids(conn, "replicated")
+        ids = make_topic(conn, "replicated", partitions=1)
         commit(conn, "before", ids)
         conn.execute("select pg_create_logical_replication_slot('cdc', 'pgoutput')")
         (xmin,) = conn.execute("select txid_current()").fetchone() or (0,)

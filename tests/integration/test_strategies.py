@@ -15,7 +15,7 @@ from config.settings import STRATEGIES, Strategy
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
-from db.topics import create_topic, partition_ids
+from tests.integration.conftest import make_topic
 from tests.support import Connect
 
 PARTITIONS = 3
@@ -125,8 +125,7 @@ def play(
     strategy's first one.
     """
     name = uuid4().hex
-    create_topic(conn, name, PARTITIONS)
-    ids = partition_ids(conn, name)
+    ids = make_topic(conn, name, partitions=PARTITIONS)
     writers = [connect(autocommit=False) for _ in range(4)]
     with writers[0].transaction():
         first = (
@@ -203,6 +202,5 @@ def test_same_offsets_at_random(seed: int, conn: Connection[TupleRow], connect: 
 
 
 def test_metrics_name_the_strategy(conn: Connection[TupleRow]) -> None:
-    create_topic(conn, "orders", 1)
-    ids = partition_ids(conn, "orders")
+    ids = make_topic(conn, partitions=1)
     assert [materialize(conn, ids, strategy=strategy).strategy for strategy in STRATEGIES] == list(STRATEGIES)

@@ -1,7 +1,7 @@
 """Everybody at once for ten seconds: producers that commit out of order, materializers, a sweeper and readers.
 
 Nothing here waits for anything else, so the interleavings are the scheduler's. What must hold is checked against what
-the producers and readers wrote down (`tests.support_oracle`).
+the producers and readers wrote down (`tests.demo.check`).
 """
 
 import random
@@ -16,17 +16,19 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import Connection, IsolationLevel
-from psycopg.rows import TupleRow
+from psycopg.rows import TupleRow, class_row
 
 from config.errors import CommitConflictError
 from config.settings import STRATEGIES
 from db.commit import Batch, commit_batches
 from db.discover import sweep
-from db.fetch import fetch_batches
+from db.fetch import FetchedBatch, fetch_batches
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids
+from tests.demo.check import check
+from tests.demo.evidence import collect
+from tests.demo.ledger import Ledger, Outcome, Reading, Sighting, note
 from tests.support import wait_until
-from tests.support_oracle import Ledger, Placed, Sent, Sighting, check_log
 
 SECONDS = 10.0
 PARTITIONS = 4
@@ -89,38 +91,22 @@ class Stress:
                 time.sleep(chance.random() * 0.03)
             if chance.random() < 0.01:
                 time.sleep(1)
-        returned = time.monotonic()
-        if not roll_back:
-            self.record(objects, attempts, began, returned)
+        outcome = Outcome.ROLLED_BACK if roll_back else Outcome.COMMITTED
+        for key, object_id in attempts:
+            note(self.ledger, key, objects[key], began, outcome, None if roll_back else object_id)
         if roll_back or chance.random() < 0.1:
             # A replay: after a rollback it is the first commit, otherwise it changes nothing.
             began = time.monotonic()
             with conn.transaction():
                 attempts = [(key, commit_batches(conn, key, batches)) for key, batches in objects.items()]
-            self.record(objects if roll_back else {}, attempts, began, time.monotonic())
+            for key, object_id in attempts:
+                note(self.ledger, key, objects[key], began, Outcome.COMMITTED, object_id)
         if chance.random() < 0.05:
             key, batches = next(iter(objects.items()))
+            wrong, began = [*batches, batches[0]], time.monotonic()
             with pytest.raises(CommitConflictError):
-                commit_batches(conn, key, [*batches, batches[0]])
-
-    def record(
-        self, objects: dict[str, list[Batch]], attempts: list[tuple[str, int]], began: float, returned: float
-    ) -> None:
-        self.ledger.attempts += attempts
-        self.ledger.sent += [
-            Sent(
-                partition_id=batch.partition_id,
-                n_records=batch.n_records,
-                object_key=key,
-                byte_offset=batch.byte_offset,
-                byte_length=batch.byte_length,
-                max_timestamp=batch.max_timestamp,
-                began=began,
-                returned=returned,
-            )
-            for key, batches in objects.items()
-            for batch in batches
-        ]
+                commit_batches(conn, key, wrong)
+            note(self.ledger, key, wrong, began, Outcome.REFUSED)
 
     def materialize(self, number: int) -> None:
         chance = random.Random(1000 + number)
@@ -156,22 +142,25 @@ class Stress:
                     ).fetchone()
                     assert head
                     since = max(head[1] - 2_500, 0)
-                    rows = conn.execute(
-                        "select partition_id, start_offset, n_records, object_key, byte_offset, byte_length, "
-                        "max_timestamp_ms from tidemark.record_batches where partition_id = %s "
-                        "and run_end_offset > %s order by start_offset",
-                        (partition_id, since),
-                    ).fetchall()
+                    log = (
+                        conn.cursor(row_factory=class_row(FetchedBatch))
+                        .execute(
+                            "select start_offset, n_records, object_key, byte_offset, byte_length, "
+                            "max_timestamp_ms as max_timestamp from tidemark.record_batches where partition_id = %s "
+                            "and run_end_offset > %s order by start_offset",
+                            (partition_id, since),
+                        )
+                        .fetchall()
+                    )
                     fetched = fetch_batches(conn, partition_id, since, max_batches=1_000)
-                self.ledger.sightings.append(Sighting(number, partition_id, *head))
-                log = [Placed._make(row) for row in rows]
-                assert [(b.start_offset, b.object_key, b.byte_offset) for b in fetched] == [
-                    (b.start_offset, b.object_key, b.byte_offset) for b in log if b.start_offset + b.n_records > since
-                ][:1_000]
+                self.ledger.sightings.append(
+                    Sighting(partition_id=partition_id, start_offset=head[0], end_offset=head[1], reader=number)
+                )
+                assert fetched == [b for b in log if b.start_offset + b.n_records > since][:1_000]
                 assert log[-1:] == [] if head[1] == 0 else log[-1].start_offset + log[-1].n_records == head[1]
                 for before, after in pairwise(log):
                     assert before.start_offset + before.n_records == after.start_offset, (before, after)
-                self.ledger.batches_seen += log[-20:]
+                self.ledger.readings += [Reading(partition_id=partition_id, batch=batch) for batch in log[-20:]]
 
     def run(self, seconds: float) -> None:
         jobs: list[tuple[Callable[[int], None], int]] = [
@@ -208,13 +197,14 @@ def test_stress(database_url: str, conn: Connection[TupleRow]) -> None:
     create_topic(conn, "orders", PARTITIONS)
     stress = Stress(database_url, partition_ids(conn, "orders"))
     stress.run(SECONDS)
-    verdict = check_log(conn, stress.ledger)
-    assert verdict.violations == ()
+    evidence = collect(conn, stress.ids, stress.ledger)
+    findings = check(evidence)
+    assert [finding.violation for finding in findings] == [None] * 6
     # Something was checked, and by each of the invariants.
-    assert verdict.checked[1] == verdict.checked[2] == verdict.checked[3] == len(stress.ledger.sent) > 2_000
-    assert verdict.checked[4] > 500
-    assert verdict.checked[5] > 200
-    assert verdict.checked[6] > 1_000
+    assert evidence.placed == len(evidence.origins) == len(stress.ledger.sent) > 2_000
+    assert evidence.fetched > 500
+    assert evidence.looks > 200
+    assert len(evidence.attempts) > 1_000
     runs = conn.execute(
         "select count(*) filter (where seen_tx is not null), max(cardinality(skipped)) from tidemark.runs"
     ).fetchone()
@@ -222,7 +212,7 @@ def test_stress(database_url: str, conn: Connection[TupleRow]) -> None:
     late, skipped = runs
     assert late > 100
     assert 0 < skipped <= PRODUCERS + MATERIALIZERS + 10
-    print(f"stress: {verdict.checked}, {late} late runs")  # noqa: T201 -- shown with -s
+    print(f"stress: {[finding.counted for finding in findings]}, {late} late runs")  # noqa: T201 -- shown with -s
     # All is settled, so a last round leaves no pass behind.
     assert list(sweep(conn)) == []
     assert conn.execute("select count(*) from tidemark.passes").fetchone() == (0,)

@@ -18,16 +18,14 @@ from psycopg.rows import TupleRow
 
 from config.errors import SettingsError
 from config.queues import all_queues
-from config.settings import Settings
 from db.commit import commit_object
-from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
 from tasks.background import Background
 from tasks.dispatch import committing
 from tasks.dispatch import wake as wake_up
 from tasks.tracing import Tracing, make_provider
+from tests.integration.conftest import MakeApp, make_topic
 from tests.support import wait_until
-from tests.support_commands import declare_jobs
 
 
 class Traced:
@@ -54,14 +52,6 @@ class Traced:
         return [s.name for s in self._spans.get_finished_spans()]
 
 
-def make_app(database_url: str, redis_url: str, directory: Path) -> TidemarkApp:
-    app = TidemarkApp("traced")
-    # Tracing is made by the test, with a provider of its own.
-    app.settings = Settings(database_url=database_url, broker_url=redis_url, data_dir=directory, shards=2, tracing=True)
-    declare_jobs(app)
-    return app
-
-
 def trace_with(app: TidemarkApp, provider: TracerProvider) -> Tracing:
     tracing = Tracing(app, provider)
     app._parts[Tracing] = tracing
@@ -69,23 +59,21 @@ def trace_with(app: TidemarkApp, provider: TracerProvider) -> Tracing:
 
 
 @pytest.fixture
-def traced(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Traced]:
+def traced(make_app: MakeApp, tmp_path: Path) -> Iterator[Traced]:
     spans = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
-    app = make_app(database_url, redis_url, tmp_path)
+    # Tracing is made by the test, with a provider of its own.
+    app = make_app(data_dir=tmp_path, shards=2)
     tracing = trace_with(app, provider)
     with start_worker(app, pool="solo", perform_ping_check=False, queues=all_queues(2), loglevel="WARNING"):
         yield Traced(app, spans)
     tracing.close()
-    app.database.close()
-    app.close()
 
 
 @pytest.fixture
 def orders(conn: Connection[TupleRow]) -> list[int]:
-    create_topic(conn, "orders", 4)
-    return partition_ids(conn, "orders")
+    return make_topic(conn, partitions=4)
 
 
 def commit(app: TidemarkApp, conn: Connection[Any], key: str, partitions: Sequence[int], *, wake: bool = False) -> None:
@@ -168,19 +156,16 @@ def test_an_idle_fan_out_leaves_nothing_and_a_failed_job_its_error(traced: Trace
     assert traced.names() == ["tasks.materialize_topic"]
 
 
-def test_a_trace_that_is_not_sampled_is_not_noted(database_url: str, redis_url: str, tmp_path: Path) -> None:
-    app = make_app(database_url, redis_url, tmp_path)
+def test_a_trace_that_is_not_sampled_is_not_noted(make_app: MakeApp, tmp_path: Path) -> None:
+    app = make_app(data_dir=tmp_path, shards=2)
     tracing = trace_with(app, TracerProvider(sampler=ALWAYS_OFF))
     with committing(app, "a", [1]):
         pass
     app.once(Background).drain()
     app.once(Background).drain()
-    app.once(Background).drain()
-    app.once(Background).drain()
     assert app.redis
     assert app.redis.keys("tidemark:trace:*") == []
     tracing.close()
-    app.close()
 
 
 def test_a_failed_commit_notes_nothing(traced: Traced, conn: Connection[TupleRow]) -> None:
