@@ -14,6 +14,10 @@ from config.queues import MATERIALIZE
 from config.settings import Settings
 
 _USER = "tidemark"
+# Characters of a column that leaves room for the others at 1280 pixels.
+_WIDTH = 60
+# What is said of a materialize task where there is any.
+_ALSO = {"errors": "failed attempts", "backlog_partitions": "partitions left", "stuck_partitions": "stuck"}
 
 
 def flower_environment(settings: Settings) -> dict[str, str]:
@@ -32,7 +36,8 @@ def flower_environment(settings: Settings) -> dict[str, str]:
         # Seconds; or the list shows every worker there ever was.
         "FLOWER_PURGE_OFFLINE_WORKERS": "300",
         "FLOWER_MAX_TASKS": "10000",
-        "FLOWER_TASKS_COLUMNS": "name,args,state,result,received,runtime,worker",
+        # The id is the link to a task's page.
+        "FLOWER_TASKS_COLUMNS": "name,uuid,state,args,result,received,runtime",
     }
 
 
@@ -52,17 +57,28 @@ def apply(settings: Settings) -> str:
 
 
 def summarize(task: Any) -> Any:
-    """What a materialize task did in a few words, before its figures, of which the list shows only the first."""
-    if task.name == MATERIALIZE and task.result:
+    """What a task did, or why it failed, in the words that fit a column of the list."""
+    if task.exception and not task.result:
+        task.result = _short(str(task.exception))
+    elif task.name == MATERIALIZE and task.result:
         try:
             done = ast.literal_eval(task.result)
-            words = f"{done['events_processed']} events, {done['records']} records, {done['processing_time_ms']:.0f} ms"
-            waited = done["lock_wait_time_ms"]
+            words = [
+                f"{done['events_processed']} events, {done['records']} records, {done['processing_time_ms']:.0f} ms",
+                f"lock wait {done['lock_wait_time_ms']:.0f} ms",
+                *(f"{done[name]} {what}" for name, what in _ALSO.items() if done[name]),
+                str(done["strategy"]),
+            ]
         except (ValueError, SyntaxError, TypeError, KeyError):
-            # An error, or cut off by Celery.
+            # Celery has cut it off.
             return task
-        task.result = f"{words}, lock wait {waited:.0f} ms: {task.result}"
+        task.result = ", ".join(words)
     return task
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
 
 
 def _secret(file: Path) -> str:

@@ -36,7 +36,7 @@ class PartitionNames:
         """Topic of a partition, if known."""
         return self._known[partition_id][0] if partition_id in self._known else None
 
-    def describe(self, ids: Sequence[int], *, width: int = 200) -> str:
+    def describe(self, ids: Sequence[int], *, width: int = 60) -> str:
         """Short text for partitions; those without a known name appear by id."""
         by_topic: dict[str, list[int]] = defaultdict(list)
         for i in ids:

@@ -93,7 +93,7 @@ def page(flower: Flower) -> Iterator[Any]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         context = browser.new_context(
-            http_credentials={"username": USER, "password": PASSWORD}, viewport={"width": 1400, "height": 800}
+            http_credentials={"username": USER, "password": PASSWORD}, viewport={"width": 1280, "height": 800}
         )
         page = context.new_page()
         page.set_default_timeout(30_000)
@@ -148,13 +148,16 @@ def test_the_pages_read_well(flower: Flower, worker: Worker, page: Any, app: Tid
     assert "orders/" in text
     assert "6 events, 18 records" in text
     assert "SUCCESS" in text
+    assert all(page.locator("#tasks-table tbody tr td a[href*='/task/']").all()), "the id leads to a task's page"
+    width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1], "no column falls off"
 
     page.goto(f"{flower.url}/task/{tasks[0]['uuid']}")
     page.wait_for_selector("text=tasks.materialize")
     details = page.inner_text("body")
     shot(page, "flower-task")
     assert "orders/" in details
-    assert "lock_wait_time_ms" in details
+    assert "lock wait" in details
 
     page.goto(f"{flower.url}/workers")
     page.wait_for_selector(f"text={worker.hostname()}")
@@ -170,6 +173,22 @@ def test_the_pages_read_well(flower: Flower, worker: Worker, page: Any, app: Tid
     shot(page, "flower-worker-queues")
     for queue in (*map(shard_queue, range(app.settings.shards)), "control", "maintenance"):
         assert queue in queues
+
+
+def test_a_failed_task_says_why(flower: Flower, worker: Worker, page: Any) -> None:
+    """In the list, beside what it was asked."""
+    failed = flower.request("/api/task/async-apply/tasks.materialize_topic", {"args": ["nosuch"]})["task-id"]
+
+    def the_failure_is_known() -> bool:
+        return bool(flower.request(f"/api/task/info/{failed}").get("state") == "FAILURE")
+
+    wait_until(the_failure_is_known, timeout=20, interval=0.2)
+    page.goto(f"{flower.url}/tasks")
+    page.wait_for_selector(f"#tasks-table tbody tr:has(a[href*='{failed}'])")
+    row = page.locator(f"#tasks-table tbody tr:has(a[href*='{failed}'])").inner_text()
+    shot(page, "flower-failed-task")
+    assert "UnknownTopicError" in row
+    assert "nosuch" in row
 
 
 def test_a_job_lands_on_the_queues_of_its_shards(flower: Flower, start: Programs, app: TidemarkApp, log: Log) -> None:
