@@ -84,19 +84,21 @@ class Keeper:
 
     def _revive(self) -> None:
         """Start a server again that has ended. A full disk, too, is only a reason to try once more, later."""
-        if self._server.running and self._place.url is not None:
+        server = self._server
+        if server.running and self._place.url is not None:
             return
         try:
             # Who attaches now waits until it answers again.
             self._place.withdraw()
-            if not self._server.running:
-                log.warning("%s (pid %d) is gone: starting it again", self._server.program, self._server.pid)
-                self._server.restart()
+            if not server.running:
+                log.warning("%s (pid %d) is gone: starting it again", server.program, server.pid)
+                server.restart()
             self._publish()
         except (EmbeddedServerError, OSError) as error:
             self._pause = min(2 * self._pause + 1, _LONGEST_PAUSE)
             self._retry_at = time.monotonic() + self._pause
-            log.error("%s; next attempt in %g s", error, self._pause)  # noqa: TRY400 - the message says it all
+            what = f"{server.program}: {error}; next attempt in {self._pause:g} s"
+            log.error("%s", what)  # noqa: TRY400 - a traceback would bury it
         else:
             self._pause = 0.0
 

@@ -97,8 +97,7 @@ class RedisServer(EmbeddedServer):
     def _is_ready(self, pid: int) -> bool:
         """Whether the server we mean answers: another one on this port would not take the password."""
         del pid
-        address = (_HOST, self._port)
-        with suppress(OSError), socket.create_connection(address, timeout=_ANSWER_SECONDS) as connection:
+        with suppress(OSError), socket.create_connection((_HOST, self._port), _ANSWER_SECONDS) as connection:
             connection.sendall(f"AUTH {self._password}\r\nPING\r\nQUIT\r\n".encode())
             # Not so while it loads: -LOADING.
             return b"+PONG" in b"".join(iter(lambda: connection.recv(4096), b""))

@@ -128,8 +128,7 @@ class EmbeddedServer(ABC):
         deadline = time.monotonic() + self.start_seconds
         while not self._is_ready(process.pid):
             if (code := process.poll()) is not None or time.monotonic() > deadline:
-                late = f"was not ready after {self.start_seconds:g} s"
-                what = late if code is None else f"did not start (exit code {code})"
+                what = "is not ready in time" if code is None else f"did not start (exit code {code})"
                 raise EmbeddedServerError(f"{self.program} in {self._directory} {what}:\n{tail(self._log)}")
             time.sleep(_POLL)
 

@@ -48,7 +48,7 @@ def _watch(leases: Mapping[str, Lease]) -> None:
     try:
         while True:
             down = [name for name, lease in leases.items() if not lease.runs()]
-            now = f"ended, being started again: {', '.join(down)}" if down else "running; Ctrl-C ends"
+            now = f"{' and '.join(down)}: ended, and is being started again" if down else "running; Ctrl-C ends"
             if now != said:
                 click.echo(now, err=True)
             said = now

@@ -429,7 +429,7 @@ class TestCommands:
             # To a program a full disk looks just like this: no file can grow.
             resource.prlimit(keeper, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             os.kill(main_process(url), signal.SIGKILL)
-            assert errors_of(servers) == "ended, being started again: TIDEMARK_BROKER_URL"
+            assert errors_of(servers) == "TIDEMARK_BROKER_URL: ended, and is being started again"
             resource.prlimit(keeper, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             assert errors_of(servers) == "running; Ctrl-C ends"
             assert_answer(url)
