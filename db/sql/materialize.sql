@@ -60,7 +60,7 @@ from (select coalesce(array_agg(k.id order by k.id), '{}') as ids from locked k)
 
 -- name: place_incremental
 /*+ IndexScan(m record_batch_events_pkey) IndexOnlyScan(h record_batch_events_pkey)
-    IndexOnlyScan(a record_batch_events_pkey) IndexScan(r runs_pkey) IndexScan(s passes_pkey)
+    IndexOnlyScan(a record_batch_events_pkey) IndexScan(n runs_pkey) IndexScan(s passes_pkey)
     IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx) IndexOnlyScan(v record_batch_events_pkey) Set(enable_material off) */
 -- Gives the pending events of locked partitions their offsets: $1 events per partition at most. The partitions are those that
 -- lock_partitions put into the setting. Everything here is seen by one snapshot. One row for each partition that got any.
@@ -158,7 +158,7 @@ group by t.partition_id;
 
 -- name: place_window
 /*+ IndexScan(m record_batch_events_pkey) IndexScan(b record_batch_events_pkey) IndexOnlyScan(k record_batch_events_pkey)
-    IndexOnlyScan(h record_batch_events_pkey) IndexOnlyScan(a record_batch_events_pkey) IndexScan(r runs_pkey)
+    IndexOnlyScan(h record_batch_events_pkey) IndexOnlyScan(a record_batch_events_pkey) IndexScan(n runs_pkey)
     IndexScan(s passes_pkey) IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx) IndexOnlyScan(v record_batch_events_pkey)
     Set(enable_material off) */
 -- As place_incremental, by a running sum over all that a partition gets instead of run by run: $1 events per partition at most.
