@@ -42,7 +42,7 @@ deleted as (
       and (g.skipped is null or v.tx <> all (g.skipped))
     returning v.object_id, v.byte_length
 ),
--- The newest run stays, for it is the cursor. It goes with the next ones.
+-- The newest run stays, because it is the cursor. It goes with the next ones.
 dropped as (
     delete from tidemark.runs u
     using (

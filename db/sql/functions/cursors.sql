@@ -36,7 +36,7 @@ begin atomic
 end;
 
 -- Where the logs of partitions end, and what is pending in them: events beyond (seen_tx, seen_id), and those of the transactions
--- `late`; of the one that is last_tx only those beyond last_id. Here alone stands what pending means.
+-- `late`; of the one that is last_tx only those beyond last_id. What pending means stands here and in pending_events, below.
 --
 -- The newest run says it. Late are the transactions that were running below the position when it was made, are no longer, and
 -- have events here: what is still running is not asked for. So are those that the run's pass did not place to their end; the
