@@ -15,13 +15,11 @@ the partition as it was before that pass, meets the transaction's events there a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import psycopg
 
 from db.statements import all_, pin_plans, pipelined, run, values
-
-_Row = TypeVar("_Row")
 
 # Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.
 _BATCHES = 2_000_000
@@ -50,14 +48,6 @@ class _Swept:
     events: int
     first_tx: int | None
     late: list[int] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Collected:
-    """How many passes were deleted, and the last of them."""
-
-    passes: int
-    last_tx: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +91,7 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
     settled_tx, running, collected_tx = values(conn, "begin_sweep")
     unsettled = set(running)
     after = 0
-    while page := _pinned(conn, _Swept, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS)):
+    while page := _sweep_page(conn, after):
         for found in page:
             settled_tx = min(settled_tx, found.first_tx or settled_tx)
             unsettled.update(found.late or ())
@@ -111,17 +101,19 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
     _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
 
 
-def _pinned(conn: psycopg.Connection[Any], kind: type[_Row], name: str, parameters: tuple[int, ...]) -> list[_Row]:
+def _sweep_page(conn: psycopg.Connection[Any], after: int) -> list[_Swept]:
     # Passes pile up while a transaction is open, and a plan for a few would read all for each partition.
     with pipelined(conn):
         pin_plans(conn)
-        return all_(conn, kind, name, parameters, prepare=True)
+        return all_(conn, _Swept, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS), prepare=True)
 
 
 def _settle(conn: psycopg.Connection[Any], settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
     floor = min(settled_tx, *unsettled) if unsettled else settled_tx
     deleted = _COLLECT
     while deleted == _COLLECT:
-        (gone,) = _pinned(conn, _Collected, "collect_passes", (collected_tx, floor, _COLLECT))
-        deleted, collected_tx = gone.passes, gone.last_tx or collected_tx
+        with pipelined(conn):
+            pin_plans(conn)
+            deleted, last_tx = values(conn, "collect_passes", (collected_tx, floor, _COLLECT), prepare=True)
+        collected_tx = last_tx or collected_tx
     run(conn, "save_sweep", (settled_tx, unsettled, collected_tx))

@@ -59,7 +59,7 @@ def upgrade(database_url: str, *, timeout: float | None = None) -> tuple[str | N
     # One connection for both: SQLAlchemy closes it at the end.
     engine = create_engine("postgresql+psycopg://", creator=lambda: driver, poolclass=NullPool)
     with domain_errors(), engine.begin() as connection:
-        # First, for it holds for the advisory lock as well, which any session could keep.
+        # First, so that it bounds the wait for the advisory lock as well, which any session could hold.
         driver.execute(f"set local lock_timeout = '{LOCK_TIMEOUT}'".encode())
         try:
             run(driver, "lock_migrations", (_LOCK_KEY,))

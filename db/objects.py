@@ -1,8 +1,8 @@
 """Objects that can go from storage: retention deleted the last of their batches.
 
-For whoever cleans up storage: list them, delete the uploads, then forget them here. A crash in between lists them
-again; so deleting an upload that is gone must not be an error. Readers may still hold a batch they fetched before it
-expired: `older_than_seconds` is the time they are given.
+A program that cleans up storage lists them, deletes the uploads, then forgets them here. After a crash in between they
+are listed again, so deleting an upload that is gone must not be an error. Readers may still hold a batch that they
+fetched before it expired: `older_than_seconds` is the time they are given.
 
 Forgetting deletes the object's row, and with it the memory of its key: the same key can be committed again, as new
 batches. So `older_than_seconds` must also be longer than any broker goes on repeating a commit, and keys should never

@@ -197,10 +197,6 @@ class Database:
         self._pool: ConnectionPool[psycopg.Connection[Any]] | None = None
 
     @property
-    def url(self) -> str:
-        return self._url
-
-    @property
     def pool(self) -> "ConnectionPool[psycopg.Connection[Any]]":
         """This process's pool, opened at the first call; SettingsError for an address that cannot be read."""
         with self._lock:

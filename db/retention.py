@@ -6,8 +6,8 @@ after deleting one more run is still `retention_bytes` or more; so a log keeps a
 less than its oldest run.
 
 Invariants: what is left is contiguous in every snapshot, because runs, their events and the start offset change in one
-transaction, and only ever a prefix goes. The start offset never goes back. The newest run stays, for it is the cursor;
-where its events are deleted, it goes with the next runs.
+transaction, and only ever a prefix goes. The start offset never goes back. The newest run stays, because it is the
+cursor; where its events are deleted, it goes with the next runs.
 
 Nothing is updated: the new start is appended, like what was deleted of an object (`deleted_batches`).
 

@@ -29,21 +29,23 @@ from sqlalchemy.dialects.postgresql import TIMESTAMP
 SCHEMA = "tidemark"
 
 
-metadata = MetaData(schema=SCHEMA)
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={"pk": "%(table_name)s_pkey", "fk": "%(table_name)s_%(column_0_name)s_fkey"},
+)
 _timestamp = TIMESTAMP(timezone=True)
 _now = text("clock_timestamp()")
 
 topics = Table(
     "topics",
     metadata,
-    Column("id", Uuid, server_default=text("gen_random_uuid()"), nullable=False),
+    Column("id", Uuid, server_default=text("gen_random_uuid()"), primary_key=True),
     Column("created_at", _timestamp, server_default=_now, nullable=False),
     Column("retention_ms", BigInteger),
     Column("retention_bytes", BigInteger),
     Column("partitions", Integer, nullable=False),
     # Collation C: names are compared byte by byte, as Kafka does, whatever the database's locale.
     Column("name", Text(collation="C"), nullable=False),
-    PrimaryKeyConstraint("id", name="topics_pkey"),
     # A name means one topic; resolves names to partitions.
     UniqueConstraint("name", name="topics_name_key"),
     # Kafka's rule for legal topic names.
@@ -61,12 +63,11 @@ topic_partitions = Table(
     # Identity and nothing else: written when a topic is created. Commits validate against these rows and materializing
     # locks them, so what changes (end, start, cursor) is appended to tables of its own: a row that is updated while a
     # snapshot is held grows a version that every reader passes.
-    Column("topic_id", Uuid, ForeignKey(topics.c.id, name="topic_partitions_topic_id_fkey"), nullable=False),
-    # Given at creation, never reused: a broker's cached id can become unknown, never another partition's.
-    Column("id", Integer, Identity(always=True), nullable=False),
+    Column("topic_id", Uuid, ForeignKey(topics.c.id), nullable=False),
+    # Given at creation, never reused: a broker's cached id can become unknown, never another partition's. The order of
+    # these ids is the lock order of everything that locks partitions.
+    Column("id", Integer, Identity(always=True), primary_key=True),
     Column("partition", Integer, nullable=False),
-    # The lock order of everything that locks partitions.
-    PrimaryKeyConstraint("id", name="topic_partitions_pkey"),
     # A topic has each partition number once; resolves (topic, partition).
     UniqueConstraint("topic_id", "partition", name="topic_partitions_topic_id_partition_key"),
     CheckConstraint("partition >= 0", name="topic_partitions_partition_not_negative"),
@@ -75,7 +76,7 @@ topic_partitions = Table(
 objects = Table(
     "objects",
     metadata,
-    Column("id", BigInteger, Identity(always=True), nullable=False),
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
     # The order of commits, see `cluster`.
     Column("tx", BigInteger, nullable=False),
     Column("committed_at", _timestamp, server_default=_now, nullable=False),
@@ -86,7 +87,6 @@ objects = Table(
     # its tasks from them without reading events.
     Column("partition_ids", ARRAY(Integer), nullable=False),
     Column("batch_counts", ARRAY(Integer), nullable=False),
-    PrimaryKeyConstraint("id", name="objects_pkey"),
     # Invariant 6: one key is one commit, also when two replays run at the same moment.
     UniqueConstraint("key", name="objects_key_key"),
     # Fan-out reads the commits since its last snapshot, and only those (invariant 7).
@@ -111,7 +111,7 @@ record_batch_events = Table(
     Column("byte_length", Integer, nullable=False),
     # The order of offsets, and the only index: each further one costs the hot path 15 to 30 per cent. No
     # foreign keys either: one to topic_partitions would lock the partition's row in every commit.
-    PrimaryKeyConstraint("partition_id", "tx", "id", name="record_batch_events_pkey"),
+    PrimaryKeyConstraint("partition_id", "tx", "id"),
     # A batch without records would have no offset (invariant 1).
     CheckConstraint("n_records >= 1", name="record_batch_events_n_records_positive"),
     CheckConstraint("byte_offset >= 0 and byte_length >= 0", name="record_batch_events_range_not_negative"),
@@ -147,7 +147,7 @@ runs = Table(
     # Of a pass's last run: late transactions that were visible, and are not placed (to their end).
     Column("late", ARRAY(BigInteger)),
     # No offset twice (invariant 4); fetch reads along it.
-    PrimaryKeyConstraint("partition_id", "start_offset", name="runs_pkey"),
+    PrimaryKeyConstraint("partition_id", "start_offset"),
     # Fetch finds the next run that is apart, whose events or those before it do not follow each other in the key. Up to
     # it the runs need not be read, however thin they are.
     Index(
@@ -166,9 +166,8 @@ passes = Table(
     # The transactions that were running when a pass placed, ascending: what they commit below the position is late. A
     # row for all runs of a pass; one in each of them made passes under many open transactions 25 times as slow. The
     # sweep deletes rows whose transactions are settled in every partition: then no row means that none is late.
-    Column("tx", BigInteger, autoincrement=False, nullable=False),
+    Column("tx", BigInteger, autoincrement=False, primary_key=True),
     Column("in_flight", ARRAY(BigInteger), nullable=False),
-    PrimaryKeyConstraint("tx", name="passes_pkey"),
 )
 
 log_starts = Table(
@@ -183,7 +182,7 @@ log_starts = Table(
     # a search among deleted ones.
     Column("stale_run", BigInteger),
     Column("partition_id", Integer, nullable=False),
-    PrimaryKeyConstraint("partition_id", "start_offset", name="log_starts_pkey"),
+    PrimaryKeyConstraint("partition_id", "start_offset"),
 )
 
 cluster = Table(
@@ -195,8 +194,7 @@ cluster = Table(
     # The order of commits is tx = tx_base + the id of the committing transaction. Rebase raises it, so that new
     # ones lie above all that are there.
     Column("tx_base", BigInteger, nullable=False),
-    Column("singleton", Boolean, server_default=text("true"), nullable=False),
-    PrimaryKeyConstraint("singleton", name="cluster_pkey"),
+    Column("singleton", Boolean, server_default=text("true"), primary_key=True),
     CheckConstraint("singleton", name="cluster_one_row"),
 )
 
@@ -204,11 +202,10 @@ fan_outs = Table(
     "fan_outs",
     metadata,
     # The newest row is how far fan-out got: all commits up to seen_tx but those of the transactions in_flight.
-    Column("id", BigInteger, Identity(always=True), nullable=False),
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("seen_tx", BigInteger, nullable=False),
     Column("seen_at", _timestamp, server_default=_now, nullable=False),
     Column("in_flight", ARRAY(BigInteger), nullable=False),
-    PrimaryKeyConstraint("id", name="fan_outs_pkey"),
 )
 
 sweeps = Table(
@@ -216,13 +213,12 @@ sweeps = Table(
     metadata,
     # The newest row is what the last full round of the sweep found: the transactions below settled_tx but those in
     # unsettled were over, and all that they committed had its offsets. Nobody looks for late events of theirs any more.
-    Column("id", BigInteger, Identity(always=True), nullable=False),
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
     Column("settled_tx", BigInteger, nullable=False),
     # Rows of `passes` below it are deleted.
     Column("collected_tx", BigInteger, nullable=False),
     Column("swept_at", _timestamp, server_default=_now, nullable=False),
     Column("unsettled", ARRAY(BigInteger), nullable=False),
-    PrimaryKeyConstraint("id", name="sweeps_pkey"),
 )
 
 deleted_batches = Table(
@@ -233,21 +229,15 @@ deleted_batches = Table(
     Column("object_id", BigInteger, nullable=False),
     Column("tx", BigInteger, nullable=False),
     Column("batches", Integer, nullable=False),
-    PrimaryKeyConstraint("object_id", "tx", name="deleted_batches_pkey"),
+    PrimaryKeyConstraint("object_id", "tx"),
 )
 
 dead_objects = Table(
     "dead_objects",
     metadata,
     # Objects whose last batch was deleted, for the broker that removes them from storage.
-    Column(
-        "object_id",
-        BigInteger,
-        ForeignKey(objects.c.id, name="dead_objects_object_id_fkey", ondelete="CASCADE"),
-        nullable=False,
-    ),
+    Column("object_id", BigInteger, ForeignKey(objects.c.id, ondelete="CASCADE"), primary_key=True),
     Column("dead_at", _timestamp, server_default=_now, nullable=False),
-    PrimaryKeyConstraint("object_id", name="dead_objects_pkey"),
 )
 
 audit_progress = Table(
@@ -256,7 +246,6 @@ audit_progress = Table(
     # Up to here the batches of a partition are audited, so that an audit goes on where the last one stopped.
     Column("audited_to", BigInteger, nullable=False),
     Column("audited_at", _timestamp, server_default=_now, nullable=False),
-    Column("partition_id", Integer, autoincrement=False, nullable=False),
-    PrimaryKeyConstraint("partition_id", name="audit_progress_pkey"),
+    Column("partition_id", Integer, autoincrement=False, primary_key=True),
     postgresql_with={"fillfactor": "70"},
 )

@@ -28,7 +28,7 @@ _SQL = Path(str(files("db"))) / "sql"
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 _Row = TypeVar("_Row")
 
-# Functions before what calls them is not needed (bodies are resolved when they run); grants need all of them.
+# Their files go by name, so cursors.sql, which others call, comes early. Views and grants need all functions.
 _LAST = ("views", "grants")
 
 
@@ -59,7 +59,8 @@ def run(
 ) -> RawCursor[Any]:
     """Execute a statement; `prepare=False` plans it for these very parameters each time.
 
-    Driver errors leave as Tidemark's own where they stand for one.
+    It works on any connection, whatever rows and cursors that has. Driver errors leave as Tidemark's own where they
+    stand for one.
     """
     cursor = RawCursor(conn, row_factory=row_factory)
     arrays.register(cursor.adapters)
@@ -103,9 +104,9 @@ def values(
 
 
 def pin_plans(conn: psycopg.Connection[Any]) -> None:
-    """First in a transaction that materializes or deletes: its isolation level, and the planner's settings.
+    """Set a transaction's isolation level and the planner's settings, before it materializes or deletes.
 
-    Read committed is what makes materializing safe: its snapshot must be taken after the lock was waited for.
+    Only read committed makes materializing safe: its snapshot must be taken after the wait for the lock.
     """
     conn.execute("set transaction isolation level read committed", prepare=True)
     run(conn, "transaction_settings", prepare=True)
@@ -113,7 +114,7 @@ def pin_plans(conn: psycopg.Connection[Any]) -> None:
 
 @contextmanager
 def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
-    """A transaction whose statements are sent without waiting for the answers of those before, on an idle connection.
+    """A transaction on an idle connection. Its statements are sent without waiting for the answers to earlier ones.
 
     The server runs one after the other, each in a snapshot of its own, and none after one that failed. psycopg's
     `conn.transaction()` waits at each end of the block as well, which is half of a small transaction's round trips.

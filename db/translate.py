@@ -19,14 +19,19 @@ from config.errors import (
     UnknownPartitionError,
 )
 
-# What may succeed when it is simply done again: nothing was committed, or committing twice is harmless.
-TRANSIENT = (
+# What the work at hand met: a smaller transaction, or one of other partitions, may not.
+_OF_THE_WORK = (
     errors.DeadlockDetected,
     errors.SerializationFailure,
     errors.LockNotAvailable,
     errors.QueryCanceled,  # statement_timeout
     errors.TransactionTimeout,
     errors.IdleInTransactionSessionTimeout,
+)
+
+# What may succeed when it is simply done again: nothing was committed, or committing twice is harmless.
+TRANSIENT = (
+    *_OF_THE_WORK,
     errors.AdminShutdown,
     errors.CrashShutdown,
     errors.CannotConnectNow,
@@ -83,15 +88,6 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08").startswith("08")
 
 
-# What the work at hand met: a smaller transaction, or one of other partitions, may not.
-_OF_THE_WORK = (
-    errors.DeadlockDetected,
-    errors.SerializationFailure,
-    errors.LockNotAvailable,
-    errors.QueryCanceled,
-    errors.TransactionTimeout,
-    errors.IdleInTransactionSessionTimeout,
-)
 # Out of disk, memory or connections; a failing disk; a privilege that is missing.
 _OF_THE_SERVER = ("53", "58", "42501")
 

@@ -13,29 +13,12 @@ limit $3::int;
 select i.id as partition_id, v.invariant, v.at as "offset", v.detail
 from unnest($1::int[]) i(id)
 left join tidemark.audit_progress a on a.partition_id = i.id
-left join lateral (
-    select n.*, coalesce(n.seen_tx, n.last_tx) - tidemark.tx_base() as seen_xid
-    from tidemark.runs n
-    where n.partition_id = i.id
-    order by n.start_offset desc
-    limit 1
-) n on true
+left join lateral tidemark.newest_run(i.id) n on true
+cross join lateral (select coalesce(n.seen_tx, n.last_tx) - tidemark.tx_base() as seen_xid offset 0) x
 left join tidemark.passes p on p.tx = n.pass_tx
-left join lateral (
-    select l.start_offset, l.start_bytes
-    from tidemark.log_starts l
-    where l.partition_id = i.id
-    order by l.start_offset desc
-    limit 1
-) l on true
+left join lateral tidemark.log_start(i.id) l on true
 cross join lateral (select coalesce(l.start_offset, 0) as start_offset, coalesce(n.end_offset, 0) as end_offset) h
-left join lateral (
-    select f.start_offset, f.end_offset
-    from tidemark.runs f
-    where f.partition_id = i.id and f.start_offset <= h.start_offset
-    order by f.start_offset desc
-    limit 1
-) f on true
+left join lateral tidemark.run_at(i.id, h.start_offset) f on true
 cross join lateral (values
     ('start_offset', h.start_offset > h.end_offset, h.start_offset,
      format('the start offset %s lies beyond the end offset %s', h.start_offset, h.end_offset)),
@@ -46,8 +29,8 @@ cross join lateral (values
     ('end_offset', a.audited_to > h.end_offset, h.end_offset,
      format('the end offset %s went back: batches up to %s were audited at %s', h.end_offset, a.audited_to, a.audited_at)),
     -- The last event that was materialized was committed, so its transaction is over. Ids below 1 are from before a rebase.
-    ('cursor', n.seen_xid >= 1 and not pg_visible_in_snapshot(n.seen_xid::text::xid8, pg_current_snapshot()), n.start_offset,
-     format('transaction %s of the cursor is not over in snapshot %s', n.seen_xid, pg_current_snapshot())),
+    ('cursor', x.seen_xid >= 1 and not pg_visible_in_snapshot(x.seen_xid::text::xid8, pg_current_snapshot()), n.start_offset,
+     format('transaction %s of the cursor is not over in snapshot %s', x.seen_xid, pg_current_snapshot())),
     ('in_flight', p.in_flight <> array(select distinct x.tx from unnest(p.in_flight) x(tx) order by x.tx), n.start_offset,
      format('in_flight %s of pass %s is not ascending', p.in_flight, p.tx))
 ) v(invariant, violated, at, detail)
@@ -70,13 +53,7 @@ place as materialized (
         select i.id, i.asked, coalesce(l.start_offset, 0) as log_start, coalesce(l.start_bytes, 0) as start_bytes,
                (i.asked > coalesce(l.start_offset, 0)) is not true as is_whole
         from unnest($1::int[], $2::bigint[]) i(id, asked)
-        left join lateral (
-            select s.start_offset, s.start_bytes
-            from tidemark.log_starts s
-            where s.partition_id = i.id
-            order by s.start_offset desc
-            limit 1
-        ) l on true
+        left join lateral tidemark.log_start(i.id) l on true
     ) q
     -- The first run, or the one before the stretch. One descent: below the log's start there may be many that are deleted.
     left join lateral (

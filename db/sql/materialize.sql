@@ -3,8 +3,8 @@
 -- The planner is left no way to a plan that costs more as the log grows: statistics of a queue are always out of date, and a plan
 -- cached for an empty table would scan a full one. A hash join would read a whole table in order to join a few rows, and so
 -- would a nested loop over a materialized scan of what was a small table when the plan was made. With one plan
--- left there is nothing to plan anew: without force_generic_plan it is made again for the first executions of a prepared
--- statement, and whenever the estimates look different, which costs more than placing a hundred events.
+-- left there is no reason to plan again: without force_generic_plan the plan is made again for the first executions of a
+-- prepared statement, and whenever the estimates look different, which costs more than placing a hundred events.
 --
 -- What gives offsets is durable before anybody is told (invariant 4): an offset that was seen must survive a crash, also where a
 -- role's or a pooler's default is less. A stronger setting than `on` stays.
@@ -60,7 +60,7 @@ from (select coalesce(array_agg(k.id order by k.id), '{}') as ids from locked k)
 
 -- name: place_incremental
 /*+ IndexScan(m record_batch_events_pkey) IndexOnlyScan(h record_batch_events_pkey)
-    IndexOnlyScan(a record_batch_events_pkey) IndexScan(r runs_pkey) IndexScan(s passes_pkey)
+    IndexOnlyScan(a record_batch_events_pkey) IndexScan(n runs_pkey) IndexScan(s passes_pkey)
     IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx) IndexOnlyScan(v record_batch_events_pkey) Set(enable_material off) */
 -- Gives the pending events of locked partitions their offsets: $1 events per partition at most. The partitions are those that
 -- lock_partitions put into the setting. Everything here is seen by one snapshot. One row for each partition that got any.
@@ -158,7 +158,7 @@ group by t.partition_id;
 
 -- name: place_window
 /*+ IndexScan(m record_batch_events_pkey) IndexScan(b record_batch_events_pkey) IndexOnlyScan(k record_batch_events_pkey)
-    IndexOnlyScan(h record_batch_events_pkey) IndexOnlyScan(a record_batch_events_pkey) IndexScan(r runs_pkey)
+    IndexOnlyScan(h record_batch_events_pkey) IndexOnlyScan(a record_batch_events_pkey) IndexScan(n runs_pkey)
     IndexScan(s passes_pkey) IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx) IndexOnlyScan(v record_batch_events_pkey)
     Set(enable_material off) */
 -- As place_incremental, by a running sum over all that a partition gets instead of run by run: $1 events per partition at most.

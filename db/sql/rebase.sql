@@ -13,9 +13,7 @@ select (select c.system_identifier from tidemark.cluster c) as was,
             left join lateral (
                 select m.tx from tidemark.record_batch_events m where m.partition_id = p.id order by m.tx desc limit 1
             ) e on true
-            left join lateral (
-                select n.last_tx, n.seen_tx from tidemark.runs n where n.partition_id = p.id order by n.start_offset desc limit 1
-            ) r on true)
+            left join lateral tidemark.newest_run(p.id) r on true)
        ), 0) + 1099511627776 as base;
 
 -- name: lock_cluster

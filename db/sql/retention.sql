@@ -23,21 +23,10 @@ with pass as materialized (
 ),
 expired as materialized (
     select r.*, sum(r.batches) over (partition by r.partition_id order by r.start_offset) as batches_to,
-           r.start_offset = h.newest as is_newest, h.log_start, h.stale_run
+           r.start_offset = h.start_offset as is_newest, k.start_offset as log_start, k.stale_run
     from unnest(current_setting('tidemark.locked')::int[]) i(id)
-    cross join lateral (
-        select (select n.start_offset from tidemark.runs n where n.partition_id = i.id order by n.start_offset desc limit 1)
-                   as newest,
-               k.start_offset as log_start, k.stale_run
-        from (select) o
-        left join lateral (
-            select l.start_offset, l.stale_run
-            from tidemark.log_starts l
-            where l.partition_id = i.id
-            order by l.start_offset desc
-            limit 1
-        ) k on true
-    ) h
+    left join lateral tidemark.newest_run(i.id) h on true
+    left join lateral tidemark.log_start(i.id) k on true
     -- One more than can go, so that it is known whether there are more.
     cross join lateral tidemark.runs_to_delete(i.id, $1::int + 1) r
 ),
@@ -53,7 +42,7 @@ deleted as (
       and (g.skipped is null or v.tx <> all (g.skipped))
     returning v.object_id, v.byte_length
 ),
--- The newest run stays, for it is the cursor. It goes with the next ones.
+-- The newest run stays, because it is the cursor. It goes with the next ones.
 dropped as (
     delete from tidemark.runs u
     using (

@@ -183,11 +183,17 @@ FUNCTIONS = {
     name: code
     for file in (SQL / "functions").glob("*.sql")
     for name, code in re.findall(
-        r"^create or replace function tidemark\.(\w+)(.*?)(?=^create|\Z)",
+        r"^create or replace function tidemark\.(\w+)\((.*?)(?=^create|\Z)",
         re.sub(r"--.*", "", file.read_text("utf-8")),
         re.MULTILINE | re.DOTALL,
     )
 }
+
+
+def functions_in(code: str) -> set[str]:
+    """Those that a statement calls, and those that these call."""
+    called = set(re.findall(r"tidemark\.(\w+)\(", code)) & FUNCTIONS.keys()
+    return called.union(*(functions_in(FUNCTIONS[name]) for name in called))
 
 
 def aliases_in(code: str) -> dict[str, set[str]]:
@@ -208,8 +214,8 @@ def test_a_hint_names_what_is_there(name: str, database_url: str) -> None:
     code = re.sub(r"--.*", "", text)
     tables = aliases_in(code)
     assert scans(name).keys() >= {alias for alias, of in tables.items() if of & GROWING}
-    for function in set(re.findall(r"tidemark\.(\w+)\(", code)):
-        for alias, of in aliases_in(FUNCTIONS.get(function, "")).items():
+    for function in functions_in(code):
+        for alias, of in aliases_in(FUNCTIONS[function]).items():
             tables.setdefault(alias, set()).update(of)
     assert scans(name).keys() <= tables.keys()
     with psycopg.connect(database_url) as conn:

@@ -2,16 +2,13 @@
 create table tidemark.audit_progress (
     audited_to bigint not null,
     audited_at timestamp with time zone default clock_timestamp() not null,
-    partition_id integer not null,
-    constraint audit_progress_pkey primary key (partition_id)
+    partition_id integer constraint audit_progress_pkey primary key
 ) with (fillfactor = 70);
 
 create table tidemark.cluster (
     system_identifier bigint not null,
     tx_base bigint not null,
-    singleton boolean default true not null,
-    constraint cluster_pkey primary key (singleton),
-    constraint cluster_one_row check (singleton)
+    singleton boolean default true constraint cluster_pkey primary key constraint cluster_one_row check (singleton)
 );
 
 create table tidemark.deleted_batches (
@@ -22,11 +19,10 @@ create table tidemark.deleted_batches (
 );
 
 create table tidemark.fan_outs (
-    id bigint generated always as identity,
+    id bigint generated always as identity constraint fan_outs_pkey primary key,
     seen_tx bigint not null,
     seen_at timestamp with time zone default clock_timestamp() not null,
-    in_flight bigint[] not null,
-    constraint fan_outs_pkey primary key (id)
+    in_flight bigint[] not null
 );
 
 create table tidemark.log_starts (
@@ -38,16 +34,14 @@ create table tidemark.log_starts (
 );
 
 create table tidemark.objects (
-    id bigint generated always as identity,
+    id bigint generated always as identity constraint objects_pkey primary key,
     tx bigint not null,
     committed_at timestamp with time zone default clock_timestamp() not null,
     batches integer not null,
-    key text collate "C" not null,
+    key text collate "C" not null constraint objects_key_key unique,
     content_hash bytea not null,
     partition_ids integer[] not null,
     batch_counts integer[] not null,
-    constraint objects_pkey primary key (id),
-    constraint objects_key_key unique (key),
     constraint objects_key_length check (octet_length(key) between 1 and 1024),
     constraint objects_counts_match_partitions check (cardinality(partition_ids) = cardinality(batch_counts))
 );
@@ -55,9 +49,8 @@ create table tidemark.objects (
 create index objects_tx_idx on tidemark.objects (tx);
 
 create table tidemark.passes (
-    tx bigint not null,
-    in_flight bigint[] not null,
-    constraint passes_pkey primary key (tx)
+    tx bigint constraint passes_pkey primary key,
+    in_flight bigint[] not null
 );
 
 create table tidemark.record_batch_events (
@@ -67,10 +60,9 @@ create table tidemark.record_batch_events (
     byte_offset bigint not null,
     max_timestamp bigint not null,
     partition_id integer not null,
-    n_records integer not null,
+    n_records integer not null constraint record_batch_events_n_records_positive check (n_records >= 1),
     byte_length integer not null,
     constraint record_batch_events_pkey primary key (partition_id, tx, id),
-    constraint record_batch_events_n_records_positive check (n_records >= 1),
     constraint record_batch_events_range_not_negative check (byte_offset >= 0 and byte_length >= 0)
 );
 
@@ -97,42 +89,32 @@ create table tidemark.runs (
 create index runs_apart_idx on tidemark.runs (partition_id, start_offset) where seen_tx is not null or skipped is not null;
 
 create table tidemark.sweeps (
-    id bigint generated always as identity,
+    id bigint generated always as identity constraint sweeps_pkey primary key,
     settled_tx bigint not null,
     collected_tx bigint not null,
     swept_at timestamp with time zone default clock_timestamp() not null,
-    unsettled bigint[] not null,
-    constraint sweeps_pkey primary key (id)
+    unsettled bigint[] not null
 );
 
 create table tidemark.topics (
-    id uuid default gen_random_uuid() not null,
+    id uuid default gen_random_uuid() constraint topics_pkey primary key,
     created_at timestamp with time zone default clock_timestamp() not null,
-    retention_ms bigint,
-    retention_bytes bigint,
-    partitions integer not null,
-    name text collate "C" not null,
-    constraint topics_pkey primary key (id),
-    constraint topics_name_key unique (name),
-    constraint topics_name_legal check (name ~ '^[A-Za-z0-9._-]{1,249}$' and name not in ('.', '..')),
-    constraint topics_partitions_in_range check (partitions between 1 and 100000),
-    constraint topics_retention_ms_positive check (retention_ms > 0),
-    constraint topics_retention_bytes_positive check (retention_bytes > 0)
+    retention_ms bigint constraint topics_retention_ms_positive check (retention_ms > 0),
+    retention_bytes bigint constraint topics_retention_bytes_positive check (retention_bytes > 0),
+    partitions integer not null constraint topics_partitions_in_range check (partitions between 1 and 100000),
+    name text collate "C" not null constraint topics_name_key unique,
+    constraint topics_name_legal check (name ~ '^[A-Za-z0-9._-]{1,249}$' and name not in ('.', '..'))
 );
 
 create table tidemark.dead_objects (
-    object_id bigint not null,
+    object_id bigint constraint dead_objects_pkey primary key,
     dead_at timestamp with time zone default clock_timestamp() not null,
-    constraint dead_objects_pkey primary key (object_id),
     constraint dead_objects_object_id_fkey foreign key(object_id) references tidemark.objects (id) on delete cascade
 );
 
 create table tidemark.topic_partitions (
-    topic_id uuid not null,
-    id integer generated always as identity,
-    partition integer not null,
-    constraint topic_partitions_pkey primary key (id),
-    constraint topic_partitions_topic_id_partition_key unique (topic_id, partition),
-    constraint topic_partitions_partition_not_negative check (partition >= 0),
-    constraint topic_partitions_topic_id_fkey foreign key(topic_id) references tidemark.topics (id)
+    topic_id uuid not null constraint topic_partitions_topic_id_fkey references tidemark.topics (id),
+    id integer generated always as identity constraint topic_partitions_pkey primary key,
+    partition integer not null constraint topic_partitions_partition_not_negative check (partition >= 0),
+    constraint topic_partitions_topic_id_partition_key unique (topic_id, partition)
 );

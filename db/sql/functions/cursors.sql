@@ -9,8 +9,34 @@ begin atomic
     );
 end;
 
+-- The newest run of a partition: it is the end of its log and its cursor. Like the next two it costs one descent, and becomes a
+-- part of the query that calls it.
+create or replace function tidemark.newest_run(partition_id int) returns setof tidemark.runs
+language sql stable parallel safe
+begin atomic
+    select n.* from tidemark.runs n where n.partition_id = newest_run.partition_id order by n.start_offset desc limit 1;
+end;
+
+-- Where a log starts, once something was deleted from it.
+create or replace function tidemark.log_start(partition_id int) returns setof tidemark.log_starts
+language sql stable parallel safe
+begin atomic
+    select l.* from tidemark.log_starts l where l.partition_id = log_start.partition_id order by l.start_offset desc limit 1;
+end;
+
+-- The run that holds an offset, or the last one before it: many that are deleted may lie below the start of a log.
+create or replace function tidemark.run_at(partition_id int, an_offset bigint) returns setof tidemark.runs
+language sql stable parallel safe
+begin atomic
+    select f.*
+    from tidemark.runs f
+    where f.partition_id = run_at.partition_id and f.start_offset <= an_offset
+    order by f.start_offset desc
+    limit 1;
+end;
+
 -- Where the logs of partitions end, and what is pending in them: events beyond (seen_tx, seen_id), and those of the transactions
--- `late`; of the one that is last_tx only those beyond last_id. Here alone stands what pending means.
+-- `late`; of the one that is last_tx only those beyond last_id. What pending means stands here and in pending_events, below.
 --
 -- The newest run says it. Late are the transactions that were running below the position when it was made, are no longer, and
 -- have events here: what is still running is not asked for. So are those that the run's pass did not place to their end; the
@@ -35,13 +61,7 @@ begin atomic
                              coalesce(case when n.seen_tx is null then n.last_id else n.seen_id end, 9223372036854775807),
                              n.last_tx, coalesce(n.last_id, 9223372036854775807), n.late)) as members
         from unnest(cursors.partition_ids) i(id)
-        left join lateral (
-            select r.end_offset, r.end_bytes, r.max_timestamp, r.seen_tx, r.seen_id, r.last_tx, r.last_id, r.pass_tx, r.late
-            from tidemark.runs r
-            where r.partition_id = i.id
-            order by r.start_offset desc
-            limit 1
-        ) n on true
+        left join lateral tidemark.newest_run(i.id) n on true
         group by n.pass_tx
     ) g
     cross join lateral (

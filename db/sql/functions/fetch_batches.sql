@@ -23,7 +23,7 @@ set search_path = pg_catalog, pg_temp
 -- A session keeps its plans: one made for an empty table must not read a full one.
 set enable_seqscan = off
 set enable_bitmapscan = off
--- Or it would be planned anew for the arrays of each call, which takes as long as reading twenty batches.
+-- Without it each call plans for its own arrays, which takes as long as reading twenty batches.
 set plan_cache_mode = force_generic_plan
 as $$
 declare

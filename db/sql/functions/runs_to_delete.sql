@@ -14,20 +14,8 @@ begin atomic
     select (e.run).*
     from tidemark.topic_partitions p
     join tidemark.topics t on t.id = p.topic_id
-    left join lateral (
-        select l.start_offset
-        from tidemark.log_starts l
-        where l.partition_id = p.id
-        order by l.start_offset desc
-        limit 1
-    ) s on true
-    cross join lateral (
-        select n.end_bytes
-        from tidemark.runs n
-        where n.partition_id = p.id
-        order by n.start_offset desc
-        limit 1
-    ) n
+    left join lateral tidemark.log_start(p.id) s on true
+    cross join lateral tidemark.newest_run(p.id) n
     cross join lateral (
         select r.run,
                bool_and(coalesce(n.end_bytes - (r.run).end_bytes >= t.retention_bytes, false)
@@ -43,13 +31,7 @@ begin atomic
             select c as run
             from tidemark.runs c
             where c.partition_id = p.id and c.end_offset > coalesce(s.start_offset, 0)
-              and c.start_offset >= (
-                  select f.start_offset
-                  from tidemark.runs f
-                  where f.partition_id = p.id and f.start_offset <= coalesce(s.start_offset, 0)
-                  order by f.start_offset desc
-                  limit 1
-              )
+              and c.start_offset >= (select f.start_offset from tidemark.run_at(p.id, coalesce(s.start_offset, 0)) f)
             order by c.start_offset
             limit up_to
         ) r

@@ -1,5 +1,5 @@
 -- What to add to a transaction's id to get its place in the order of commits (tx). In another cluster than the log's, where ids
--- mean nothing, error TM008; likewise for a snapshot from before a rebase, which finds no row: rebase writes it anew.
+-- mean nothing, error TM008. So it is for a snapshot from before a rebase: rebase replaces the row, and the snapshot sees none.
 create or replace function tidemark.tx_base() returns bigint
 language plpgsql stable parallel safe
 set search_path = pg_catalog, pg_temp
