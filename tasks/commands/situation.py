@@ -37,13 +37,17 @@ _HIDDEN = "<insufficient privilege>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """A worker or a beat, as it last reported: `seen` is how many seconds ago, `up` for how many it has run."""
+    """A worker or a beat, as it last reported: `seen` is how many seconds ago, `up` for how many it has run.
+
+    `shards` is the number it was given, `consumes` are those whose queues a worker reads.
+    """
 
     name: str
     program: str
     host: str
     pid: int
     shards: int
+    consumes: tuple[int, ...]
     up: float
     seen: float
 
@@ -57,9 +61,14 @@ class Hints:
     stuck: Mapping[str, str]
     error: str | None = None
 
-    def up(self, program: str) -> list[Program]:
-        """The programs of a kind."""
-        return [p for p in self.programs or () if p.program == program]
+    def seen(self, program: str) -> float | None:
+        """When one of a kind was last heard of, seconds ago; None when none was."""
+        return min((p.seen for p in self.programs or () if p.program == program), default=None)
+
+    @property
+    def workers(self) -> list[Program]:
+        """Those that live."""
+        return [p for p in self.programs or () if p.program == "worker" and p.seen < SILENT_SECONDS]
 
     def shards_differ(self, ours: int) -> str | None:
         """Who goes by how many shards, where they differ."""
@@ -78,20 +87,21 @@ def read_programs(redis: Redis, *, seconds: float = _GONE_SECONDS) -> list[Progr
         pipeline.hgetall(PROGRAMS_KEY)
         (whole, micro), entries = pipeline.execute()
     now = whole + micro / 1e6
-    found = {name: json.loads(value) for name, value in sorted(entries.items())}
-    return [
+    found = [
         Program(
-            name=name,
+            # Two may have the same name: the field tells them apart.
+            name=p.get("name", field),
             program=p["program"],
             host=p["host"],
             pid=p["pid"],
             shards=p["shards"],
+            consumes=tuple(p.get("consumes", ())),
             up=max(0.0, now - p["since"]),
             seen=max(0.0, now - p["seen"]),
         )
-        for name, p in found.items()
-        if now - p["seen"] <= seconds
+        for field, p in ((field, json.loads(value)) for field, value in entries.items())
     ]
+    return sorted((p for p in found if p.seen <= seconds), key=lambda p: p.name)
 
 
 def read_hints(app: TidemarkApp) -> Hints:
@@ -180,24 +190,34 @@ class Situation:
             yield Cause(why=f"fails with {hints.stuck[name]}")
         if hints.error is not None:
             yield Cause(why="Redis does not answer", repair="start it, or correct TIDEMARK_BROKER_URL")
-        if hints.programs is not None and not hints.up("worker"):
-            yield Cause(why="no worker runs", repair="celery -A tasks worker")
+        if hints.programs is not None and not hints.workers:
+            yield _silence("worker", hints.seen("worker"))
         undispatched = dispatch.undispatched
         if undispatched is not None and undispatched >= self.after and (partition.lag or 0.0) <= undispatched + 1:
             yield self._no_fan_out
-        yield Cause(why="a worker", queue=self.queue(partition))
+        yield self._turn(partition)
 
     @cached_property
     def _no_fan_out(self) -> Cause:
         """Why a commit was not handed to a worker."""
+        tick = self.hints.seen("beat")
         if self.hints.programs is None:
             return Cause(why="fan-out", repair="see that beat runs, and a worker that serves control")
-        tick = min((beat.seen for beat in self.hints.up("beat")), default=None)
-        if tick is None:
-            return Cause(why="no beat runs", repair="celery -A tasks beat")
-        if tick >= SILENT_SECONDS:
-            return Cause(why=f"no beat tick for {duration(tick)}", repair="restart it: celery -A tasks beat")
+        if tick is None or tick >= SILENT_SECONDS:
+            return _silence("beat", tick)
         return Cause(why="fan-out, which is behind", repair="celery -A tasks workers: does one serve control?")
+
+    def _turn(self, partition: PartitionState) -> Cause:
+        """Nothing is in its way, as long as there is a worker for it."""
+        worker, queue = self._worker(partition), self.queue(partition)
+        if worker is None and any(w.consumes for w in self.hints.workers):
+            return Cause(why="no worker", queue=queue, repair="celery -A tasks worker")
+        return Cause(why=f"worker {worker}" if worker else "a worker", queue=queue)
+
+    def _worker(self, partition: PartitionState) -> str | None:
+        """Who reads the queue of its shard."""
+        shard = shard_of(partition.partition_id, self.settings.shards)
+        return next((w.name for w in self.hints.workers if shard in w.consumes), None)
 
     def queue(self, partition: PartitionState) -> str:
         """The queue of a partition's shard."""
@@ -318,9 +338,12 @@ class Situation:
             first.no_wrap, first.overflow = True, "ellipsis"
             lines = [text(_words(cause, {c.queue for _, c in group if c.queue}))]
             lines += [text(statement(cause.query))] * bool(cause.query)
-            reports = (self.hints.stuck.get(f"{p.topic}/{p.partition}") for p in partitions)
-            if cause.query and (report := next(filter(None, reports), None)):
-                lines.append(text(f"reported: {' '.join(report.split())}"))
+            tried = [p for p in partitions if cause.query and f"{p.topic}/{p.partition}" in self.hints.stuck]
+            for p in tried[:1]:
+                report = " ".join(self.hints.stuck[f"{p.topic}/{p.partition}"].split())
+                lines.append(
+                    text(f"worker {self._worker(p) or '(unknown)'} has tried {p.topic}/{p.partition}: {report}")
+                )
             lines += [text(cause.repair, "cyan")] * bool(cause.repair)
             parts.append(_indented(first, *lines))
         if len(groups) > _SHOWN:
@@ -350,6 +373,13 @@ def _backlog_json(backlog: TopicBacklog) -> dict[str, Any]:
         "backlog_partitions": backlog.partitions,
         "lag_seconds": backlog.lag,
     }
+
+
+def _silence(program: str, seen: float | None) -> Cause:
+    """A worker or beat that does not run, or not any more."""
+    noun = "tick" if program == "beat" else "sign"
+    why = f"no {program} runs" if seen is None else f"no {program} {noun} for {duration(seen)}"
+    return Cause(why=why, repair=f"celery -A tasks {program}")
 
 
 def _session(lock: Session) -> str:

@@ -6,7 +6,7 @@ import re
 import signal
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import StringIO
@@ -118,14 +118,14 @@ def test_rate(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
     assert cli(status, "--json", "--interval", "0.05").json["topics"][1]["records_per_second"] == 0
 
 
-def report(redis_url: str, name: str, *, shards: int = 8, seen: float = 0.0) -> None:
+def report(redis_url: str, name: str, *, shards: int = 8, seen: float = 0.0, consumes: Sequence[int] = ()) -> None:
     """As a program does that was last heard of `seen` seconds ago; it is called `worker@…` or `beat@…`."""
     with Redis.from_url(redis_url) as redis:
         seconds, micros = redis.time()
         now = seconds + micros / 1e6
         program, _, host = name.partition("@")
         entry = {"program": program, "host": host, "pid": 1, "shards": shards, "since": now - 600, "seen": now - seen}
-        redis.hset(PROGRAMS_KEY, name, json.dumps(entry))
+        redis.hset(PROGRAMS_KEY, f"{name}/1", json.dumps(entry | {"name": name, "consumes": list(consumes)}))
 
 
 def waits_for(cli: Cli) -> dict[int, str]:
@@ -139,6 +139,8 @@ def test_programs_that_do_not_run(cli: Cli, conn: Connection[Any], redis_url: st
     assert set(waits_for(cli).values()) == {"no worker runs"}
     report(redis_url, "worker@one", seen=61)
     assert set(waits_for(cli).values()) == {"no worker runs"}
+    report(redis_url, "worker@one", seen=20)
+    assert set(waits_for(cli).values()) == {"no worker sign for 20 s"}
     report(redis_url, "worker@one", seen=3)
     assert set(waits_for(cli).values()) == {"no beat runs"}
     report(redis_url, "beat@one", seen=40)
@@ -149,6 +151,9 @@ def test_programs_that_do_not_run(cli: Cli, conn: Connection[Any], redis_url: st
     assert waits_for(cli) == {n: f"a worker on materialize.{i % 8}" for n, i in enumerate(ids)}
     words = cli(status, "--interval", "0", "--after", "0").words
     assert re.search(rf"orders/0-1: 2 events, \d\.\d s a worker on shards {ids[0]}-{ids[1]}", words)
+    report(redis_url, "worker@one", consumes=[ids[0] % 8])
+    expected = {0: f"worker worker@one on materialize.{ids[0] % 8}", 1: f"no worker on materialize.{ids[1] % 8}"}
+    assert waits_for(cli) == expected
 
 
 def test_programs_as_they_report(cli: Cli, redis_url: str) -> None:
@@ -168,7 +173,7 @@ def test_programs_as_they_report(cli: Cli, redis_url: str) -> None:
 
 @pytest.mark.parametrize("way", ["update", "no key update", "savepoint", "share by two"])
 def test_a_locked_partition_that_nobody_waits_for(
-    way: str, cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]
+    way: str, cli: Cli, conn: Connection[Any], connect: Connect, redis_url: str, ids: list[int]
 ) -> None:
     """Workers pass over it. One line names the session that holds it, what it runs and the statement that ends it."""
     commit(conn, "a", ids)
@@ -181,6 +186,9 @@ def test_a_locked_partition_that_nobody_waits_for(
     strength = "share" if way == "share by two" else way.replace("savepoint", "update")
     blocker.execute(f"select from tidemark.topic_partitions for {strength} -- a comment".encode())
     assert materialize(conn, ids, wait=False).busy_partition_ids == tuple(ids)
+    report(redis_url, "worker@one", consumes=range(8))
+    cli.app.figures.stuck(ids[:1], ValueError("locked\nfor long"), lambda _: "orders/0")
+    cli.app.figures.flush()
     found = cli(status, "--json", "--interval", "0", "--after", "0").json
     pids = {blocker.info.backend_pid} | ({other.info.backend_pid} if way == "share by two" else set())
     assert {lock["pid"] for lock in found["row_locks"]} == pids
@@ -195,6 +203,7 @@ def test_a_locked_partition_that_nobody_waits_for(
     assert words.count(f"pid {pid}") == 1
     assert "s select from tidemark.topic_partitions for" in words
     assert words.count(f"select pg_terminate_backend({pid});") == 1
+    assert "worker worker@one has tried orders/0: ValueError: locked for long" in words
     blocker.rollback()
     other.rollback()
     assert cli(status, "--json", "--interval", "0").json["row_locks"] == []
