@@ -134,6 +134,8 @@ class Cause:
     """What partitions wait for, what its session runs, and what ends it."""
 
     why: str
+    # Its age in `why` may be read twice; the session is the same.
+    blocker: str | None = None
     query: str | None = None
     repair: str = ""
     # Of a partition that waits for nothing but its turn.
@@ -174,6 +176,10 @@ class Situation:
         for lock in reversed(self.reading.row_locks):
             if lock.age is None or lock.age >= self.after:
                 found |= dict.fromkeys(lock.partition_ids, lock)
+        # Who waits as well is not the one to end.
+        behind = {wait.pid: wait.blocker for wait in self.lock_waits}
+        for _ in behind:
+            found = {key: behind.get(session.pid, session) for key, session in found.items()}
         return found
 
     def cause(self, partition: PartitionState) -> Cause:
@@ -185,7 +191,8 @@ class Situation:
         if not dispatch.own_cluster:
             yield Cause(why="the database was restored", repair="celery -A tasks rebase")
         for blocker in (self._blockers[key] for key in (partition.partition_id, name, "") if key in self._blockers):
-            yield Cause(why=f"blocked by {_session(blocker)}", query=blocker.query, repair=blocker.repair)
+            why = f"blocked by {_session(blocker)}"
+            yield Cause(why=why, blocker=blocker.name, query=blocker.query, repair=blocker.repair)
         if name in hints.stuck:
             yield Cause(why=f"fails with {hints.stuck[name]}")
         if hints.error is not None:
@@ -327,14 +334,16 @@ class Situation:
         groups: dict[tuple[str, str], list[tuple[PartitionState, Cause]]] = defaultdict(list)
         for partition in self.waiting:
             cause = self.cause(partition)
-            groups[cause.why, cause.repair].append((partition, cause))
+            groups[cause.blocker or cause.why, cause.repair].append((partition, cause))
         parts: list[RenderableType] = []
         for group in list(groups.values())[:_SHOWN]:
             partitions = [p for p, _ in group]
             cause = group[0][1]
-            events = number(sum(p.backlog for p in partitions)) + "+" * (not all(p.counted for p in partitions))
-            what = f": {events} {count(sum(p.backlog for p in partitions), 'event').split()[1]}, "
-            first = label(f"{_names(partitions)}{what}") + text(duration(partitions[0].lag), "yellow")
+            events = sum(p.backlog for p in partitions)
+            more = "" if all(p.counted for p in partitions) else " or more"
+            first = text(duration(partitions[0].lag), "yellow") + label(
+                f", {count(events, 'event')}{more}: {_names(partitions)}"
+            )
             first.no_wrap, first.overflow = True, "ellipsis"
             lines = [text(_words(cause, {c.queue for _, c in group if c.queue}))]
             lines += [text(statement(cause.query))] * bool(cause.query)
