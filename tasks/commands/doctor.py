@@ -172,13 +172,13 @@ def check_programs(app: TidemarkApp, hints: Hints) -> Iterator[Row]:
     if hints.error is not None:
         # Said already. Workers would be asked by way of the broker.
         return
-    workers = {worker.name for worker in hints.up("worker")} or _answering(app)
+    workers = {worker.name for worker in hints.workers} or _answering(app)
     found = f"{len(workers)} up: {', '.join(sorted(workers))}" if workers else "none is up"
     why = "Nothing is materialized."
     yield _row("programs", "workers", not workers, Level.WARN, found, why, "celery -A tasks worker")
     if hints.programs is None:
         return
-    tick = min((beat.seen for beat in hints.up("beat")), default=None)
+    tick = hints.seen("beat")
     found = "none is up" if tick is None else f"last tick {duration(tick)} ago"
     why = "Commits that nobody announced, and what a lost message left behind, are not looked for."
     bad = tick is None or tick >= SILENT_SECONDS

@@ -34,13 +34,17 @@ _HIDDEN = "<insufficient privilege>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """A worker or a beat, as it last reported: `seen` is how many seconds ago, `up` for how many it has run."""
+    """A worker or a beat, as it last reported: `seen` is how many seconds ago, `up` for how many it has run.
+
+    `shards` is the number it was given, `consumes` are those whose queues a worker reads.
+    """
 
     name: str
     program: str
     host: str
     pid: int
     shards: int
+    consumes: tuple[int, ...]
     up: float
     seen: float
 
@@ -54,9 +58,14 @@ class Hints:
     stuck: Mapping[str, str]
     error: str | None = None
 
-    def up(self, program: str) -> list[Program]:
-        """The programs of a kind."""
-        return [p for p in self.programs or () if p.program == program]
+    def seen(self, program: str) -> float | None:
+        """When one of a kind was last heard of, seconds ago; None when none was."""
+        return min((p.seen for p in self.programs or () if p.program == program), default=None)
+
+    @property
+    def workers(self) -> list[Program]:
+        """Those that live."""
+        return [p for p in self.programs or () if p.program == "worker" and p.seen < SILENT_SECONDS]
 
     def shards_differ(self, ours: int) -> str | None:
         """Who goes by how many shards, where they differ."""
@@ -71,19 +80,20 @@ class Hints:
 def read_programs(redis: Redis, *, seconds: float = GONE_SECONDS) -> list[Program]:
     """The programs that reported within the last `seconds`, by Redis' own clock, by name."""
     now = redis_time(redis)
-    return [
+    found = [
         Program(
             name=p.name,
             program=p.program,
             host=p.host,
             pid=p.pid,
             shards=p.shards,
+            consumes=p.consumes,
             up=max(0.0, now - p.since),
             seen=max(0.0, now - p.seen),
         )
-        for p in sorted(membership.read_programs(redis).values(), key=lambda p: p.name)
-        if now - p.seen <= seconds
+        for p in membership.read_programs(redis).values()
     ]
+    return sorted((p for p in found if p.seen <= seconds), key=lambda p: p.name)
 
 
 def read_hints(app: TidemarkApp) -> Hints:
@@ -110,6 +120,8 @@ class Cause:
     """What partitions wait for, what its session runs, and what ends it."""
 
     why: str
+    # Its age in `why` may be read twice; the session is the same.
+    blocker: str | None = None
     query: str | None = None
     repair: str = ""
     # Of a partition that waits for nothing but its turn.
@@ -150,6 +162,10 @@ class Situation:
         for lock in reversed(self.reading.row_locks):
             if lock.age is None or lock.age >= self.after:
                 found |= dict.fromkeys(lock.partition_ids, lock)
+        # Who waits as well is not the one to end.
+        behind = {wait.pid: wait.blocker for wait in self.lock_waits}
+        for _ in behind:
+            found = {key: behind.get(session.pid, session) for key, session in found.items()}
         return found
 
     def cause(self, partition: PartitionState) -> Cause:
@@ -161,29 +177,40 @@ class Situation:
         if not dispatch.own_cluster:
             yield Cause(why="the database was restored", repair="celery -A tasks rebase")
         for blocker in (self._blockers[key] for key in (partition.partition_id, name, "") if key in self._blockers):
-            yield Cause(why=f"blocked by {_session(blocker)}", query=blocker.query, repair=blocker.repair)
+            why = f"blocked by {_session(blocker)}"
+            yield Cause(why=why, blocker=blocker.name, query=blocker.query, repair=blocker.repair)
         if name in hints.stuck:
             yield Cause(why=f"fails with {hints.stuck[name]}")
         if hints.error is not None:
             yield Cause(why="Redis does not answer", repair="start it, or correct TIDEMARK_BROKER_URL")
-        if hints.programs is not None and not hints.up("worker"):
-            yield Cause(why="no worker runs", repair="celery -A tasks worker")
+        if hints.programs is not None and not hints.workers:
+            yield _silence("worker", hints.seen("worker"))
         undispatched = dispatch.undispatched
         if undispatched is not None and undispatched >= self.after and (partition.lag or 0.0) <= undispatched + 1:
             yield self._no_fan_out
-        yield Cause(why="a worker", queue=self.queue(partition))
+        yield self._turn(partition)
 
     @cached_property
     def _no_fan_out(self) -> Cause:
         """Why a commit was not handed to a worker."""
+        tick = self.hints.seen("beat")
         if self.hints.programs is None:
             return Cause(why="fan-out", repair="see that beat runs, and a worker that serves control")
-        tick = min((beat.seen for beat in self.hints.up("beat")), default=None)
-        if tick is None:
-            return Cause(why="no beat runs", repair="celery -A tasks beat")
-        if tick >= SILENT_SECONDS:
-            return Cause(why=f"no beat tick for {duration(tick)}", repair="restart it: celery -A tasks beat")
+        if tick is None or tick >= SILENT_SECONDS:
+            return _silence("beat", tick)
         return Cause(why="fan-out, which is behind", repair="celery -A tasks workers: does one serve control?")
+
+    def _turn(self, partition: PartitionState) -> Cause:
+        """Nothing is in its way, as long as there is a worker for it."""
+        worker, queue = self._worker(partition), self.queue(partition)
+        if worker is None and any(w.consumes for w in self.hints.workers):
+            return Cause(why="no worker", queue=queue, repair="celery -A tasks worker")
+        return Cause(why=f"worker {worker}" if worker else "a worker", queue=queue)
+
+    def _worker(self, partition: PartitionState) -> str | None:
+        """Who reads the queue of its shard."""
+        shard = shard_of(partition.partition_id, self.settings.shards)
+        return next((w.name for w in self.hints.workers if shard in w.consumes), None)
 
     def queue(self, partition: PartitionState) -> str:
         """The queue of a partition's shard."""
@@ -293,20 +320,25 @@ class Situation:
         groups: dict[tuple[str, str], list[tuple[PartitionState, Cause]]] = defaultdict(list)
         for partition in self.waiting:
             cause = self.cause(partition)
-            groups[cause.why, cause.repair].append((partition, cause))
+            groups[cause.blocker or cause.why, cause.repair].append((partition, cause))
         parts: list[RenderableType] = []
         for group in list(groups.values())[:_SHOWN]:
             partitions = [p for p, _ in group]
             cause = group[0][1]
-            events = number(sum(p.backlog for p in partitions)) + "+" * (not all(p.counted for p in partitions))
-            what = f": {events} {count(sum(p.backlog for p in partitions), 'event').split()[1]}, "
-            first = label(f"{_names(partitions)}{what}") + text(duration(partitions[0].lag), "yellow")
+            events = sum(p.backlog for p in partitions)
+            more = "" if all(p.counted for p in partitions) else " or more"
+            first = text(duration(partitions[0].lag), "yellow") + label(
+                f", {count(events, 'event')}{more}: {_names(partitions)}"
+            )
             first.no_wrap, first.overflow = True, "ellipsis"
             lines = [text(_words(cause, {c.queue for _, c in group if c.queue}))]
             lines += [text(statement(cause.query))] * bool(cause.query)
-            reports = (self.hints.stuck.get(f"{p.topic}/{p.partition}") for p in partitions)
-            if cause.query and (report := next(filter(None, reports), None)):
-                lines.append(text(f"reported: {' '.join(report.split())}"))
+            tried = [p for p in partitions if cause.query and f"{p.topic}/{p.partition}" in self.hints.stuck]
+            for p in tried[:1]:
+                report = " ".join(self.hints.stuck[f"{p.topic}/{p.partition}"].split())
+                lines.append(
+                    text(f"worker {self._worker(p) or '(unknown)'} has tried {p.topic}/{p.partition}: {report}")
+                )
             lines += [text(cause.repair, "cyan")] * bool(cause.repair)
             parts.append(_indented(first, *lines))
         if len(groups) > _SHOWN:
@@ -336,6 +368,13 @@ def _backlog_json(backlog: TopicBacklog) -> dict[str, Any]:
         "backlog_partitions": backlog.partitions,
         "lag_seconds": backlog.lag,
     }
+
+
+def _silence(program: str, seen: float | None) -> Cause:
+    """A worker or beat that does not run, or not any more."""
+    noun = "tick" if program == "beat" else "sign"
+    why = f"no {program} runs" if seen is None else f"no {program} {noun} for {duration(seen)}"
+    return Cause(why=why, repair=f"celery -A tasks {program}")
 
 
 def _session(lock: Session) -> str:

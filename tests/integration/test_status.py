@@ -6,7 +6,7 @@ import re
 import signal
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from io import StringIO
@@ -108,14 +108,23 @@ def test_rate(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
     assert cli(status, "--json", "--interval", "0.05").json["topics"][1]["records_per_second"] == 0
 
 
-def report(redis_url: str, name: str, *, shards: int = 8, seen: float = 0.0) -> None:
+def report(redis_url: str, name: str, *, shards: int = 8, seen: float = 0.0, consumes: Sequence[int] = ()) -> None:
     """As a program does that was last heard of `seen` seconds ago; it is called `worker@…` or `beat@…`."""
     with Redis.from_url(redis_url) as redis:
         seconds, micros = redis.time()
         now = seconds + micros / 1e6
         program, _, host = name.partition("@")
-        entry = Program(program=program, name=name, host=host, pid=1, shards=shards, since=now - 600, seen=now - seen)
-        redis.hset(KEY, name, json.dumps(asdict(entry)))
+        entry = Program(
+            program=program,
+            name=name,
+            host=host,
+            pid=1,
+            shards=shards,
+            since=now - 600,
+            seen=now - seen,
+            consumes=tuple(consumes),
+        )
+        redis.hset(KEY, f"{name}/1", json.dumps(asdict(entry)))
 
 
 def waits_for(cli: Cli) -> dict[int, str]:
@@ -129,6 +138,8 @@ def test_programs_that_do_not_run(cli: Cli, conn: Connection[Any], redis_url: st
     assert set(waits_for(cli).values()) == {"no worker runs"}
     report(redis_url, "worker@one", seen=61)
     assert set(waits_for(cli).values()) == {"no worker runs"}
+    report(redis_url, "worker@one", seen=20)
+    assert set(waits_for(cli).values()) == {"no worker sign for 20 s"}
     report(redis_url, "worker@one", seen=3)
     assert set(waits_for(cli).values()) == {"no beat runs"}
     report(redis_url, "beat@one", seen=40)
@@ -138,7 +149,10 @@ def test_programs_that_do_not_run(cli: Cli, conn: Connection[Any], redis_url: st
     save_fan_out(conn, find_committed(conn))
     assert waits_for(cli) == {n: f"a worker on materialize.{i % 8}" for n, i in enumerate(ids)}
     words = cli(status, "--interval", "0", "--after", "0").words
-    assert re.search(rf"orders/0-1: 2 events, \d\.\d s a worker on shards {ids[0]}-{ids[1]}", words)
+    assert re.search(rf"\d\.\d s, 2 events: orders/0-1 a worker on shards {ids[0]}-{ids[1]}", words)
+    report(redis_url, "worker@one", consumes=[ids[0] % 8])
+    expected = {0: f"worker worker@one on materialize.{ids[0] % 8}", 1: f"no worker on materialize.{ids[1] % 8}"}
+    assert waits_for(cli) == expected
 
 
 def test_programs_as_they_report(cli: Cli, redis_url: str) -> None:
@@ -158,7 +172,7 @@ def test_programs_as_they_report(cli: Cli, redis_url: str) -> None:
 
 @pytest.mark.parametrize("way", ["update", "no key update", "savepoint", "share by two"])
 def test_a_locked_partition_that_nobody_waits_for(
-    way: str, cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]
+    way: str, cli: Cli, conn: Connection[Any], connect: Connect, redis_url: str, ids: list[int]
 ) -> None:
     """Workers pass over it. One line names the session that holds it, what it runs and the statement that ends it."""
     commit(conn, "a", ids)
@@ -171,6 +185,9 @@ def test_a_locked_partition_that_nobody_waits_for(
     strength = "share" if way == "share by two" else way.replace("savepoint", "update")
     blocker.execute(f"select from tidemark.topic_partitions for {strength} -- a comment".encode())
     assert materialize(conn, ids, wait=False).busy_partition_ids == tuple(ids)
+    report(redis_url, "worker@one", consumes=range(8))
+    cli.app.once(worker_metrics).stuck(ids[:1], ValueError("locked\nfor long"), lambda _: "orders/0")
+    cli.app.once(worker_metrics).flush()
     found = cli(status, "--json", "--interval", "0", "--after", "0").json
     pids = {blocker.info.backend_pid} | ({other.info.backend_pid} if way == "share by two" else set())
     assert {lock["pid"] for lock in found["row_locks"]} == pids
@@ -185,6 +202,7 @@ def test_a_locked_partition_that_nobody_waits_for(
     assert words.count(f"pid {pid}") == 1
     assert "s select from tidemark.topic_partitions for" in words
     assert words.count(f"select pg_terminate_backend({pid});") == 1
+    assert "worker worker@one has tried orders/0: ValueError: locked for long" in words
     blocker.rollback()
     other.rollback()
     assert cli(status, "--json", "--interval", "0").json["row_locks"] == []
@@ -195,7 +213,7 @@ def test_one_line_for_all_that_wait_for_the_same(cli: Cli, conn: Connection[Any]
     commit(conn, "a", partition_ids(conn, "clicks"))
     connect(autocommit=False).execute("select from tidemark.topic_partitions for update")
     out = cli(status, "--interval", "0", "--after", "0").out
-    assert len(re.findall(r"^  clicks/0-55: 56 events, \d\.\d s$", out, re.MULTILINE)) == 1
+    assert len(re.findall(r"^  \d\.\d s, 56 events: clicks/0-55$", out, re.MULTILINE)) == 1
     assert out.count("blocked by") == 1
 
 
@@ -206,6 +224,24 @@ def test_a_worker_at_work_is_no_obstacle(cli: Cli, conn: Connection[Any], connec
     connect(autocommit=False).execute("select from tidemark.topic_partitions for no key update")
     [reason] = {p["waits_for"] for p in cli(status, "--json", "--interval", "0").json["waiting"]}
     assert reason == "no worker runs"
+
+
+def test_a_locked_table(cli: Cli, conn: Connection[Any], connect: Connect, ids: list[int]) -> None:
+    """As `create index` locks it, which lets nobody write: every partition waits for that session."""
+    commit(conn, "a", ids)
+    blocker, worker = connect(autocommit=False), connect()
+    blocker.execute("lock table tidemark.runs in share mode")
+    worker.execute("set application_name = 'tidemark'")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(materialize, worker, ids[:1])
+
+        def blocked() -> bool:
+            by = f"blocked by pid {blocker.info.backend_pid},"
+            return all(why.startswith(by) for why in waits_for(cli).values())
+
+        wait_until(blocked)
+        blocker.rollback()
+        assert running.result(30).events_processed == 1
 
 
 def test_redis_that_hangs_or_is_away(
@@ -277,7 +313,8 @@ def test_what_a_partition_waits_for(cli: Cli, conn: Connection[Any], connect: Co
         words = cli(status, "--interval", "0", "--after", "0").words
         assert f"pid {wait['pid']} has waited" in words
         assert f"select pg_terminate_backend({wait['blocker_pid']});" in words
-        assert "orders/1: 1 event, 0." in words
+        # Its waiter has the other one locked, and is not to blame for it.
+        assert "s, 2 events: orders/0-1 blocked" in words
         assert f"blocked by pid {wait['blocker_pid']}" in words
         # Everyday waits are left out.
         assert "has waited" not in cli(status, "--interval", "0").out
@@ -354,9 +391,16 @@ def test_a_role_that_may_not_see_other_sessions(
         conn.execute(sql.SQL("grant select on all tables in schema tidemark to {}").format(name))
         conn.execute(sql.SQL("grant execute on all functions in schema tidemark to {}").format(name))
         commit(conn, "a", ids)
+        blocker = connect(autocommit=False)
+        blocker.execute("select from tidemark.topic_partitions for update")
         with app_for(database_url.replace("//tidemark@", f"//{role}@"), redis_url) as app:
-            found = Cli(app)(status, "--json", "--interval", "0").json
+            found = Cli(app)(status, "--json", "--interval", "0", "--after", "0").json
+            words = Cli(app)(status, "--interval", "0", "--after", "0").words
         assert found["topics"][1]["backlog_events"] == 2
+        # How old its transaction is, and what it runs, is hidden; who it is, is not.
+        [lock] = found["row_locks"]
+        assert (lock["pid"], lock["age"], lock["state"]) == (blocker.info.backend_pid, None, None)
+        assert "grant pg_monitor to <role>" in words
     finally:
         conn.execute(sql.SQL("drop owned by {0}; drop role {0}").format(name))
 

@@ -163,6 +163,7 @@ def test_a_trace_that_is_not_sampled_is_not_noted(make_app: MakeApp, tmp_path: P
         pass
     app.once(Background).drain()
     app.once(Background).drain()
+    app.once(Background).drain()
     assert app.redis
     assert app.redis.keys("tidemark:trace:*") == []
     tracing.close()
