@@ -8,7 +8,8 @@ _now = app.now
 
 
 def _an_hour_ago() -> datetime:
-    return _now() - timedelta(hours=1)
+    now: datetime = _now()
+    return now - timedelta(hours=1)
 
 
 app.now = _an_hour_ago

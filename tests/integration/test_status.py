@@ -186,7 +186,7 @@ def test_a_locked_partition_that_nobody_waits_for(
     blocker.execute(f"select from tidemark.topic_partitions for {strength} -- a comment".encode())
     assert materialize(conn, ids, wait=False).busy_partition_ids == tuple(ids)
     report(redis_url, "worker@one", consumes=range(8))
-    cli.app.once(worker_metrics).stuck(ids[:1], ValueError("locked\nfor long"), lambda _: "orders/0")
+    cli.app.once(worker_metrics).stuck(["orders/0"], "ValueError: locked\nfor long")
     cli.app.once(worker_metrics).flush()
     found = cli(status, "--json", "--interval", "0", "--after", "0").json
     pids = {blocker.info.backend_pid} | ({other.info.backend_pid} if way == "share by two" else set())
