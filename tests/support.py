@@ -13,6 +13,12 @@ T = TypeVar("T")
 _DATABASE_PASSWORD = "kN4wTz8QxV2mRb6Lh0sJ"
 
 
+def numbers_in(ranges: str) -> list[int]:
+    """`0-2,5` as 0, 1, 2, 5."""
+    spans = [span.split("-") for span in ranges.split(",") if span]
+    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+
+
 class Connect(Protocol):
     """Opens one more connection to the test's database; the fixture closes it."""
 

@@ -17,7 +17,7 @@ from tasks.membership import KEY, read_entries
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.producers import Producers, commit_one
 from tests.benchmarks.lease_timeline import SHARDS, Timeline, Watch, play, render
-from tests.support import wait_until
+from tests.support import numbers_in, wait_until
 
 LEASE = 4.0
 
@@ -30,12 +30,6 @@ def place(database_url: str, celery_broker_cluster: CeleryBrokerCluster, tmp_pat
         directory=tmp_path,
         settings={"TIDEMARK_SHARDS": str(SHARDS), "TIDEMARK_LEASE_SECONDS": str(LEASE)},
     )
-
-
-def numbers(ranges: str) -> list[int]:
-    """`0-2,5` as 0, 1, 2, 5."""
-    spans = [span.split("-") for span in ranges.split(",") if span]
-    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
 
 
 def inspected(start: Programs, workers: int) -> dict[str, Any]:
@@ -65,7 +59,7 @@ def test_one_then_four_then_one_killed_and_one_stopped(start: Programs, place: P
     printed = start.run("inspect", "shards", "--json", "--timeout", "5")
     replies = json.loads(printed.stdout)
     assert len(replies) == 2
-    assert sorted(s for reply in replies.values() for s in numbers(reply["shards"])) == list(range(SHARDS))
+    assert sorted(s for reply in replies.values() for s in numbers_in(reply["shards"])) == list(range(SHARDS))
     assert all(reply["leasing"] and reply["store"] == "ok" for reply in replies.values())
     log.wait_until_drained()
 
@@ -124,7 +118,7 @@ def test_an_emptied_store_moves_nothing(
 
     def both_have_their_half() -> dict[str, Any] | None:
         replies = inspected(start, 3)
-        shares = sorted(len(numbers(r["shards"])) for r in replies.values() if r["leasing"])
+        shares = sorted(len(numbers_in(r["shards"])) for r in replies.values() if r["leasing"])
         return replies if shares == [SHARDS // 2, SHARDS // 2] else None
 
     before = wait_until(both_have_their_half, timeout=30) or {}

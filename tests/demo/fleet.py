@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.demo.plan import Places, Plan
 from tests.demo.producer import Order
 from tests.demo.programs import HOST, Process, Programs, free_port
+from tests.support import numbers_in
 
 _ANSWER_SECONDS = 1.0
 _INSPECT_SECONDS = 2
@@ -82,7 +83,7 @@ def leased_shards(programs: Programs) -> Mapping[str, Sequence[int]]:
     told = programs.run("inspect", "shards", "--json", "--timeout", str(_INSPECT_SECONDS))
     # With no answer at all it says so, and ends with an exit code of its own.
     answers = json.loads(told.stdout) if told.returncode == 0 else {}
-    return {name: answers[name]["shards"] for name in sorted(answers)}
+    return {name: numbers_in(answers[name]["shards"]) for name in sorted(answers)}
 
 
 def ledger_of(places: Places, number: int) -> Path:

@@ -26,6 +26,7 @@ from tasks.dispatch import wake as wake_up
 from tasks.tracing import Tracing, make_provider
 from tests.integration.conftest import MakeApp, make_topic
 from tests.support import wait_until
+from tests.support_commands import declare_jobs
 
 
 class Traced:
@@ -64,7 +65,8 @@ def traced(make_app: MakeApp, tmp_path: Path) -> Iterator[Traced]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(spans))
     # Tracing is made by the test, with a provider of its own.
-    app = make_app(data_dir=tmp_path, shards=2)
+    app = make_app(data_dir=tmp_path, shards=2, tracing=True)
+    declare_jobs(app)
     tracing = trace_with(app, provider)
     with start_worker(app, pool="solo", perform_ping_check=False, queues=all_queues(2), loglevel="WARNING"):
         yield Traced(app, spans)
@@ -157,7 +159,7 @@ def test_an_idle_fan_out_leaves_nothing_and_a_failed_job_its_error(traced: Trace
 
 
 def test_a_trace_that_is_not_sampled_is_not_noted(make_app: MakeApp, tmp_path: Path) -> None:
-    app = make_app(data_dir=tmp_path, shards=2)
+    app = make_app(data_dir=tmp_path, shards=2, tracing=True)
     tracing = trace_with(app, TracerProvider(sampler=ALWAYS_OFF))
     with committing(app, "a", [1]):
         pass
