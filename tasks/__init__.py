@@ -8,7 +8,7 @@ from celery import signals
 
 from tasks import discovery, health, leases, logs, maintenance, materialization, metrics
 from tasks.app import TidemarkApp
-from tasks.commands.builtin import adapt_commands
+from tasks.commands.entry import OurCommands
 from tasks.recovery import treat_torn_down_channels_as_lost_connections
 
 treat_torn_down_channels_as_lost_connections()
@@ -21,7 +21,7 @@ logs.connect(app)
 metrics.connect(app)
 health.connect(app)
 leases.connect(app)
-adapt_commands(app)
+app.user_options = OurCommands()
 
 __all__ = ["app", "fan_out", "materialize", "materialize_partition", "materialize_topic", "sweep"]
 

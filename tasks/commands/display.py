@@ -1,15 +1,22 @@
-"""How commands show things: 80 columns suffice, colour only on a terminal, and names cannot reach it unescaped."""
+"""How commands show things: colour only on a terminal, and names cannot reach it unescaped.
+
+On a terminal 80 columns suffice: names that are too long end in an ellipsis, other text goes on below. Where there is
+no terminal a program may read the lines, so nothing is cut or broken in two.
+"""
 
 import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _KIBI = 1024
 _MINUTE = 60
@@ -17,6 +24,8 @@ _HOUR = 3600
 _DAY = 86_400
 _ONE_DECIMAL_BELOW = 10
 _NARROWEST = 20
+# More than any line of ours.
+_NEVER_WRAPPED = 20_000
 
 NOTHING = "-"
 
@@ -32,12 +41,20 @@ def console(ctx: click.Context, *, err: bool = False) -> Console:
         # FORCE_COLOR and the like are about colours: a pipe stays a pipe.
         force_terminal=(sys.stderr if err else sys.stdout).isatty(),
     )
-    made.width = max(made.width, _NARROWEST)
+    made.width = max(made.width, _NARROWEST) if made.is_terminal else _NEVER_WRAPPED
     return made
 
 
-def progress(ctx: click.Context) -> Progress:
+def progress(ctx: click.Context) -> "Progress":
     """Progress bars on standard error, gone when done; invisible where that is no terminal."""
+    from rich.progress import (  # noqa: PLC0415 - slow to import, and few commands have bars
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     target = console(ctx, err=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -60,8 +77,14 @@ def text(value: object, style: str = "") -> Text:
     return Text(plain(value), style=style, overflow="fold")
 
 
+def label(value: object) -> Text:
+    """A name in a table: where it has no room it ends in an ellipsis, so that every row stays one line."""
+    # The text says so and not the column, which would take the room of the others.
+    return Text(plain(value), overflow="ellipsis", no_wrap=True)
+
+
 def table(*columns: str, title: str | None = None) -> Table:
-    """A table without lines. A column whose name starts with `>` is aligned to the right; long values fold, whole."""
+    """A table without lines. A column whose name starts with `>` is aligned to the right and keeps its room."""
     made = Table(
         box=None,
         pad_edge=False,
@@ -74,6 +97,7 @@ def table(*columns: str, title: str | None = None) -> Table:
         made.add_column(
             text(column.removeprefix(">"), "bold"),
             justify="right" if column.startswith(">") else "left",
+            no_wrap=column.startswith(">"),
             overflow="fold",
         )
     return made

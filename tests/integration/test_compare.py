@@ -236,11 +236,11 @@ def test_it_says_what_it_found(app: TidemarkApp) -> None:
     shown = cli(compare).words
     assert "Difference of times: real" in shown
     assert "incremental, candidate" in shown
-    (found,) = cli(compare, "--json").json
+    (found,) = cli(compare, "--json").json["comparisons"]
     assert found["verdict"] == "real"
     assert found["candidate"]["transactions"] == 400
     assert 1.3 < found["time_ratio"]["low"] < 1.5 < found["time_ratio"]["high"] < 1.7
-    (narrower,) = cli(compare, "--json", "--confidence", "0.8").json
+    (narrower,) = cli(compare, "--json", "--confidence", "0.8").json["comparisons"]
     assert narrower["time_ratio"]["low"] > found["time_ratio"]["low"]
 
 
@@ -257,14 +257,14 @@ def test_a_side_without_figures_is_shown_all_the_same(app: TidemarkApp) -> None:
     app.figures.flush()
     cli = Cli(app)
     assert "1: 100.00%" in cli(compare).words
-    (found,) = cli(compare, "--json").json
+    (found,) = cli(compare, "--json").json["comparisons"]
     assert (found["time_ratio"], found["current"]["error_rate"]) == (None, None)
 
 
 def test_nothing_compared_says_what_to_do(app: TidemarkApp) -> None:
     cli = Cli(app)
     assert "TIDEMARK_CANDIDATE=incremental" in cli(compare).out
-    assert cli(compare, "--json").json == []
+    assert "TIDEMARK_CANDIDATE" in cli(compare, "--json").json["message"]
 
 
 def test_starting_over_keeps_every_other_figure(app: TidemarkApp) -> None:
