@@ -1,7 +1,7 @@
 """Runs subcommands in this process: what the celery program does, less its start."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +51,6 @@ class Cli:
         assert result.exit_code == code, result.output
         assert "\x1b" not in result.stdout
         return Outcome(code=result.exit_code, out=result.stdout, err=result.stderr)
-
-
-def assert_readable(lines: Sequence[str]) -> None:
-    assert [line for line in lines if len(line) > COLUMNS or "\x1b" in line] == []
 
 
 @contextmanager

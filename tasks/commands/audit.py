@@ -9,7 +9,7 @@ from db.audit import AuditResult
 from db.audit import audit as audit_log
 from db.partitions import records_to_audit
 from db.topics import names_of
-from tasks.commands.base import command, database, echo_json, json_option
+from tasks.commands.base import command, database, echo_json, json_option, timeout_option
 from tasks.commands.display import console, count, number, progress, text
 from tasks.commands.parameters import NAME
 
@@ -20,6 +20,7 @@ _LOOK_SECONDS = 0.3
 @command("audit")
 @click.argument("topic", type=NAME, required=False)
 @click.option("--from-scratch", is_flag=True, help="Read every batch again, also those audited before.")
+@timeout_option
 @json_option
 def audit(ctx: click.Context, topic: str | None, *, from_scratch: bool, as_json: bool) -> None:
     """Check the invariants of the log, or of one TOPIC.

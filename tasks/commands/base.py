@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
 
 from config.errors import TidemarkError
+from tasks.commands.parameters import Seconds
 
 if TYPE_CHECKING:
     import psycopg
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # With the start of the program that is an answer within 5 s.
-ANSWER_SECONDS = 3.5
+ANSWER_SECONDS = 3.0
 # Shorter parts of a password would be found everywhere.
 _SECRET_AT_LEAST = 3
 _AS_JSON = f"{__name__}.as_json"
+_TIMEOUT = f"{__name__}.timeout"
 
 
 class Server(Enum):
@@ -51,8 +53,8 @@ class Server(Enum):
             setting, url = Server.BROKER.value[1], app.settings.broker_url
         if url is None:
             return f"{name} (embedded, in {app.settings.data_dir})"
-        parts = urlsplit(url)
-        return f"{name} at {parts.netloc.rpartition('@')[2]}{parts.path} (TIDEMARK_{setting.upper()})"
+        where = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
+        return f"{name} at {where} (TIDEMARK_{setting.upper()})"
 
 
 class UnreachableError(click.ClickException):
@@ -173,13 +175,31 @@ def app_of(ctx: click.Context) -> "TidemarkApp":
 # --- Servers
 
 
+def _remember_timeout(ctx: click.Context, _: click.Parameter, seconds: float) -> None:
+    ctx.meta[_TIMEOUT] = seconds
+
+
+# For commands that wait for nothing but a server's first answer: `reaching` looks it up.
+timeout_option = click.option(
+    "--timeout",
+    type=Seconds(0.1, 3600),
+    default=ANSWER_SECONDS,
+    show_default=True,
+    expose_value=False,
+    callback=_remember_timeout,
+    metavar="SECONDS",
+    help="Give up on a server that does not answer within this time.",
+)
+
+
 @contextmanager
-def reaching(ctx: click.Context, server: Server, seconds: float = ANSWER_SECONDS) -> Iterator[None]:
+def reaching(ctx: click.Context, server: Server) -> Iterator[None]:
     """Raise UnreachableError when this takes longer. A frozen server accepts connections and never says a word.
 
     By a signal, so that it holds whatever library waits, and however often that tries again. Around nothing but the
     first words to a server: what follows may take its time.
     """
+    seconds = ctx.meta.get(_TIMEOUT, ANSWER_SECONDS)
 
     def give_up(*_: object) -> None:
         raise UnreachableError(f"{server.describe(app_of(ctx))} does not answer within {seconds:g} s")

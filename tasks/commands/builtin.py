@@ -17,6 +17,7 @@ import click
 from tasks.commands.entry import LazyCommand
 
 _REPLACED = ("migrate", "status")
+_LAST_PORT = 65_535
 
 
 def adapt(program: click.Group) -> None:
@@ -38,6 +39,9 @@ def _in_one_line(callback: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return callback(*args, **kwargs)
+        except ImportError as error:
+            # What an option names, such as beat's -S.
+            raise click.ClickException(str(error)) from error
         except Exception as error:
             explained = import_module("tasks.commands.base").explain(error, click.get_current_context().obj.app)
             if explained is None:
@@ -52,6 +56,11 @@ def _flower(callback: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         ours, options = import_module("tasks.flower"), import_module("tornado.options")
         click.echo(ours.apply(click.get_current_context().obj.app.settings), err=True)
+        for option in kwargs["tornado_argv"]:
+            name, _, value = option.lstrip("-").partition("=")
+            if name == "port" and value.isdecimal() and int(value) > _LAST_PORT:
+                # It would take a port nobody asked for.
+                raise click.ClickException(f"Flower's --port is a number up to {_LAST_PORT}, not {value}")
         try:
             return callback(*args, **kwargs)
         # What its options may raise, and a port or a file that another Flower has.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from config.errors import UnknownTopicError
 from db.commit import Batch, commit_batches
 from db.topics import PartitionIds
-from tasks.commands.base import command, database, echo_json, json_option
+from tasks.commands.base import command, database, echo_json, json_option, timeout_option
 from tasks.commands.display import moment, plain
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME
 
@@ -57,6 +57,7 @@ class _Errors:
 @command("commit")
 @click.argument("key", type=NAME)
 @click.argument("file", type=click.File("rb"), default="-")
+@timeout_option
 @json_option
 def commit(ctx: click.Context, key: str, file: BinaryIO, *, as_json: bool) -> None:
     """Commit the object uploaded as KEY, and print its id.

@@ -4,7 +4,7 @@ import click
 from rich.console import Console
 
 from config.errors import SettingsError
-from tasks.commands.base import Server, app_of, command, echo_json, json_option, reaching
+from tasks.commands.base import Server, app_of, command, echo_json, json_option, reaching, timeout_option
 from tasks.commands.display import NOTHING, console, number, table, text
 from tasks.compare import Comparison, Estimate, SideFigures, forget, read
 
@@ -24,6 +24,7 @@ _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": 
     help="How sure an interval is to hold the true value.",
 )
 @click.option("--reset", is_flag=True, help="Drop what was compared so far, and show nothing.")
+@timeout_option
 @json_option
 def compare(ctx: click.Context, confidence: float, *, reset: bool, as_json: bool) -> None:
     """Show what the candidate strategy (TIDEMARK_CANDIDATE) brings.

@@ -12,7 +12,7 @@ from rich.console import Console
 from config.errors import OffsetOutOfRangeError
 from db.fetch import FetchedBatch, fetch_batches
 from db.partitions import find_partition, read_offsets
-from tasks.commands.base import command, database, echo_csv, echo_json, output_options
+from tasks.commands.base import command, database, echo_csv, echo_json, output_options, timeout_option
 from tasks.commands.display import console, count, label, moment, number, plain, size, table, text
 from tasks.commands.parameters import MAX_INT, NAME, OFFSET, PARTITION, SIZE
 
@@ -26,6 +26,7 @@ _POLL_SECONDS = 0.2
 @click.option("--max-bytes", type=SIZE, default="50MiB", show_default=True)
 @click.option("--max-batches", type=click.IntRange(1, MAX_INT), default=100, show_default=True)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes until Ctrl-C; with --json one line a batch.")
+@timeout_option
 @output_options
 def fetch(
     ctx: click.Context,
@@ -79,7 +80,7 @@ def fetch(
 
 def _show(out: Console, start: int, end: int, batches: list[FetchedBatch]) -> None:
     if batches:
-        rows = table(">Offset", ">Records", "Newest record", ">From byte", ">Bytes", "Object")
+        rows = table(">Offset", ">Records", ">Newest record", ">From byte", ">Bytes", "Object")
         for batch in batches:
             rows.add_row(
                 number(batch.start_offset),

@@ -10,6 +10,8 @@ import click
 
 MAX_INT = 2**31 - 1
 MAX_BIGINT = 2**63 - 1
+# Characters of what was given.
+_SHOWN = 40
 
 
 class Name(click.ParamType[str]):
@@ -42,7 +44,9 @@ class Offset(click.ParamType[str | int]):
         # The length first: Python refuses to read numbers with thousands of digits.
         if re.fullmatch(r"0*[0-9]{1,19}", given) and int(given[-19:]) <= MAX_BIGINT:
             return int(given[-19:])
-        return self.fail(f"{value!r} is neither earliest nor latest nor a number from 0 to {MAX_BIGINT}", param, ctx)
+        return self.fail(
+            f"{str(value)[:_SHOWN]!r} is neither earliest nor latest nor a number from 0 to {MAX_BIGINT}", param, ctx
+        )
 
 
 class Quantity(click.ParamType[int | None]):
@@ -66,7 +70,7 @@ class Quantity(click.ParamType[int | None]):
             amount = round(Decimal(found[1]) * units[found[2]])
             if 1 <= amount <= MAX_BIGINT:
                 return amount
-        return self.fail(f"{value!r} is not {self._wanted}", param, ctx)
+        return self.fail(f"{str(value)[:_SHOWN]!r} is not {self._wanted}", param, ctx)
 
 
 class Seconds(click.FloatRange):

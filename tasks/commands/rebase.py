@@ -5,10 +5,11 @@ from dataclasses import asdict
 import click
 
 from db.rebase import rebase as rebase_log
-from tasks.commands.base import command, database, echo_json, json_option
+from tasks.commands.base import command, database, echo_json, json_option, timeout_option
 
 
 @command("rebase")
+@timeout_option
 @json_option
 def rebase(ctx: click.Context, *, as_json: bool) -> None:
     """After a restore into another cluster: place new commits after all that are there.

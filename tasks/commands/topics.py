@@ -8,7 +8,16 @@ from click.core import ParameterSource
 from config.queues import shard_of, shard_queue
 from db.partitions import PartitionState, TopicState, describe_partitions, describe_topics
 from db.topics import create_topic, set_retention
-from tasks.commands.base import app_of, database, echo_csv, echo_json, group, json_option, output_options
+from tasks.commands.base import (
+    app_of,
+    database,
+    echo_csv,
+    echo_json,
+    group,
+    json_option,
+    output_options,
+    timeout_option,
+)
 from tasks.commands.display import NOTHING, columns, console, count, duration, label, number, size, table, text
 from tasks.commands.parameters import NAME, SIZE_LIMIT, TIME_LIMIT
 
@@ -37,6 +46,7 @@ def topics(_: click.Context) -> None:
 @click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1, show_default=True)
 @_time_option
 @_size_option
+@timeout_option
 @json_option
 def create(
     ctx: click.Context,
@@ -59,6 +69,7 @@ def create(
 
 
 @topics.subcommand("list")
+@timeout_option
 @output_options
 def list_(ctx: click.Context, output: str | None) -> None:
     """List all topics."""
@@ -80,6 +91,7 @@ def list_(ctx: click.Context, output: str | None) -> None:
 @topics.subcommand("show")
 @click.argument("topic", metavar="NAME", type=NAME)
 @click.option("--pending", is_flag=True, help="Only partitions with a backlog.")
+@timeout_option
 @output_options
 def show(ctx: click.Context, topic: str, output: str | None, *, pending: bool) -> None:
     """Show topic NAME and its partitions."""
@@ -130,6 +142,7 @@ def show(ctx: click.Context, topic: str, output: str | None, *, pending: bool) -
 @click.argument("name", type=NAME)
 @_time_option
 @_size_option
+@timeout_option
 @json_option
 def set_(
     ctx: click.Context, name: str, retention_time: int | None, retention_size: int | None, *, as_json: bool
