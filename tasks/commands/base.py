@@ -79,19 +79,21 @@ def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None
     """What a user or an outage caused, in one line; None for everything else, which keeps its traceback."""
     if isinstance(error, click.ClickException):
         return error
-    text = " ".join(str(error).strip().partition("\n\n")[0].split())
+    # A KeyError's own text has quotes around it.
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(said).strip().partition("\n\n")[0].split())
     if isinstance(error, TidemarkError):
         return click.ClickException(text)
     # By name: nothing is imported for an error that did not happen.
     origins = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    text = _without_secrets(f"{type(error).__name__}: {text}", app)
+    text = _without_secrets(text, app)
     for server, libraries in (
         (Server.POSTGRES, {"psycopg", "psycopg_pool", "sqlalchemy"}),
         (Server.REDIS, {"redis"}),
         (Server.BROKER, {"kombu", "amqp"}),
     ):
         if origins & libraries:
-            return UnreachableError(f"{server.describe(app)}: {text}")
+            return UnreachableError(f"{server.describe(app)}: {type(error).__name__}: {text}")
     return click.ClickException(text) if "celery" in origins else None
 
 

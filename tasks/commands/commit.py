@@ -16,9 +16,8 @@ from tasks.commands.display import moment, plain
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME
 
 _SHOWN = 10
-# The years 1980 and 9999. What is beyond them was hardly meant in milliseconds.
+# The year 1980: what is older was hardly meant in milliseconds.
 _EARLIEST = 315_532_800_000
-_LATEST = 253_402_300_799_999
 
 
 class Line(BaseModel):
@@ -90,21 +89,14 @@ def commit(ctx: click.Context, key: str, file: BinaryIO, *, as_json: bool) -> No
 
 
 def _warn_of_times(lines: list[tuple[int, Line]]) -> None:
-    odd = [(number, line.max_timestamp) for number, line in lines if _is_odd(line.max_timestamp)]
-    if not odd:
-        return
-    number, timestamp = odd[0]
-    more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
-    click.echo(
-        f"warning: max_timestamp {timestamp} (line {number}{more}) is {moment(timestamp)} in milliseconds; "
-        f"was it meant in {'seconds' if timestamp < _EARLIEST else 'microseconds or nanoseconds'}?",
-        err=True,
-    )
-
-
-def _is_odd(timestamp: int) -> bool:
     # Kafka's -1 is no time at all, and 0 no mistake of units.
-    return 0 < timestamp < _EARLIEST or timestamp > _LATEST
+    early = [(number, line.max_timestamp) for number, line in lines if 0 < line.max_timestamp < _EARLIEST]
+    if not early:
+        return
+    number, timestamp = early[0]
+    more = f", and {len(early) - 1} more" if len(early) > 1 else ""
+    found = f"max_timestamp {timestamp} (line {number}{more}) is {moment(timestamp)} in milliseconds"
+    click.echo(f"warning: {found}; was it meant in seconds?", err=True)
 
 
 def _parse(file: Iterable[bytes], errors: _Errors) -> Iterable[tuple[int, Line]]:
