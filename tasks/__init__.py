@@ -8,10 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tasks.app import app
-from tasks.commands.builtin import adapt_commands
+from tasks.commands.entry import OurCommands
 
 if TYPE_CHECKING:
     from tasks.jobs import fan_out, materialize, materialize_partition, materialize_topic, sweep
+
+# The celery program asks the app that `-A` names for them, and finds our commands.
+app.user_options = OurCommands()
 
 __all__ = ["app", "fan_out", "materialize", "materialize_partition", "materialize_topic", "sweep"]
 
@@ -20,6 +23,3 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("tasks.jobs"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-adapt_commands(app)

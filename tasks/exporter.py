@@ -144,7 +144,7 @@ def read_postgres(app: TidemarkApp) -> Iterable[Metric]:
     """Over a connection of its own, which gives up early."""
     settings = app.settings
     impatient = settings.model_copy(update={"statement_timeout": _ANSWER_SECONDS, "lock_timeout": 1.0})
-    with connect(app.database_url, impatient) as conn:
+    with connect(app.database_url, impatient, timeout=2 * _ANSWER_SECONDS) as conn:
         figures = read_figures(conn, topics=settings.metrics_topics, overdue_seconds=overdue_seconds(app))
     return postgres_metrics(figures)
 

@@ -41,13 +41,13 @@ class Outcome:
 
 
 class Cli:
-    """Commands of one app, on an 80 column screen that is no terminal."""
+    """Commands of one app, without a terminal."""
 
     def __init__(self, app: TidemarkApp) -> None:
         self.app = app
 
     def __call__(self, command: click.Command, *arguments: str, stdin: str | bytes = "", code: int = 0) -> Outcome:
-        """Run it, and insist on the exit code, on no traceback and on no colour."""
+        """Run it, and insist on the exit code, on no traceback and on no escape sequence."""
         result = CliRunner(env={"COLUMNS": str(COLUMNS)}).invoke(
             command, arguments, input=stdin, obj=CLIContext(app=self.app, no_color=False, workdir=None)
         )
@@ -56,10 +56,6 @@ class Cli:
         assert result.exit_code == code, result.output
         assert "\x1b" not in result.stdout
         return Outcome(code=result.exit_code, out=result.stdout, err=result.stderr)
-
-
-def assert_readable(lines: Sequence[str]) -> None:
-    assert [line for line in lines if len(line) > COLUMNS or "\x1b" in line] == []
 
 
 def new_app(**settings: Any) -> TidemarkApp:

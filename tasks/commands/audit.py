@@ -7,10 +7,9 @@ from rich.console import Console
 
 from db.audit import AuditResult
 from db.audit import audit as audit_log
-from db.pool import connect
 from db.status import records_to_audit
 from db.topics import names_of
-from tasks.commands.base import app_of, command, echo_json, json_option
+from tasks.commands.base import command, database, echo_json, json_option, timeout_option
 from tasks.commands.display import console, count, number, progress, text
 from tasks.commands.parameters import NAME
 
@@ -21,14 +20,14 @@ _LOOK_SECONDS = 0.3
 @command("audit")
 @click.argument("topic", type=NAME, required=False)
 @click.option("--from-scratch", is_flag=True, help="Read every batch again, also those audited before.")
+@timeout_option
 @json_option
 def audit(ctx: click.Context, topic: str | None, *, from_scratch: bool, as_json: bool) -> None:
     """Check the invariants of the log, or of one TOPIC.
 
     Exit code 1 when one is broken. Takes no locks, and goes on where the last audit stopped, also after Ctrl-C.
     """
-    app = app_of(ctx)
-    with connect(app.database_url, app.settings) as conn, progress(ctx) as bar:
+    with database(ctx) as conn, progress(ctx) as bar:
         task = bar.add_task("records", total=None)
         looked = 0.0
 
@@ -58,7 +57,7 @@ def _as_dict(result: AuditResult, names: dict[int, tuple[str, int]]) -> dict[str
     return {
         "partitions": result.partitions,
         "batches": result.batches,
-        "complete": result.complete,
+        "complete": result.complete and result.partitions > 0,
         "violations": [
             {
                 "invariant": v.invariant,
@@ -75,11 +74,13 @@ def _as_dict(result: AuditResult, names: dict[int, tuple[str, int]]) -> dict[str
 
 def _show(out: Console, result: AuditResult, names: dict[int, tuple[str, int]]) -> None:
     read = f"{count(result.partitions, 'partition')}, {count(result.batches, 'new batch')} read"
+    if not result.partitions:
+        out.print(text("nothing to audit: there is no topic", "yellow"))
+        return
     if not result.violations:
         out.print(text(f"{read}: all invariants hold", "green"))
         return
-    found = "invariant is broken" if len(result.violations) == 1 else "invariants are broken"
-    out.print(text(f"{read}: {number(len(result.violations))} {found}", "bold red"))
+    out.print(text(f"{read}: {count(len(result.violations), 'violation')}", "bold red"))
     if not result.complete:
         out.print(text("The audit ended early; repair these and repeat it.", "yellow"))
     for v in result.violations[:_SHOWN]:

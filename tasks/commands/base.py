@@ -1,61 +1,254 @@
-"""What all of Tidemark's subcommands share: the app, exit codes, and errors without tracebacks."""
+"""What all of Tidemark's subcommands share: the app, its servers, and errors in one line.
 
+Standard output has results only. Errors go to standard error, as `Error: …`, or with --json as one document
+`{"error": …, "code": …}`; the code is what the SQL functions raise for the same (`TM004`), else a name (`UsageError`).
+The exit code is 1, and 2 for wrong arguments.
+"""
+
+import csv
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import unquote
 
 import click
-import kombu.exceptions
-import psycopg
-import redis
 from celery.bin.base import CeleryCommand, handle_preload_options
-from psycopg_pool import PoolTimeout
 
 from config.errors import TidemarkError
-from tasks.app import TidemarkApp
+from tasks.commands.parameters import Seconds
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from tasks.app import TidemarkApp
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# What a server that is away or refuses us raises; the message says which and why.
-_SERVER_ERRORS = (psycopg.Error, PoolTimeout, redis.RedisError, kombu.exceptions.OperationalError)
+# With the start of the program that is an answer within 5 s.
+ANSWER_SECONDS = 3.0
+# Shorter parts of a password would be found everywhere.
+_SECRET_AT_LEAST = 3
+_AS_JSON = f"{__name__}.as_json"
+_TIMEOUT = f"{__name__}.timeout"
 
 
-class TidemarkCommand(CeleryCommand):
-    """Ends with exit code 1 and one line for Tidemark's errors and servers that do not answer."""
+class Server(Enum):
+    """What a command talks to, and the setting that says where it is."""
+
+    POSTGRES = "Postgres", "database_url"
+    BROKER = "the broker", "broker_url"
+    REDIS = "Redis", "redis_url"
+
+    def describe(self, app: "TidemarkApp") -> str:
+        """Its name, its place and the variable to look at, without the password."""
+        name, setting = self.value
+        url = getattr(app.settings, setting)
+        if self is Server.REDIS and url is None:
+            # It is the broker's.
+            setting, url = Server.BROKER.value[1], app.settings.broker_url
+        if url is None:
+            return f"{name} (embedded, in {app.settings.data_dir})"
+        where = url.partition("://")[2].rpartition("@")[2].partition("?")[0]
+        return f"{name} at {where} (TIDEMARK_{setting.upper()})"
+
+
+class UnreachableError(click.ClickException):
+    """A server does not answer."""
+
+
+class JsonError(click.ClickException):
+    """An error of a command with --json: how it is explained, and what it was."""
+
+    def __init__(self, explained: click.ClickException, error: Exception) -> None:
+        super().__init__(explained.format_message())
+        self.exit_code = explained.exit_code  # type: ignore[misc]  # click reads the instance's
+        kind = explained if isinstance(explained, UnreachableError) else error
+        self._code = getattr(error, "code", None) or type(kind).__name__
+
+    def show(self, file: Any = None) -> None:
+        """One document on standard error."""
+        click.echo(json.dumps({"error": self.message, "code": self._code}), file=file or sys.stderr)
+
+
+def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None:
+    """What a user or an outage caused, in one line; None for everything else, which keeps its traceback."""
+    if isinstance(error, click.ClickException):
+        return error
+    # A KeyError's own text has quotes around it.
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(said).strip().partition("\n\n")[0].split())
+    if isinstance(error, TidemarkError):
+        return click.ClickException(text)
+    # By name: nothing is imported for an error that did not happen.
+    origins = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    text = _without_secrets(text, app)
+    for server, libraries in (
+        (Server.POSTGRES, {"psycopg", "psycopg_pool", "sqlalchemy"}),
+        (Server.REDIS, {"redis"}),
+        (Server.BROKER, {"kombu", "amqp"}),
+    ):
+        if origins & libraries:
+            return UnreachableError(f"{server.describe(app)}: {type(error).__name__}: {text}")
+    return click.ClickException(text) if "celery" in origins else None
+
+
+def _without_secrets(text: str, app: "TidemarkApp") -> str:
+    settings = app.settings
+    for url in (settings.database_url, settings.broker_url, settings.redis_url):
+        login = (url or "").partition("://")[2].rpartition("@")[0]
+        # A URL that was misread is repeated in pieces.
+        for piece in re.split(r"[@:/?#]", login.partition(":")[2]):
+            for secret in {piece, unquote(piece)}:
+                if len(secret) >= _SECRET_AT_LEAST:
+                    text = text.replace(secret, "***")
+    return text
+
+
+class _Reporting(click.Command):
+    """Reports errors as this module says."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        # Parsing takes them away.
+        as_json = "--json" in args
+        try:
+            ctx = super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            if as_json:
+                raise JsonError(error, error) from error
+            raise
+        # Also where it belongs to a subcommand that is not there.
+        ctx.meta[_AS_JSON] = as_json
+        return ctx
 
     def invoke(self, ctx: click.Context) -> Any:
-        if not isinstance(ctx.obj.app, TidemarkApp):
-            raise click.ClickException(f"start it as: celery -A tasks {ctx.info_name}")
         try:
             return super().invoke(ctx)
-        except TidemarkError as error:
-            raise click.ClickException(str(error)) from error
-        except _SERVER_ERRORS as error:
-            raise click.ClickException(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            explained = explain(error, ctx.obj.app)
+            if explained is None or isinstance(error, JsonError):
+                raise
+            if ctx.meta[_AS_JSON]:
+                raise JsonError(explained, error) from error
+            if explained is error:
+                raise
+            raise explained from error
 
 
-def app_of(ctx: click.Context) -> TidemarkApp:
-    """The app that `-A` named."""
-    app = ctx.obj.app
-    assert isinstance(app, TidemarkApp)  # noqa: S101 - TidemarkCommand looked
-    return app
+class TidemarkCommand(_Reporting, CeleryCommand):
+    """A subcommand of `celery -A tasks`."""
+
+
+class TidemarkGroup(_Reporting, click.Group):
+    """One with subcommands of its own: `celery -A tasks topics create`."""
+
+    command_class = TidemarkCommand
+
+    def subcommand(self, name: str) -> Callable[[_Function], click.Command]:
+        """Declare a subcommand; the function gets the click context first."""
+        return _declare(self.command(name))
 
 
 def command(name: str) -> Callable[[_Function], click.Command]:
     """Declare a subcommand of `celery -A tasks`; the function gets the click context first."""
-
-    def decorate(function: _Function) -> click.Command:
-        made: click.Command = click.command(name, cls=TidemarkCommand)(
-            click.pass_context(handle_preload_options(function))
-        )
-        return made
-
-    return decorate
+    return _declare(click.command(name, cls=TidemarkCommand))
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one document, for programs.")
+def group(name: str) -> Callable[[_Function], TidemarkGroup]:
+    """Declare a group; the function's docstring is its help."""
+    return cast("Callable[[Any], TidemarkGroup]", _declare(click.group(name, cls=TidemarkGroup)))
+
+
+def _declare(make: Callable[[Any], click.Command]) -> Callable[[Any], click.Command]:
+    return lambda function: make(click.pass_context(handle_preload_options(function)))
+
+
+def app_of(ctx: click.Context) -> "TidemarkApp":
+    """The app that `-A` named."""
+    return cast("TidemarkApp", ctx.obj.app)
+
+
+# --- Servers
+
+
+def _remember_timeout(ctx: click.Context, _: click.Parameter, seconds: float) -> None:
+    ctx.meta[_TIMEOUT] = seconds
+
+
+# For commands that wait for nothing but a server's first answer: `reaching` looks it up.
+timeout_option = click.option(
+    "--timeout",
+    type=Seconds(0.1, 3600),
+    default=ANSWER_SECONDS,
+    show_default=True,
+    expose_value=False,
+    callback=_remember_timeout,
+    metavar="SECONDS",
+    help="Give up on a server that does not answer within this time.",
+)
+
+
+@contextmanager
+def reaching(ctx: click.Context, server: Server) -> Iterator[None]:
+    """Raise UnreachableError when this takes longer. A frozen server accepts connections and never says a word.
+
+    By a signal, so that it holds whatever library waits, and however often that tries again. Around nothing but the
+    first words to a server: what follows may take its time.
+    """
+    seconds = ctx.meta.get(_TIMEOUT, ANSWER_SECONDS)
+
+    def give_up(*_: object) -> None:
+        raise UnreachableError(f"{server.describe(app_of(ctx))} does not answer within {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, give_up)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@contextmanager
+def database(ctx: click.Context) -> "Iterator[psycopg.Connection[Any]]":
+    """A connection of the command's own."""
+    from db.pool import connect  # noqa: PLC0415 - not for --help
+
+    app = app_of(ctx)
+    # Starting embedded servers may take longer.
+    url = app.database_url
+    with ExitStack() as stack:
+        with reaching(ctx, Server.POSTGRES):
+            conn = stack.enter_context(connect(url, app.settings, timeout=ctx.meta.get(_TIMEOUT, ANSWER_SECONDS)))
+        yield conn
+
+
+# --- Output for programs
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def output_options(function: _Function) -> _Function:
+    """--json and --csv, for lists: `output` is `json`, `csv` or None."""
+    for name in ("csv", "json"):
+        option: Any = click.option(f"--{name}", "output", flag_value=name, help=f"Print {name.upper()}, for programs.")
+        function = option(function)
+    return function
 
 
 def echo_json(value: Any) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(value, indent=2, default=str))
+
+
+def echo_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print these columns of the rows under a header, which is there without rows as well."""
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)

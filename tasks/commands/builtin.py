@@ -1,46 +1,73 @@
 """Puts our commands in the place of Celery's own of the same name, and our defaults before Flower's.
 
-Celery adds its built-in commands after the plug-ins, so a plug-in called `migrate` or `status` is lost: Celery's own
-copy messages from broker to broker and list workers (`celery -A tasks inspect ping` does that, too). When `-A tasks` is
-loaded, Celery has chosen its command object but not parsed for it yet; that object takes over ours.
+Celery adds its built-in commands after the plug-ins, so a plug-in called `migrate` or `status` is lost. Celery's own
+copy messages from broker to broker and list workers (`celery -A tasks inspect ping` does that, too). When this is
+called the program has chosen its command object, but has not parsed for it yet; that object takes over ours.
+
+The other commands of Celery's stay. They report in one line what a user or an outage caused, as ours do.
 """
 
-import sys
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
 import click
 
-from tasks import flower
-from tasks.app import TidemarkApp
+from tasks.commands.entry import LazyCommand
 
-# Celery's command object, and ours.
-_REPLACED = {
-    ("celery.bin.migrate", "migrate"): ("tasks.commands.migrate", "migrate"),
-    ("celery.bin.control", "status"): ("tasks.commands.status", "status"),
-}
+_REPLACED = ("migrate", "status")
+_LAST_PORT = 65_535
 
 
-def adapt_commands(app: TidemarkApp) -> None:
-    """Do so when the celery program is what loads us; elsewhere there is nothing to replace."""
-    if "celery.bin.celery" not in sys.modules:
+def adapt(program: click.Group) -> None:
+    """Change the celery program's commands, once."""
+    commands = program.commands
+    if isinstance(commands[_REPLACED[0]], LazyCommand):
         return
-    for (their_module, their_name), (our_module, our_name) in _REPLACED.items():
-        theirs: click.Command = getattr(import_module(their_module), their_name)
-        ours: click.Command = getattr(import_module(our_module), our_name)
-        theirs.__class__ = ours.__class__
-        theirs.__dict__.update(ours.__dict__)
+    # `inspect shards`, which our workers answer.
     import_module("tasks.inspection")
-    _start_flower_with_our_defaults(app)
+    for name in _REPLACED:
+        theirs = commands[name]
+        theirs.__class__ = LazyCommand
+        theirs.__dict__.update(vars(LazyCommand(name)))
+    for name, command in commands.items():
+        if command.callback is not None:
+            command.callback = _in_one_line(_flower(command.callback) if name == "flower" else command.callback)
 
 
-def _start_flower_with_our_defaults(app: TidemarkApp) -> None:
-    command: click.Command = import_module("flower.command").flower
-    start = command.callback
-    assert start is not None  # noqa: S101 - a command has one
+def _in_one_line(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(callback)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return callback(*args, **kwargs)
+        except ImportError as error:
+            # What an option names, such as beat's -S.
+            raise click.ClickException(str(error)) from error
+        except Exception as error:
+            explained = import_module("tasks.commands.base").explain(error, click.get_current_context().obj.app)
+            if explained is None:
+                raise
+            raise explained from error
 
-    def callback(*args: Any, **kwargs: Any) -> Any:
-        click.echo(flower.apply(app.settings), err=True)
-        return start(*args, **kwargs)
+    return run
 
-    command.callback = callback
+
+def _flower(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(callback)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        ours, options = import_module("tasks.flower"), import_module("tornado.options")
+        click.echo(ours.apply(click.get_current_context().obj.app.settings), err=True)
+        for option in kwargs["tornado_argv"]:
+            name, _, value = option.lstrip("-").partition("=")
+            if name == "port" and value.isdecimal() and int(value) > _LAST_PORT:
+                # It would take a port nobody asked for.
+                raise click.ClickException(f"Flower's --port is a number up to {_LAST_PORT}, not {value}")
+        try:
+            return callback(*args, **kwargs)
+        # What its options may raise, and a port or a file that another Flower has.
+        except (OSError, OverflowError, ValueError, options.Error) as error:
+            where = f"{options.options.address}:{options.options.port}"
+            raise click.ClickException(f"Flower does not start at {where}: {error}; see its --port and --db") from error
+
+    return run

@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from config.errors import UnknownTopicError
 from db.commit import Batch, commit_batches
-from db.pool import connect
 from db.topics import PartitionIds
-from tasks.commands.base import app_of, command, echo_json, json_option
-from tasks.commands.display import plain
+from tasks.commands.base import command, database, echo_json, json_option, timeout_option
+from tasks.commands.display import moment, plain
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME
 
 _SHOWN = 10
+# The year 1980: what is older was hardly meant in milliseconds.
+_EARLIEST = 315_532_800_000
 
 
 class Line(BaseModel):
@@ -55,9 +56,10 @@ class _Errors:
 @command("commit")
 @click.argument("key", type=NAME)
 @click.argument("file", type=click.File("rb"), default="-")
+@timeout_option
 @json_option
 def commit(ctx: click.Context, key: str, file: BinaryIO, *, as_json: bool) -> None:
-    r"""Commit the object uploaded as KEY, and print its id.
+    """Commit the object uploaded as KEY, and print its id.
 
     FILE (default: standard input) holds a line for each record batch in it:
 
@@ -67,23 +69,34 @@ def commit(ctx: click.Context, key: str, file: BinaryIO, *, as_json: bool) -> No
 
     on one line, the time in milliseconds since the epoch. All of them are committed or none. Repeating a commit is
     safe: it returns the same id.
-    """
-    app = app_of(ctx)
+    """  # noqa: D301 - click's mark for lines that stay as they are
     if file.isatty():
         click.echo("reading batches from the terminal, one JSON object a line; Ctrl-D ends", err=True)
     errors = _Errors()
     lines = list(_parse(file, errors))
     if not lines and not errors.shown:
         raise click.ClickException("nothing was committed: there is no batch in the input")
-    with connect(app.database_url, app.settings) as conn:
+    with database(ctx) as conn:
         batches = _resolve(conn, lines, errors)
         errors.raise_if_any()
         object_id = commit_batches(conn, key, batches)
+    _warn_of_times(lines)
     if as_json:
         records = sum(batch.n_records for batch in batches)
         echo_json({"object_id": object_id, "key": key, "batches": len(batches), "records": records})
     else:
         click.echo(object_id)
+
+
+def _warn_of_times(lines: list[tuple[int, Line]]) -> None:
+    # Kafka's -1 is no time at all, and 0 no mistake of units.
+    early = [(number, line.max_timestamp) for number, line in lines if 0 < line.max_timestamp < _EARLIEST]
+    if not early:
+        return
+    number, timestamp = early[0]
+    more = f", and {len(early) - 1} more" if len(early) > 1 else ""
+    found = f"max_timestamp {timestamp} (line {number}{more}) is {moment(timestamp)} in milliseconds"
+    click.echo(f"warning: {found}; was it meant in seconds?", err=True)
 
 
 def _parse(file: Iterable[bytes], errors: _Errors) -> Iterable[tuple[int, Line]]:

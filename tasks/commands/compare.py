@@ -4,10 +4,14 @@ import click
 from rich.console import Console
 
 from config.errors import SettingsError
-from tasks.commands.base import app_of, command, echo_json, json_option
+from tasks.commands.base import Server, app_of, command, echo_json, json_option, reaching, timeout_option
 from tasks.commands.display import NOTHING, console, number, table, text
 from tasks.compare import Comparison, forget, read
 
+_NOTHING_COMPARED = (
+    "nothing is compared; give all workers a candidate, and some time: "
+    "TIDEMARK_CANDIDATE=incremental TIDEMARK_CANDIDATE_PERCENT=10"
+)
 _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": "yellow"}
 
 
@@ -20,6 +24,7 @@ _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": 
     help="How sure an interval is to hold the true value.",
 )
 @click.option("--reset", is_flag=True, help="Drop what was compared so far, and show nothing.")
+@timeout_option
 @json_option
 def compare(ctx: click.Context, confidence: float, *, reset: bool, as_json: bool) -> None:
     """Show what the candidate strategy (TIDEMARK_CANDIDATE) brings.
@@ -31,18 +36,20 @@ def compare(ctx: click.Context, confidence: float, *, reset: bool, as_json: bool
     redis = app_of(ctx).redis
     if redis is None:
         raise SettingsError("compare reads what workers noted in Redis; there is none: set TIDEMARK_REDIS_URL")
+    with reaching(ctx, Server.REDIS):
+        if reset:
+            forget(redis)
+        found = read(redis, confidence=confidence)
+    said = _NOTHING_COMPARED if not found else None
     if reset:
-        forget(redis)
-    found = read(redis, confidence=confidence)
+        said = "compared from now on"
     if as_json:
-        echo_json([comparison.as_dict() for comparison in found])
+        message = {} if said is None else {"message": said}
+        echo_json({"comparisons": [comparison.as_dict() for comparison in found], **message})
         return
     out = console(ctx)
-    if reset:
-        out.print(text("compared from now on"))
-    elif not found:
-        out.print(text("Nothing is compared. Give all workers a candidate, and some time:"))
-        out.print(text("  TIDEMARK_CANDIDATE=incremental TIDEMARK_CANDIDATE_PERCENT=10"))
+    if said is not None:
+        out.print(text(said))
     for comparison in found:
         _show(out, comparison)
 

@@ -1,15 +1,22 @@
-"""How commands show things: 80 columns suffice, colour only on a terminal, and names cannot reach it unescaped."""
+"""How commands show things: colour only on a terminal, and names cannot reach it unescaped.
+
+On a terminal 80 columns suffice: names that are too long end in an ellipsis, other text goes on below. Where there is
+no terminal a program may read the lines, so nothing is cut or broken in two.
+"""
 
 import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _KIBI = 1024
 _MINUTE = 60
@@ -38,8 +45,16 @@ def console(ctx: click.Context, *, err: bool = False) -> Console:
     return made
 
 
-def progress(ctx: click.Context) -> Progress:
+def progress(ctx: click.Context) -> "Progress":
     """Progress bars on standard error, gone when done; invisible where that is no terminal."""
+    from rich.progress import (  # noqa: PLC0415 - slow to import, and few commands have bars
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     target = console(ctx, err=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -69,7 +84,7 @@ def label(value: object) -> Text:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A table without lines. A column whose name starts with `>` is aligned to the right; long values fold, whole."""
+    """A table without lines. A column whose name starts with `>` is aligned to the right and keeps its room."""
     made = Table(
         box=None,
         pad_edge=False,
@@ -82,6 +97,7 @@ def table(*columns: str, title: str | None = None) -> Table:
         made.add_column(
             text(column.removeprefix(">"), "bold"),
             justify="right" if column.startswith(">") else "left",
+            no_wrap=column.startswith(">"),
             overflow="fold",
         )
     return made

@@ -17,11 +17,11 @@ from redis import RedisError
 from rich.console import Console
 from rich.padding import Padding
 
-from config.errors import EmbeddedServerError
+from config.errors import EmbeddedServerError, SettingsError, TransientDatabaseError
 from config.redis import is_redis
 from config.settings import Settings
 from db.doctor import Finding, Level, Row, examine, judge, judge_clock, worst
-from db.pool import CONNECT_SECONDS
+from db.pool import open_connection
 from tasks.app import TidemarkApp
 from tasks.commands.base import app_of, command, echo_json, json_option
 from tasks.commands.display import console, duration, hanging, progress, text
@@ -34,6 +34,7 @@ _TESTS = "TIDEMARK_TEST_"
 _OLDEST_REDIS, _NEWEST_REDIS = (6, 2), 8
 _FULL = 0.9
 _ANSWER_SECONDS = 1.0
+_POSTGRES_SECONDS = 4.0
 
 
 @command("doctor")
@@ -64,17 +65,17 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
     yield from judge(check_environment())
     try:
         broker_url, redis_url, database_url = app.broker_url, app.redis_url, app.database_url
-    except (EmbeddedServerError, psycopg.OperationalError) as error:
+    except (EmbeddedServerError, TransientDatabaseError) as error:
         yield _silent("servers", "embedded servers", error, "set TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL")
         return
     yield from judge(check_broker(broker_url, redis_url))
     yield from judge(check_programs(app, read_hints(app)))
     try:
         # As a broker connects: Tidemark's own settings would hide the server's.
-        with psycopg.connect(database_url, autocommit=True, connect_timeout=CONNECT_SECONDS) as conn:
+        with open_connection(database_url, timeout=_POSTGRES_SECONDS) as conn:
             for _, findings in examine(conn, app.settings):
                 yield from findings
-    except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
+    except (TransientDatabaseError, SettingsError, psycopg.Error) as error:
         yield _silent("server", "Postgres", error, "start it, or correct TIDEMARK_DATABASE_URL")
 
 

@@ -6,7 +6,7 @@ import threading
 import click
 
 from tasks.commands.base import app_of, command
-from tasks.exporter import DEFAULT_PORT, Exporter, ServerError
+from tasks.exporter import DEFAULT_PORT, Exporter
 from tasks.health import EXPORTER_SILENCE, INTERVAL, Heartbeat, heartbeat_file
 
 
@@ -30,11 +30,7 @@ def exporter(ctx: click.Context, address: str, port: int) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    try:
-        serving = Exporter(app, address, port)
-    except ServerError as error:
-        raise click.ClickException(str(error)) from error
-    with serving:
+    with Exporter(app, address, port) as serving:
         click.echo(f"metrics at {serving.url}metrics; Ctrl-C ends", err=True)
         heartbeat = Heartbeat(heartbeat_file(app.settings, "exporter"), "exporter", stale_after=EXPORTER_SILENCE)
         heartbeat.set_ready(ready=True)

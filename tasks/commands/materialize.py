@@ -3,29 +3,40 @@
 import click
 from celery.exceptions import TimeoutError as ResultTimeoutError
 
-from tasks.commands.base import app_of, command, echo_json, json_option
-from tasks.dispatch import enqueue
+from db.status import find_partition
+from tasks.commands.base import Server, app_of, command, database, echo_json, json_option, reaching
+from tasks.commands.display import count, number
+from tasks.commands.parameters import NAME, PARTITION, Seconds
 
 
 @command("materialize")
-@click.argument("topic")
-@click.option("-p", "--partition", type=click.IntRange(min=0), help="Only this partition.")
+@click.argument("topic", type=NAME)
+@click.option("-p", "--partition", type=PARTITION, help="Only this partition.")
 @click.option("--wait", is_flag=True, help="Wait until it is done, and print what was done.")
-@click.option("--timeout", type=click.FloatRange(min=0), default=300, show_default=True, help="Seconds --wait waits.")
+@click.option(
+    "--timeout", type=Seconds(0), default=300, show_default=True, metavar="SECONDS", help="How long --wait waits."
+)
 @json_option
 def materialize(
     ctx: click.Context, topic: str, partition: int | None, *, wait: bool, timeout: float, as_json: bool
 ) -> None:
     """Materialize the backlog of TOPIC now: enqueue the tasks that do it."""
+    from tasks.dispatch import enqueue  # noqa: PLC0415 - not for --help
+
     app = app_of(ctx)
     if wait and app.redis_url is None:
         raise click.ClickException("--wait needs a Redis for results; set TIDEMARK_REDIS_URL")
+    # What follows tries again and again when a server is away: better to know before.
+    with database(ctx) as conn:
+        find_partition(conn, topic, partition or 0)
+    with reaching(ctx, Server.BROKER), app.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1)
     ids = enqueue(app, topic, partition, ignore_result=not wait)
     if not wait:
         if as_json:
             echo_json({"tasks": ids})
         else:
-            click.echo(f"{topic}: {len(ids)} task{'s' * (len(ids) != 1)} queued")
+            click.echo(f"{topic}: {count(len(ids), 'task')} queued")
         return
     try:
         done = [app.AsyncResult(i).get(timeout=timeout) for i in ids]
@@ -37,4 +48,4 @@ def materialize(
     if as_json:
         echo_json({"tasks": ids, "events": events, "records": records, "metrics": done})
     else:
-        click.echo(f"{topic}: {events} events materialized, {records} records")
+        click.echo(f"{topic}: {count(events, 'event')} materialized, {number(records)} records")

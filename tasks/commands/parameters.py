@@ -1,12 +1,17 @@
 """Kinds of arguments several commands take."""
 
 import math
+import re
+from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import click
 
 MAX_INT = 2**31 - 1
 MAX_BIGINT = 2**63 - 1
+# Characters of what was given.
+_SHOWN = 40
 
 
 class Name(click.ParamType[str]):
@@ -36,25 +41,36 @@ class Offset(click.ParamType[str | int]):
         given = str(value).lower()
         if given in {"earliest", "latest"}:
             return given
-        found = _natural(given)
-        if found is not None:
-            return found
-        return self.fail(f"{value!r} is neither earliest nor latest nor a number from 0 to {MAX_BIGINT}", param, ctx)
+        # The length first: Python refuses to read numbers with thousands of digits.
+        if re.fullmatch(r"0*[0-9]{1,19}", given) and int(given[-19:]) <= MAX_BIGINT:
+            return int(given[-19:])
+        return self.fail(
+            f"{str(value)[:_SHOWN]!r} is neither earliest nor latest nor a number from 0 to {MAX_BIGINT}", param, ctx
+        )
 
 
-class Limit(click.ParamType[int | None]):
-    """A positive number, or `none` for no limit."""
+class Quantity(click.ParamType[int | None]):
+    """A positive number with a unit, in the smallest of the units; None for `none`, where that is allowed."""
 
-    name = "number|none"
+    def __init__(self, name: str, units: Mapping[str, int], examples: str, *, none: bool = False) -> None:
+        self.name = f"{name}|none" if none else name
+        self._units = units
+        self._none = none
+        self._wanted = f"a {name} such as {examples}{' or none' * none}; units: {', '.join(filter(None, units))}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """The number; None for `none`."""
-        given = str(value).lower()
-        if given == "none":
+        """The number, rounded to the smallest unit."""
+        given = str(value).strip().lower()
+        if self._none and given == "none":
             return None
-        if found := _natural(given):
-            return found
-        return self.fail(f"{value!r} is neither none nor a number from 1 to {MAX_BIGINT}", param, ctx)
+        units = {unit.lower(): factor for unit, factor in self._units.items()}
+        # The lengths first: Python refuses to read numbers with thousands of digits.
+        found = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,9})?) ?([a-z]*)", given)
+        if found and found[2] in units:
+            amount = round(Decimal(found[1]) * units[found[2]])
+            if 1 <= amount <= MAX_BIGINT:
+                return amount
+        return self.fail(f"{str(value)[:_SHOWN]!r} is not {self._wanted}", param, ctx)
 
 
 class Seconds(click.FloatRange):
@@ -68,15 +84,19 @@ class Seconds(click.FloatRange):
         return float(seconds)
 
 
-def _natural(given: str) -> int | None:
-    digits = given.lstrip("0") or given[-1:]
-    # The length first: Python refuses to read numbers with thousands of digits.
-    if not (given.isascii() and given.isdigit()) or len(digits) > len(str(MAX_BIGINT)):
-        return None
-    return int(digits) if int(digits) <= MAX_BIGINT else None
-
+# Milliseconds. Without a unit a number could be anything.
+_TIMES = {"ms": 1, "s": 1_000, "min": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
+# Bytes, also without a unit.
+_SIZES = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
 
 NAME = Name()
 OFFSET = Offset()
-LIMIT = Limit()
 PARTITION = click.IntRange(min=0, max=MAX_INT)
+TIME_LIMIT = Quantity("time", _TIMES, "7d, 12h", none=True)
+SIZE_LIMIT = Quantity("size", _SIZES, "1GB, 500MiB", none=True)
+SIZE = Quantity("size", _SIZES, "1GB, 500MiB")

@@ -4,9 +4,8 @@ import time
 
 import click
 
-from db.pool import connect
 from db.status import read_status
-from tasks.commands.base import app_of, command, echo_json, json_option
+from tasks.commands.base import app_of, command, database, echo_json, json_option, timeout_option
 from tasks.commands.display import console
 from tasks.commands.parameters import NAME, Seconds
 from tasks.commands.situation import Situation, read_hints
@@ -32,6 +31,7 @@ after_option = click.option(
     help="Measure the rate over this time; 0: do without.",
 )
 @after_option
+@timeout_option
 @json_option
 def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: float, *, as_json: bool) -> None:
     """Show backlog, lag and rate, and what waits for what.
@@ -41,7 +41,7 @@ def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: f
     """
     app = app_of(ctx)
     names = topic or None
-    with connect(app.database_url, app.settings) as conn:
+    with database(ctx) as conn:
         reading = read_status(conn, names)
         rates = None
         if interval > 0:

@@ -17,9 +17,8 @@ from rich.live import Live
 from rich.text import Text
 from sparklines import sparklines
 
-from db.pool import connect
 from db.status import read_status
-from tasks.commands.base import app_of, command, json_option
+from tasks.commands.base import app_of, command, database, json_option, timeout_option
 from tasks.commands.display import NOTHING, console, duration, number, plain, text
 from tasks.commands.parameters import NAME, Seconds
 from tasks.commands.situation import Situation, read_hints
@@ -46,6 +45,7 @@ _END_KEYS = {"q", "Q", "\x03", "\x04", "\x1b"}
 )
 @click.option("-n", "--count", type=click.IntRange(min=1), help="End after so many looks.")
 @after_option
+@timeout_option
 @json_option
 def top(
     ctx: click.Context, topic: tuple[str, ...], interval: float, count: int | None, after: float, *, as_json: bool
@@ -62,7 +62,7 @@ def top(
 
     def looks(pause: Callable[[float], bool]) -> Iterator[Situation]:
         """A situation each interval, until `pause` says that it is enough."""
-        with connect(app.database_url, app.settings) as conn:
+        with database(ctx) as conn:
             before = read_status(conn, names)
             for look in counter(1):
                 if pause(interval):

@@ -6,13 +6,34 @@ import click
 from click.core import ParameterSource
 
 from config.queues import shard_of, shard_queue
-from db.pool import connect
 from db.status import PartitionState, TopicState, describe_partitions, describe_topics
 from db.topics import create_topic, set_retention
-from tasks.commands.base import app_of, echo_json, json_option
-from tasks.commands.display import NOTHING, columns, console, count, duration, number, size, table, text
-from tasks.commands.group import group
-from tasks.commands.parameters import LIMIT, NAME
+from tasks.commands.base import (
+    app_of,
+    database,
+    echo_csv,
+    echo_json,
+    group,
+    json_option,
+    output_options,
+    timeout_option,
+)
+from tasks.commands.display import NOTHING, columns, console, count, duration, label, number, size, table, text
+from tasks.commands.parameters import NAME, SIZE_LIMIT, TIME_LIMIT
+
+_time_option = click.option(
+    "--retention-time", type=TIME_LIMIT, help="Delete batches that are older, such as 7d, 12h; `none`: keep them."
+)
+_size_option = click.option(
+    "--retention-size",
+    type=SIZE_LIMIT,
+    help="Delete a partition's oldest batches beyond this, such as 1GB, 500MiB; `none`: keep them.",
+)
+_TOPIC_CSV = ("topic", "partition_count", "records", "byte_size", "retention_ms", "retention_bytes", "id", "created_at")
+_PARTITION_CSV = (
+    *("topic", "partition", "partition_id", "shard", "queue", "start_offset", "end_offset"),
+    *("byte_size", "backlog", "backlog_counted", "lag_seconds"),
+)
 
 
 @group("topics")
@@ -23,24 +44,24 @@ def topics(_: click.Context) -> None:
 @topics.subcommand("create")
 @click.argument("name", type=NAME)
 @click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1, show_default=True)
-@click.option("--retention-ms", type=LIMIT, help="Delete batches older than so many milliseconds.")
-@click.option("--retention-bytes", type=LIMIT, help="Delete a partition's oldest batches beyond so many bytes.")
+@_time_option
+@_size_option
+@timeout_option
 @json_option
 def create(
     ctx: click.Context,
     name: str,
     partitions: int,
-    retention_ms: int | None,
-    retention_bytes: int | None,
+    retention_time: int | None,
+    retention_size: int | None,
     *,
     as_json: bool,
 ) -> None:
     """Create topic NAME."""
-    app = app_of(ctx)
-    with connect(app.database_url, app.settings) as conn, conn.transaction():
+    with database(ctx) as conn, conn.transaction():
         topic_id = create_topic(conn, name, partitions)
-        if retention_ms is not None or retention_bytes is not None:
-            set_retention(conn, name, retention_ms=retention_ms, retention_bytes=retention_bytes)
+        if retention_time is not None or retention_size is not None:
+            set_retention(conn, name, retention_ms=retention_time, retention_bytes=retention_size)
     if as_json:
         echo_json({"topic": name, "id": topic_id, "partitions": partitions})
     else:
@@ -48,64 +69,65 @@ def create(
 
 
 @topics.subcommand("list")
-@json_option
-def list_(ctx: click.Context, *, as_json: bool) -> None:
+@timeout_option
+@output_options
+def list_(ctx: click.Context, output: str | None) -> None:
     """List all topics."""
-    app = app_of(ctx)
-    with connect(app.database_url, app.settings) as conn:
+    with database(ctx) as conn:
         found = describe_topics(conn)
-    if as_json:
-        echo_json([_topic_json(topic) for topic in found])
-        return
-    out = console(ctx)
-    if not found:
-        out.print(text("no topics; create one with: celery -A tasks topics create NAME"))
-        return
-    rows = table("Topic", ">Partitions", ">Records", ">Size", "Retention")
-    for topic in found:
-        rows.add_row(
-            text(topic.name), number(topic.partitions), number(topic.records), size(topic.byte_size), _retention(topic)
-        )
-    out.print(rows)
+    if output == "json":
+        echo_json([_topic(topic) for topic in found])
+    elif output == "csv":
+        echo_csv(_TOPIC_CSV, map(_topic, found))
+    elif not found:
+        console(ctx).print(text("no topics; create one with: celery -A tasks topics create NAME"))
+    else:
+        rows = table("Topic", ">Partitions", ">Records", ">Size", "Retention")
+        for t in found:
+            rows.add_row(label(t.name), number(t.partitions), number(t.records), size(t.byte_size), _retention(t))
+        console(ctx).print(rows)
 
 
 @topics.subcommand("show")
-@click.argument("name", type=NAME)
+@click.argument("topic", metavar="NAME", type=NAME)
 @click.option("--pending", is_flag=True, help="Only partitions with a backlog.")
-@json_option
-def show(ctx: click.Context, name: str, *, pending: bool, as_json: bool) -> None:
+@timeout_option
+@output_options
+def show(ctx: click.Context, topic: str, output: str | None, *, pending: bool) -> None:
     """Show topic NAME and its partitions."""
-    app = app_of(ctx)
-    with connect(app.database_url, app.settings) as conn:
-        [topic] = describe_topics(conn, [name])
-        partitions = describe_partitions(conn, [name], only_pending=pending)
-    shards = app.settings.shards
-    if as_json:
-        echo_json({**_topic_json(topic), "partitions": [_partition_json(p, shards) for p in partitions]})
+    with database(ctx) as conn:
+        [found] = describe_topics(conn, [topic])
+        states = describe_partitions(conn, [topic], only_pending=pending)
+    partitions = [_partition(p, app_of(ctx).settings.shards) for p in states]
+    if output == "json":
+        echo_json({**_topic(found), "partitions": partitions})
+        return
+    if output == "csv":
+        echo_csv(_PARTITION_CSV, ({"topic": topic, **p} for p in partitions))
         return
     out = console(ctx)
     out.print(
         columns(
             [
-                ("Topic", topic.name),
-                ("Id", topic.id),
-                ("Created", f"{topic.created_at:%Y-%m-%d %H:%M:%S %Z}"),
-                ("Retention", _retention(topic, exact=True)),
-                ("Partitions", number(topic.partitions)),
-                ("Records", f"{number(topic.records)} ({size(topic.byte_size)})"),
+                ("Topic", label(found.name)),
+                ("Id", found.id),
+                ("Created", f"{found.created_at:%Y-%m-%d %H:%M:%S %Z}"),
+                ("Retention", _retention(found, exact=True)),
+                ("Partitions", number(found.partitions)),
+                ("Records", f"{number(found.records)} ({size(found.byte_size)})"),
             ]
         )
     )
     out.print()
-    if not partitions:
+    if not states:
         out.print(text("no partition has a backlog"))
         return
     rows = table(">Partition", ">Id", ">Shard", ">Start", ">End", ">Size", ">Backlog", ">Lag")
-    for p in partitions:
+    for p, row in zip(states, partitions, strict=True):
         rows.add_row(
             str(p.partition),
             str(p.partition_id),
-            str(shard_of(p.partition_id, shards)),
+            str(row["shard"]),
             number(p.start_offset),
             number(p.end_offset),
             size(p.byte_size),
@@ -118,38 +140,35 @@ def show(ctx: click.Context, name: str, *, pending: bool, as_json: bool) -> None
 
 @topics.subcommand("set")
 @click.argument("name", type=NAME)
-@click.option("--retention-ms", type=LIMIT, help="Delete older batches; `none`: keep them.")
-@click.option("--retention-bytes", type=LIMIT, help="Keep so much per partition; `none`: all.")
+@_time_option
+@_size_option
+@timeout_option
 @json_option
 def set_(
-    ctx: click.Context, name: str, retention_ms: int | None, retention_bytes: int | None, *, as_json: bool
+    ctx: click.Context, name: str, retention_time: int | None, retention_size: int | None, *, as_json: bool
 ) -> None:
     """Set the retention of topic NAME.
 
     What is not given stays.
     """
     # None is `none`; what was not given looks the same.
-    given = {name for name in ("retention_ms", "retention_bytes") if _was_given(ctx, name)}
+    sources = {option: ctx.get_parameter_source(option) for option in ("retention_time", "retention_size")}
+    given = [option for option, source in sources.items() if source is not ParameterSource.DEFAULT]
     if not given:
-        raise click.UsageError("nothing to set; give --retention-ms or --retention-bytes (a number, or none)", ctx)
-    app = app_of(ctx)
-    with connect(app.database_url, app.settings) as conn, conn.transaction():
+        raise click.UsageError("nothing to set; give --retention-time 7d or --retention-size 1GB, for example", ctx)
+    with database(ctx) as conn, conn.transaction():
         [before] = describe_topics(conn, [name])
         set_retention(
             conn,
             name,
-            retention_ms=retention_ms if "retention_ms" in given else before.retention_ms,
-            retention_bytes=retention_bytes if "retention_bytes" in given else before.retention_bytes,
+            retention_ms=retention_time if "retention_time" in given else before.retention_ms,
+            retention_bytes=retention_size if "retention_size" in given else before.retention_bytes,
         )
         [topic] = describe_topics(conn, [name])
     if as_json:
-        echo_json(_topic_json(topic))
+        echo_json(_topic(topic))
     else:
         console(ctx).print(text(f"{name}: retention {_retention(topic)}"))
-
-
-def _was_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _retention(topic: TopicState, *, exact: bool = False) -> str:
@@ -161,7 +180,7 @@ def _retention(topic: TopicState, *, exact: bool = False) -> str:
     return ", ".join(limits) or NOTHING
 
 
-def _topic_json(topic: TopicState) -> dict[str, Any]:
+def _topic(topic: TopicState) -> dict[str, Any]:
     return {
         "topic": topic.name,
         "id": topic.id,
@@ -174,7 +193,7 @@ def _topic_json(topic: TopicState) -> dict[str, Any]:
     }
 
 
-def _partition_json(partition: PartitionState, shards: int) -> dict[str, Any]:
+def _partition(partition: PartitionState, shards: int) -> dict[str, Any]:
     shard = shard_of(partition.partition_id, shards)
     return {
         "partition": partition.partition,

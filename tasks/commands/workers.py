@@ -8,13 +8,13 @@ import click
 from rich.console import Console
 
 from config.queues import all_queues, shard_of_queue
-from tasks.app import TidemarkApp
-from tasks.commands.base import app_of, command, echo_json, json_option
-from tasks.commands.display import NOTHING, console, duration, number, table, text
+from tasks.commands.base import Server, app_of, command, echo_csv, echo_json, output_options, reaching
+from tasks.commands.display import NOTHING, console, duration, label, number, table, text
 from tasks.commands.parameters import Seconds
 from tasks.names import ranges
 
 _REPLY_SECONDS = 5.0
+_CSV = ("worker", "pid", "slots", "shards", "other_queues", "tasks", "running", "uptime_seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,32 +57,46 @@ class Worker:
     metavar="SECONDS",
     help="Workers that do not answer within this time count as down.",
 )
-@json_option
-def workers(ctx: click.Context, timeout: float, *, as_json: bool) -> None:
+@output_options
+def workers(ctx: click.Context, timeout: float, output: str | None) -> None:
     """List the workers that are up, and what they do.
 
     Exit code 1 when no worker answers, or a queue has no worker.
     """
-    app = app_of(ctx)
-    found = _ask(app, timeout)
-    unserved = sorted(set(all_queues(app.settings.shards)) - {q for w in found for q in w.queues}, key=_by_shard)
-    if as_json:
-        echo_json(
-            {
-                "workers": [{**asdict(w), "shards": w.shards} for w in found],
-                "unserved_queues": unserved,
-            }
-        )
+    found = _ask(ctx, timeout)
+    unserved = sorted(
+        set(all_queues(app_of(ctx).settings.shards)) - {q for w in found for q in w.queues}, key=_by_shard
+    )
+    if output == "json":
+        rows = [{**asdict(w), "shards": w.shards} for w in found]
+        echo_json({"workers": rows, "unserved_queues": unserved})
+    elif output == "csv":
+        echo_csv(_CSV, map(_row, found))
     else:
         _show(console(ctx), found, unserved, timeout)
     if not found or unserved:
         ctx.exit(1)
 
 
-def _ask(app: TidemarkApp, timeout: float) -> list[Worker]:
-    # Fails at once where the broker is away; a broadcast would go on trying.
+def _row(worker: Worker) -> dict[str, Any]:
+    return {
+        "worker": worker.name,
+        "pid": worker.pid,
+        "slots": worker.concurrency,
+        "shards": ranges(worker.shards) if worker.shards else "",
+        "other_queues": ",".join(worker.other_queues),
+        "tasks": sum(worker.processed.values()),
+        "running": len(worker.active),
+        "uptime_seconds": worker.uptime,
+    }
+
+
+def _ask(ctx: click.Context, timeout: float) -> list[Worker]:
+    app = app_of(ctx)
     with app.connection_for_read() as connection:
-        connection.ensure_connection(max_retries=1, timeout=timeout)
+        # Fails at once where the broker is away; a broadcast would go on trying.
+        with reaching(ctx, Server.BROKER):
+            connection.ensure_connection(max_retries=1)
         stats: dict[str, dict[str, Any]] = app.control.inspect(timeout=timeout, connection=connection).stats() or {}
         if not stats:
             return []
@@ -128,10 +142,10 @@ def _show(out: Console, found: list[Worker], unserved: list[str], timeout: float
     rows = table("Worker", ">Slots", "Shards", "Other queues", ">Tasks", ">Up for")
     for worker in found:
         rows.add_row(
-            text(worker.name),
+            label(worker.name),
             NOTHING if worker.concurrency is None else str(worker.concurrency),
             ranges(worker.shards) if worker.shards else NOTHING,
-            text(", ".join(worker.other_queues) or NOTHING),
+            label(", ".join(worker.other_queues) or NOTHING),
             number(sum(worker.processed.values())),
             duration(worker.uptime),
         )
@@ -141,7 +155,7 @@ def _show(out: Console, found: list[Worker], unserved: list[str], timeout: float
         out.print()
         rows = table("Runs now", "Task", "Arguments", ">For")
         for worker, task in busy:
-            rows.add_row(text(worker.name), text(task.name), text(task.arguments[:200]), duration(task.running))
+            rows.add_row(label(worker.name), label(task.name), text(task.arguments[:200]), duration(task.running))
         out.print(rows)
     if unserved:
         out.print()
