@@ -7,14 +7,12 @@ The exit code is 1, and 2 for wrong arguments.
 
 import csv
 import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import unquote
 
 import click
 from celery.bin.base import CeleryCommand, handle_preload_options
@@ -31,8 +29,6 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # With the start of the program that is an answer within 5 s.
 ANSWER_SECONDS = 3.0
-# Shorter parts of a password would be found everywhere.
-_SECRET_AT_LEAST = 3
 _AS_JSON = f"{__name__}.as_json"
 _TIMEOUT = f"{__name__}.timeout"
 
@@ -86,7 +82,6 @@ def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None
         return click.ClickException(text)
     # By name: nothing is imported for an error that did not happen.
     origins = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    text = _without_secrets(text, app)
     for server, libraries in (
         (Server.POSTGRES, {"psycopg", "psycopg_pool", "sqlalchemy"}),
         (Server.REDIS, {"redis"}),
@@ -95,18 +90,6 @@ def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None
         if origins & libraries:
             return UnreachableError(f"{server.describe(app)}: {type(error).__name__}: {text}")
     return click.ClickException(text) if "celery" in origins else None
-
-
-def _without_secrets(text: str, app: "TidemarkApp") -> str:
-    settings = app.settings
-    for url in (settings.database_url, settings.broker_url, settings.redis_url):
-        login = (url or "").partition("://")[2].rpartition("@")[0]
-        # A URL that was misread is repeated in pieces.
-        for piece in re.split(r"[@:/?#]", login.partition(":")[2]):
-            for secret in {piece, unquote(piece)}:
-                if len(secret) >= _SECRET_AT_LEAST:
-                    text = text.replace(secret, "***")
-    return text
 
 
 class _Reporting(click.Command):
