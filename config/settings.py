@@ -220,6 +220,11 @@ class Settings(BaseSettings):
         schemes = known[info.field_name or ""]
         if value is not None and urlsplit(value).scheme not in schemes:
             raise ValueError(f"must start with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+        if value is not None:
+            try:
+                _ = urlsplit(value).port
+            except ValueError:
+                raise ValueError("its port is no number; encode / ? # @ : in a password") from None
         if value is not None and is_redis(value):
             RedisAddress.parse(value)
         return value

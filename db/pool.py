@@ -18,19 +18,20 @@ from contextlib import contextmanager
 from math import inf
 from threading import Lock
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import PGconn, Ping
 from psycopg_pool import ConnectionPool, PoolTimeout
-from sqlalchemy import Engine, create_engine
-from sqlalchemy.pool import NullPool
 
 from config.errors import SettingsError, TransientDatabaseError
 from config.settings import Settings
 from db.statements import run
 from db.translate import domain_errors
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 # How long a connection without the pool may take to be made, when its caller sets no time-out.
 CONNECT_SECONDS = 10
@@ -263,8 +264,11 @@ class Database:
                 return conn
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> "Engine":
         """SQLAlchemy on the same pool: it gets a connection, and closing it hands it back."""
+        from sqlalchemy import create_engine  # noqa: PLC0415 - commands do without it
+        from sqlalchemy.pool import NullPool  # noqa: PLC0415
+
         return create_engine("postgresql+psycopg://", creator=self._transactional, poolclass=NullPool)
 
     def _transactional(self) -> psycopg.Connection[Any]:

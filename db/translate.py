@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import errors
 from psycopg_pool import PoolTimeout
-from sqlalchemy.exc import DBAPIError
 
 from config.errors import (
     InvalidCommitError,
@@ -81,8 +80,7 @@ def is_transient(error: BaseException) -> bool:
     A plain OperationalError without an SQLSTATE is a lost or refused connection; so is one of class 08, which is
     what PgBouncer answers for the server ("server conn crashed?", "query_wait_timeout").
     """
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        error = error.orig
+    error = _driver_error(error) or error
     if isinstance(error, TRANSIENT):
         return True
     return isinstance(error, psycopg.OperationalError) and (error.sqlstate or "08").startswith("08")
@@ -121,13 +119,15 @@ def domain_errors() -> Iterator[None]:
     """Raise Tidemark's errors in place of the driver's; what stands for nothing of ours passes unchanged."""
     try:
         yield
-    except DBAPIError as error:
-        # SQLAlchemy wraps the driver's error; callers know the driver's.
-        if not isinstance(error.orig, psycopg.Error):
+    except Exception as error:
+        driver = _driver_error(error)
+        domain = None if driver is None else to_domain(driver)
+        if driver is None or (domain is None and driver is error):
             raise
-        raise to_domain(error.orig) or error.orig from error
-    except psycopg.Error as error:
-        domain = to_domain(error)
-        if domain is None:
-            raise
-        raise domain from error
+        raise domain or driver from error
+
+
+def _driver_error(error: BaseException) -> psycopg.Error | None:
+    # SQLAlchemy wraps it, and callers know the driver's. It is not imported here: commands do without it.
+    found = error if isinstance(error, psycopg.Error) else getattr(error, "orig", None)
+    return found if isinstance(found, psycopg.Error) else None

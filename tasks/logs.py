@@ -29,7 +29,7 @@ from db.translate import is_transient
 # Said by Celery for each message, each task and each tick; ours say it once, with metrics.
 _CHATTER = ("celery.worker.strategy", "celery.app.trace", "celery.beat")
 _LONGEST_EVENT = 1_000
-_FRAMES = 6
+_FRAMES = 12
 _PASSWORD_IN_URL = re.compile(r"(\w+://[^\s:/@]*):[^\s@]+@")
 _HIDDEN = "********"
 

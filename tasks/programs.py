@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import celery.apps.beat
@@ -92,27 +92,25 @@ def _has_queues(options: Mapping[str, Any]) -> bool:
 class Consumer(CeleryConsumer):
     """Survives the loss of Redis where Celery 5.7's does not.
 
-    While a late-acknowledging task runs and Redis goes away, the event loop meets a connection that was torn down
-    already and dies with `AttributeError: 'NoneType' object has no attribute …`, which ends the worker. Raised as a
-    lost connection, it makes the consumer start over. tests/acceptance/test_outages.py tells when this can go.
+    While a late-acknowledging task runs and Redis goes away, Celery closes a connection that was torn down already and
+    dies with `AttributeError: 'NoneType' object has no attribute …`, which ends the worker. Here the consumer starts
+    over, as it does after every lost connection. tests/acceptance/test_outages.py tells when this can go.
     """
 
-    loop: Callable[..., Any]
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        celerys_loop = self.loop
-
-        def loop(*arguments: Any, **options: Any) -> Any:
+    def start(self) -> None:
+        """Consume until the worker stops."""
+        while True:
             try:
-                return celerys_loop(*arguments, **options)
+                super().start()
             except AttributeError as error:
                 # Anybody else's AttributeError is a defect, and starting over would only hide it.
                 if not _raised_in(error, "kombu", "redis"):
                     raise
-                raise ConnectionError(f"the connection to the broker was torn down: {error}") from error
-
-        self.loop = loop
+                log.warning("the connection to the broker was torn down (%s): starting over", error)
+                self.on_close()
+                self.blueprint.restart(self)
+            else:
+                return
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:

@@ -178,13 +178,13 @@ timeout_option = click.option(
 
 
 @contextmanager
-def reaching(ctx: click.Context, server: Server) -> Iterator[None]:
+def reaching(ctx: click.Context, server: Server, *, more: float = 0.0) -> Iterator[None]:
     """Raise UnreachableError when this takes longer. A frozen server accepts connections and never says a word.
 
     By a signal, so that it holds whatever library waits, and however often that tries again. Around nothing but the
     first words to a server: what follows may take its time.
     """
-    seconds = ctx.meta.get(_TIMEOUT, ANSWER_SECONDS)
+    seconds = ctx.meta.get(_TIMEOUT, ANSWER_SECONDS) + more
 
     def give_up(*_: object) -> None:
         raise UnreachableError(f"{server.describe(app_of(ctx))} does not answer within {seconds:g} s")

@@ -18,6 +18,8 @@ from tasks.commands.entry import LazyCommand
 
 _REPLACED = ("migrate", "status")
 _LAST_PORT = 65_535
+# Celery's own commands that say a word to the broker: it would try for as long as it takes.
+_BRIEF = ("call", "control", "inspect", "purge")
 
 
 def adapt(program: click.Group) -> None:
@@ -33,7 +35,12 @@ def adapt(program: click.Group) -> None:
         theirs.__dict__.update(vars(LazyCommand(name)))
     for name, command in commands.items():
         if command.callback is not None:
-            command.callback = _in_one_line(_flower(command.callback) if name == "flower" else command.callback)
+            callback = command.callback
+            if name == "flower":
+                callback = _flower(callback)
+            elif name in _BRIEF:
+                callback = _soon(callback)
+            command.callback = _in_one_line(callback)
 
 
 def _in_one_line(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,6 +56,17 @@ def _in_one_line(callback: Callable[..., Any]) -> Callable[..., Any]:
             if explained is None:
                 raise
             raise explained from error
+
+    return run
+
+
+def _soon(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(callback)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        base = import_module("tasks.commands.base")
+        # `inspect` and `control` wait for their answers as long as they are told to.
+        with base.reaching(click.get_current_context(), base.Server.BROKER, more=float(kwargs.get("timeout") or 0)):
+            return callback(*args, **kwargs)
 
     return run
 

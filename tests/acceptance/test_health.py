@@ -9,7 +9,7 @@ from config.embedded.redis import RedisServer
 from config.heartbeat import examine
 from tasks.app import TidemarkApp
 from tasks.health import INTERVAL
-from tests.acceptance.conftest import LeakError, Log, Place, Programs
+from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.producers import commit_one
 from tests.support import wait_until
 
@@ -35,9 +35,6 @@ def ready(file: Path) -> bool:
     return file.exists() and examine(file).ready
 
 
-@pytest.mark.xfail(
-    raises=LeakError, strict=False, reason="beat logs the broker's password when the broker goes away under its hands"
-)
 def test_a_broker_outage_kills_nobody(
     start: Programs, place: Place, crashable_redis: RedisServer, tmp_path: Path
 ) -> None:

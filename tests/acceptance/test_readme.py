@@ -79,6 +79,5 @@ def test_a_block_is_left_out_for_known_reasons_only() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.xfail(run=False, reason="README.md is written again at the end of issue 10")
 def test_readme(directory: Path) -> None:
     assert execute((ROOT / "README.md").read_text("utf-8"), directory) == []

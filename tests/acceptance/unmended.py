@@ -1,9 +1,7 @@
-"""Tidemark's app without `tasks.recovery`, for `celery -A tests.acceptance.unmended worker`."""
-
-from kombu.transport.redis import Transport
+"""Tidemark's app with Celery's own consumer, for `celery -A tests.acceptance.unmended worker`."""
 
 from tasks import app
 
-Transport.connection_errors = tuple(kind for kind in Transport.connection_errors if kind is not AttributeError)
+app.consumer_cls = "celery.worker.consumer:Consumer"
 
 __all__ = ["app"]

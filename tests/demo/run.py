@@ -160,8 +160,9 @@ class _Run:
             nonlocal shares
             shares = leased_shards(self._programs)
             having = sum(map(bool, shares.values()))
-            covered = {shard for share in shares.values() for shard in share}
-            return having >= min(self._plan.workers, self._plan.shards) and len(covered) == self._plan.shards
+            # While shares move a shard may have two workers for a moment.
+            covered = sorted(shard for share in shares.values() for shard in share)
+            return having >= min(self._plan.workers, self._plan.shards) and covered == list(range(self._plan.shards))
 
         self._await(_READY_SECONDS, shared, lambda: f"the workers have not shared the shards: {shares}")
         for name, share in shares.items():

@@ -90,7 +90,6 @@ def loaded(installed: str, *arguments: str, **variables: str) -> set[str]:
 HEAVY = {"alembic", "sqlalchemy", "structlog", "tenacity"}
 
 
-@pytest.mark.xfail(reason="tasks/__init__.py loads all of it until it is rewritten", strict=True)
 @pytest.mark.parametrize(
     ("arguments", "variables"),
     [
@@ -110,7 +109,6 @@ def test_the_program_starts_without_what_commands_need(
     assert roots & (HEAVY | {"db", "psycopg", "pydantic", "rich"}) == set()
 
 
-@pytest.mark.xfail(reason="tasks/__init__.py loads all of it until it is rewritten", strict=True)
 def test_a_command_loads_what_it_needs(installed: str, database_url: str, redis_url: str) -> None:
     """A command that reads the database loads no migrations, no SQLAlchemy and no progress bars."""
     urls = {"TIDEMARK_DATABASE_URL": database_url, "TIDEMARK_BROKER_URL": redis_url}
