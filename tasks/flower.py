@@ -14,8 +14,7 @@ from config.queues import MATERIALIZE
 from config.settings import Settings
 
 _USER = "tidemark"
-# Characters of a column that leaves room for the others at 1280 pixels.
-_WIDTH = 60
+_WIDTH = 100
 # What is said of a materialize task where there is any.
 _ALSO = {"errors": "failed attempts", "backlog_partitions": "partitions left", "stuck_partitions": "stuck"}
 
@@ -36,8 +35,11 @@ def flower_environment(settings: Settings) -> dict[str, str]:
         # Seconds; or the list shows every worker there ever was.
         "FLOWER_PURGE_OFFLINE_WORKERS": "300",
         "FLOWER_MAX_TASKS": "10000",
-        # The id is the link to a task's page.
-        "FLOWER_TASKS_COLUMNS": "name,uuid,state,args,result,received,runtime",
+        # The id is the link to a task's page; what it was comes with its arguments. What may be long stands last, so that
+        # nothing else falls off at 1280 pixels.
+        "FLOWER_TASKS_COLUMNS": "uuid,args,state,received,runtime,result",
+        # "a minute ago": a date with milliseconds is twice as wide.
+        "FLOWER_NATURAL_TIME": "true",
     }
 
 
@@ -57,7 +59,8 @@ def apply(settings: Settings) -> str:
 
 
 def summarize(task: Any) -> Any:
-    """What a task did, or why it failed, in the words that fit a column of the list."""
+    """What a task was asked, and what it did or why it failed, in the words that fit a column of the list."""
+    task.args = f"{(task.name or '').removeprefix('tasks.')} {task.args or ''}".rstrip()
     if task.exception and not task.result:
         task.result = _short(str(task.exception))
     elif task.name == MATERIALIZE and task.result:
