@@ -99,7 +99,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 
 .PHONY: lock
 lock: setup ## Lock the newest versions that pyproject.toml admits
-	$(COMPILE) --upgrade --output-file config/requirements.lock
+	$(COMPILE) --upgrade --extra tracing --output-file config/requirements.lock
 	$(COMPILE) --upgrade --all-extras --group dev --output-file config/requirements-dev.lock
 
 .PHONY: clean

@@ -35,7 +35,7 @@ def flower_environment(settings: Settings) -> dict[str, str]:
         # Seconds; or the list shows every worker there ever was.
         "FLOWER_PURGE_OFFLINE_WORKERS": "300",
         "FLOWER_MAX_TASKS": "10000",
-        # The id is the link to a task's page; what it was comes with its arguments. What may be long stands last, so that
+        # The id is the link to a task's page; what it was comes with its arguments. What may be long stands last: so
         # nothing else falls off at 1280 pixels.
         "FLOWER_TASKS_COLUMNS": "uuid,args,state,received,runtime,result",
         # "a minute ago": a date with milliseconds is twice as wide.

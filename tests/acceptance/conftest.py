@@ -150,7 +150,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 def secrets_of(env: Mapping[str, str]) -> set[str]:
     """Passwords of the URLs and of the logins in an environment."""
-    found = {urlsplit(value).password for name, value in env.items() if name.endswith("_URL")}
+    urls = [urlsplit(value) for name, value in env.items() if name.endswith("_URL")]
+    # RabbitMQ's own login is guest:guest, and the name is no secret.
+    found = {url.password for url in urls if url.password != url.username}
     found |= {env[name].partition(":")[2] for name in ("TIDEMARK_FLOWER_AUTH", "FLOWER_BASIC_AUTH") if name in env}
     return {secret for secret in found if secret}
 
