@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # With the start of the program that is an answer within 5 s.
-ANSWER_SECONDS = 3.0
+ANSWER_SECONDS = 2.5
 _AS_JSON = f"{__name__}.as_json"
 _TIMEOUT = f"{__name__}.timeout"
 
