@@ -5,7 +5,7 @@ tables need to know of this program, and what is judged from the facts that `sta
 so that one which may not look, or finds no schema, spoils no other.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,13 +15,10 @@ from typing import Any
 
 import psycopg
 from psycopg import errors
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import AddConstraint, CreateIndex, DDLElement
 
 from config.errors import SchemaVersionError
 from config.settings import Settings
-from db.migrate import require_current
-from db.schema import metadata
+from db.migrate import migration_files, require_current
 from db.statements import all_, routine_files, values
 from db.status import Holder, Reading, read_status
 
@@ -32,6 +29,10 @@ _LOCKED_SECONDS = 5.0
 _SKEW_WARN, _SKEW_FAIL = 2.0, 30.0
 _MANY_DEAD = 50_000
 _MILLISECOND = 0.001
+
+_TABLE = re.compile(r"^create table tidemark\.(\w+) \(\n(.*?)\n\)(?: with \((.*)\))?;$", re.MULTILINE | re.DOTALL)
+_CONSTRAINT = re.compile(r"^ *constraint (\w+) (.*?),?$", re.MULTILINE)
+_INDEX = re.compile(r"^(create index (\w+) on ([\w.]+) .*;)$", re.MULTILINE)
 
 
 class Level(StrEnum):
@@ -95,7 +96,7 @@ def checks(conn: psycopg.Connection[Any], settings: Settings) -> dict[str, Calla
         "settings": table("doctor_settings", settings.database_url is None),
         "role and database defaults": table("doctor_defaults"),
         "version": lambda: _version(conn),
-        "tables": table("doctor_tables", _tables()),
+        "tables": table("doctor_tables", *_tables()),
         "constraints and indexes": table("doctor_rules", *_rules()),
         "functions": table("doctor_functions", [f.stem for f in routine_files() if f.stem not in {"views", "grants"}]),
         "privileges": table("doctor_privileges"),
@@ -138,29 +139,26 @@ def _version(conn: psycopg.Connection[Any]) -> Iterator[Row]:
     yield Row(area="schema", check="version", bad=bool(why), level=Level.FAIL, found=found, why=why, repair=(_MIGRATE,))
 
 
-def _tables() -> str:
-    """Tables with the storage parameters they should have."""
-    options = {table.name: table.dialect_options["postgresql"].get("with") or {} for table in metadata.sorted_tables}
-    return json.dumps({table: {k: str(v) for k, v in wanted.items()} for table, wanted in options.items()})
+def _definitions(kind: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
+    """What the migrations create, as they write it."""
+    return (match for file in migration_files() for match in kind.findall(file.read_text("utf-8")))
 
 
-def _rules() -> tuple[list[str], list[str], list[bool], list[str]]:
-    """Constraints and indexes that should be there: name, table, whether it is an index, and what makes it again."""
-    found: list[tuple[str, str, bool, DDLElement]] = []
-    for table in metadata.sorted_tables:
-        found += [
-            (str(constraint.name), table.name, False, AddConstraint(constraint, isolate_from_table=False))
-            for constraint in table.constraints
-            if constraint.name
-        ]
-        found += [(str(index.name), table.name, True, CreateIndex(index)) for index in table.indexes]
-    ddl = [str(make.compile(dialect=postgresql.dialect())) for *_, make in found]  # type: ignore[no-untyped-call]
-    return (
-        [name for name, *_ in found],
-        [table for _, table, *_ in found],
-        [is_index for *_, is_index, _ in found],
-        [" ".join(text.split()) for text in ddl],
-    )
+def _tables() -> tuple[list[str], list[str | None]]:
+    """Tables that should be there, and their storage parameters."""
+    found = [(name, options or None) for name, _, options in _definitions(_TABLE)]
+    return [name for name, _ in found], [options for _, options in found]
+
+
+def _rules() -> tuple[list[str], list[str], list[str]]:
+    """Constraints and indexes that should be there: their names, their tables, and what makes them again."""
+    found = [
+        (name, f"tidemark.{table}", f"alter table tidemark.{table} add constraint {name} {what};")
+        for table, body, _ in _definitions(_TABLE)
+        for name, what in _CONSTRAINT.findall(body)
+    ]
+    found += [(name, table, ddl) for ddl, name, table in _definitions(_INDEX)]
+    return [name for name, *_ in found], [table for _, table, _ in found], [ddl for *_, ddl in found]
 
 
 def _clock(conn: psycopg.Connection[Any]) -> Iterator[Row]:

@@ -138,30 +138,21 @@ union all
 select 'settings', 'role and database defaults', false, 'ok', 'nothing harmful', '', '{}';
 
 -- name: doctor_tables
--- Tables: $1 those that should be there, as JSON, with their storage parameters.
-with wanted as (
-    select w.key as name, w.value as options, c.oid is null as missing, c.relpersistence <> 'p' as unlogged,
-           coalesce(c.reloptions, '{}') as has
-    from jsonb_each($1::jsonb) w
-    left join pg_class c on c.relnamespace = to_regnamespace('tidemark') and c.relname = w.key and c.relkind = 'r'
-),
-wrong as (
+-- Tables: $1 those that should be there, $2 their storage parameters, null for none.
+with wrong as (
     select 'schema', 'table ' || w.name, v.*
-    from wanted w
-    cross join lateral (
-        select string_agg(format('%s = %s', o.key, o.value), ', ') as wanted,
-               string_agg(format('%s = %s', o.key, coalesce(h.value, 'default')), ', ') as has
-        from jsonb_each_text(w.options) o
-        left join (select split_part(x, '=', 1), split_part(x, '=', 2) from unnest(w.has) x) h(key, value) on h.key = o.key
-        where h.value is distinct from o.value
-    ) d
+    from unnest($1::text[], $2::text[]) w(name, options)
+    left join pg_class c on c.relnamespace = to_regnamespace('tidemark') and c.relname = w.name and c.relkind = 'r'
     cross join lateral (values
-        (w.missing, 'fail', 'missing', 'Part of the schema was dropped.',
+        (c.oid is null, 'fail', 'missing', 'Part of the schema was dropped.',
          array['restore a backup, then: celery -A tasks rebase']),
-        (w.unlogged, 'fail', 'unlogged', 'A crash empties it.', array[format('alter table tidemark.%I set logged;', w.name)]),
-        (d.wanted is not null and not w.missing, 'warn', d.has, 'They leave room for updates in place.',
-         array[format('alter table tidemark.%I set (%s);', w.name, d.wanted)]),
-        (exists (select from unnest(w.has) x where x ~* '^autovacuum_enabled=(false|off|no|0)$'), 'fail',
+        (c.relpersistence <> 'p', 'fail', 'unlogged', 'A crash empties it.',
+         array[format('alter table tidemark.%I set logged;', w.name)]),
+        (c.oid is not null and not coalesce(c.reloptions, '{}') @> string_to_array(w.options, ', '), 'warn',
+         coalesce(array_to_string(c.reloptions, ', '), 'no storage parameters'),
+         format('It should have %s, which leaves room for updates in place.', w.options),
+         array[format('alter table tidemark.%I set (%s);', w.name, w.options)]),
+        (exists (select from unnest(c.reloptions) x where x ~* '^autovacuum_enabled=(false|off|no|0)$'), 'fail',
          'autovacuum is switched off', 'Dead rows pile up, and every read gets slower.',
          array[format('alter table tidemark.%I reset (autovacuum_enabled);', w.name)])
     ) v(bad, level, found, why, repair)
@@ -170,26 +161,19 @@ wrong as (
 select *
 from wrong w(area, "check", bad, level, found, why, repair)
 union all
-select 'schema', 'tables', false, 'ok', format('all %s, as defined', count(*)), '', '{}'
-from wanted
+select 'schema', 'tables', false, 'ok', format('all %s, as defined', cardinality($1::text[])), '', '{}'
 where not exists (select from wrong);
 
 -- name: doctor_rules
--- Constraints and indexes. Those that should be there: $1 names, $2 their tables, $3 whether it is an index, $4 what makes it.
-with wanted as (
-    select w.*
-    from unnest($1::text[], $2::text[], $3::boolean[], $4::text[]) w(name, tbl, is_index, ddl)
-    where to_regclass('tidemark.' || quote_ident(w.tbl)) is not null
-),
-has as (
-    select c.conname::text as name, t.relname::text as tbl, c.convalidated as valid, false as is_index
+-- Constraints and indexes. Those that should be there: $1 names, $2 their tables, $3 what makes them.
+with has as (
+    select c.conname::text as name, c.conrelid as tbl, c.convalidated as valid, false as is_index, false as of_constraint
     from pg_constraint c
-    join pg_class t on t.oid = c.conrelid
     where c.connamespace = to_regnamespace('tidemark')
     union all
-    select i.relname::text, t.relname::text, x.indisvalid and x.indisready, true
+    select i.relname::text, x.indrelid, x.indisvalid and x.indisready, true,
+           exists (select from pg_constraint c where c.conindid = x.indexrelid)
     from pg_index x
-    join pg_class t on t.oid = x.indrelid
     join pg_class i on i.oid = x.indexrelid
     where i.relnamespace = to_regnamespace('tidemark')
 ),
@@ -197,22 +181,24 @@ wrong as (
     select 'schema', case when b.is_index then 'index ' else 'constraint ' end || b.name, v.*
     from (
         select coalesce(w.name, h.name) as name, coalesce(w.tbl, h.tbl) as tbl, coalesce(w.is_index, h.is_index) as is_index,
-               w.ddl, w.name is not null as ours, h.name is null as missing, h.valid,
-               h.is_index and exists (select from has c where c.name = h.name and not c.is_index) as of_constraint
-        from wanted w
+               w.ddl, w.name is not null as ours, h.name is null as missing, h.valid, h.of_constraint
+        from (select u.name, to_regclass(u.tbl)::oid as tbl, u.ddl, u.ddl like 'create index%' as is_index
+              from unnest($1::text[], $2::text[], $3::text[]) u(name, tbl, ddl)
+              where to_regclass(u.tbl) is not null) w
         full join has h on h.name = w.name and h.is_index = w.is_index
     ) b
     cross join lateral (values
-        (b.missing, 'fail', 'missing', 'An invariant is not enforced, or statements read whole tables.', array[b.ddl || ';']),
+        (b.missing, 'fail', 'missing', 'An invariant is not enforced, or statements read whole tables.', array[b.ddl]),
         (b.ours and not b.valid, 'fail', 'not valid', 'It does not cover the rows that were there before it.',
          array[case when b.is_index then format('reindex index concurrently tidemark.%I;', b.name)
-                    else format('alter table tidemark.%I validate constraint %I;', b.tbl, b.name) end]),
+                    else format('alter table %s validate constraint %I;', b.tbl::regclass, b.name) end]),
         (b.of_constraint and not b.valid, 'fail', 'not valid',
          'It is not kept up or not used, so what its constraint says may not hold.',
          array[format('reindex index concurrently tidemark.%I;', b.name)]),
         -- Each further index costs commits or materialization a fifth of their throughput and more.
-        (b.is_index and not b.ours and not b.of_constraint and b.tbl in ('record_batch_events', 'runs'), 'warn',
-         'an index too many on ' || b.tbl,
+        (b.is_index and not b.ours and not b.of_constraint
+         and b.tbl in (to_regclass('tidemark.record_batch_events'), to_regclass('tidemark.runs')), 'warn',
+         format('an index too many on %s', b.tbl::regclass),
          'Each further one costs 15 to 40 per cent of throughput, and may lure the planner off the key.',
          array[format('drop index concurrently tidemark.%I;', b.name)])
     ) v(bad, level, found, why, repair)
@@ -221,8 +207,7 @@ wrong as (
 select *
 from wrong w(area, "check", bad, level, found, why, repair)
 union all
-select 'schema', 'constraints and indexes', false, 'ok', format('all %s, valid', count(*)), '', '{}'
-from wanted
+select 'schema', 'constraints and indexes', false, 'ok', format('all %s, valid', cardinality($1::text[])), '', '{}'
 where not exists (select from wrong)
 order by 2;
 
