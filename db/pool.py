@@ -180,11 +180,6 @@ def _configure(conn: psycopg.Connection[Any], settings: Settings) -> None:
     run(conn, "session_settings", (list(values), list(values.values())))
 
 
-def _make_autocommit(conn: psycopg.Connection[Any]) -> None:
-    # SQLAlchemy's connections begin transactions by themselves; the next user of this one expects none.
-    conn.autocommit = True
-
-
 class Database:
     """Lazily opened connections to one database. `threads` is how many of this process's threads may ask at once."""
 
@@ -199,31 +194,29 @@ class Database:
     @property
     def pool(self) -> "ConnectionPool[psycopg.Connection[Any]]":
         """This process's pool, opened at the first call; SettingsError for an address that cannot be read."""
+        settings = self._settings
         with self._lock:
+            # After a fork the parent's pool is left alone: closing it here would end the parent's sessions.
             if self._pool is None or self._pid != os.getpid():
-                # After a fork the parent's pool is left alone: closing it here would end the parent's sessions.
-                self._pool = self._open()
+                self._pool = ConnectionPool(
+                    self._url,
+                    # What the URL says goes first.
+                    kwargs={**_NETWORK, **read_address(self._url), "autocommit": True},
+                    # Kept when idle: never more than there are threads to use them.
+                    min_size=min(settings.pool_idle, self._threads, settings.pool_open),
+                    max_size=settings.pool_open,
+                    max_lifetime=settings.pool_lifetime,
+                    timeout=settings.pool_wait,
+                    reconnect_timeout=_RECONNECT_SECONDS,
+                    configure=lambda conn: _configure(conn, settings),
+                    # SQLAlchemy's connections begin transactions by themselves; the next user of one expects none.
+                    reset=lambda conn: conn.set_autocommit(True),
+                    close_returns=True,
+                    open=True,
+                    name="tidemark",
+                )
                 self._pid = os.getpid()
             return self._pool
-
-    def _open(self) -> "ConnectionPool[psycopg.Connection[Any]]":
-        settings = self._settings
-        return ConnectionPool(
-            self._url,
-            # What the URL says goes first.
-            kwargs={**_NETWORK, **read_address(self._url), "autocommit": True},
-            # Kept when idle: never more than there are threads to use them.
-            min_size=min(settings.pool_idle, self._threads, settings.pool_open),
-            max_size=settings.pool_open,
-            max_lifetime=settings.pool_lifetime,
-            timeout=settings.pool_wait,
-            reconnect_timeout=_RECONNECT_SECONDS,
-            configure=lambda conn: _configure(conn, settings),
-            reset=_make_autocommit,
-            close_returns=True,
-            open=True,
-            name="tidemark",
-        )
 
     @contextmanager
     def connection(self) -> Iterator[psycopg.Connection[Any]]:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg import RawCursor
-from psycopg.rows import BaseRowFactory, TupleRow, class_row, tuple_row
+from psycopg.rows import BaseRowFactory, TupleRow, class_row, namedtuple_row, tuple_row
 
 from db import arrays
 from db.translate import domain_errors
@@ -69,19 +69,6 @@ def run(
     return cursor
 
 
-def one(
-    conn: psycopg.Connection[Any],
-    kind: type[_Row],
-    name: str,
-    parameters: Sequence[Any] = (),
-    *,
-    prepare: bool | None = None,
-) -> _Row | None:
-    """The first row as a `kind`, whose fields are called as the columns; None where there is no row."""
-    found: _Row | None = run(conn, name, parameters, prepare=prepare, row_factory=class_row(kind)).fetchone()
-    return found
-
-
 def all_(
     conn: psycopg.Connection[Any],
     kind: type[_Row],
@@ -94,13 +81,19 @@ def all_(
     return run(conn, name, parameters, prepare=prepare, row_factory=class_row(kind)).fetchall()
 
 
+def rows(
+    conn: psycopg.Connection[Any], name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None
+) -> list[Any]:
+    """Every row, with an attribute for each column."""
+    return run(conn, name, parameters, prepare=prepare, row_factory=namedtuple_row).fetchall()
+
+
 def values(
     conn: psycopg.Connection[Any], name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None
 ) -> TupleRow:
-    """The one row of a statement that always has one."""
-    row: TupleRow | None = run(conn, name, parameters, prepare=prepare).fetchone()
-    assert row is not None  # noqa: S101 - what is asked so is an aggregate, a function, or a row that a migration made
-    return row
+    """The one row of a statement that always has one: an aggregate's, a function's, one that a migration made."""
+    found: list[TupleRow] = run(conn, name, parameters, prepare=prepare).fetchall()
+    return found[0]
 
 
 def pin_plans(conn: psycopg.Connection[Any]) -> None:

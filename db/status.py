@@ -17,7 +17,7 @@ import psycopg
 
 from config.errors import UnknownPartitionError, UnknownTopicError
 from db.arrays import Int4Array
-from db.statements import all_, one, run, values
+from db.statements import all_, rows, run, values
 from db.topics import partition_ids
 
 # Counting further would keep the server busy for a figure nobody reads to the last digit: of one partition, of all.
@@ -100,18 +100,11 @@ class LockWait:
 
     @property
     def blocker(self) -> "Session":
-        return Session(
-            pid=self.blocker_pid,
-            gid=self.blocker_gid,
-            user=self.blocker_user,
-            application=self.blocker_application,
-            state=self.blocker_state,
-            age=self.blocker_age,
-            query=self.blocker_query,
-        )
+        seen = (self.blocker_user, self.blocker_application, self.blocker_state, self.blocker_age, self.blocker_query)
+        return Session(self.blocker_pid, self.blocker_gid, *seen)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Session:
     """Who holds something, and the partitions whose rows it has locked, for at most the `age` of its transaction.
 
@@ -166,15 +159,8 @@ class Holder:
     def session(self) -> Session:
         """What is no slot: those have none."""
         pid, gid = (0, self.name) if self.kind == "prepared transaction" else (int(self.name), None)
-        return Session(
-            pid=pid,
-            gid=gid,
-            user=self.user,
-            application=self.application,
-            state=self.state,
-            age=self.seconds,
-            query=self.query,
-        )
+        seen = (self.user, self.application, self.state, self.seconds, self.query)
+        return Session(pid, gid, *seen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,67 +205,19 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopicFigures:
-    """Sums over a topic's partitions: `end_offsets` is every record that ever got an offset, `records` those kept.
-
-    Of the backlog: how many partitions have one, its events, the age in seconds of the oldest, and the partitions
-    whose oldest is overdue. Topics beyond a limit are summed up under the name None.
-    """
-
-    name: str | None
-    topics: int
-    partitions: int
-    end_offsets: int
-    records: int
-    bytes: int
-    waiting: int
-    events: int
-    lag: float
-    overdue: int
-    unaudited: int
-    audited_at: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableFigures:
-    """Rows are the statistics' estimates; `bytes` leaves out the indexes."""
-
-    name: str
-    bytes: int
-    live_rows: int
-    dead_rows: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IndexFigures:
-    table: str
-    name: str
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConnectionFigures:
-    """Sessions of this database in one state, and how many the server allows in all."""
-
-    ours: bool
-    state: str
-    sessions: int
-    allowed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """What the exporter shows, at one moment; ages and waits are seconds, 0 where there is none.
 
+    `topics`, `tables`, `indexes` and `connections` are rows of the statements `figures_…`, which say what they hold.
     `capped` says that the events of backlogs were counted up to `COUNT_LIMIT_OF_ALL` only. `held_seconds` is by kind of
     holder.
     """
 
-    topics: Sequence[TopicFigures]
+    topics: Sequence[Any]
     capped: bool
-    tables: Sequence[TableFigures]
-    indexes: Sequence[IndexFigures]
-    connections: Sequence[ConnectionFigures]
+    tables: Sequence[Any]
+    indexes: Sequence[Any]
+    connections: Sequence[Any]
     max_connections: int
     open_transactions: int
     open_seconds: float
@@ -313,15 +251,14 @@ def read_figures(conn: psycopg.Connection[Any], *, topics: int, overdue_seconds:
     Topics beyond the `topics` oldest are summed up.
     """
     with _snapshot(conn):
-        limits = (topics, COUNT_LIMIT_OF_ALL, overdue_seconds)
-        found = all_(conn, TopicFigures, "figures_topics", limits, prepare=False)
-        connections = all_(conn, ConnectionFigures, "figures_connections", prepare=False)
+        found = rows(conn, "figures_topics", (topics, COUNT_LIMIT_OF_ALL, overdue_seconds), prepare=False)
+        connections = rows(conn, "figures_connections", prepare=False)
         holders, waits = _holders(conn), _lock_waits(conn)
         return Figures(
             topics=found,
             capped=sum(topic.events for topic in found) >= COUNT_LIMIT_OF_ALL,
-            tables=all_(conn, TableFigures, "figures_tables", prepare=False),
-            indexes=all_(conn, IndexFigures, "figures_indexes", prepare=False),
+            tables=rows(conn, "figures_tables", prepare=False),
+            indexes=rows(conn, "figures_indexes", prepare=False),
             connections=connections,
             max_connections=connections[0].allowed,
             open_transactions=sum(holder.has_id for holder in holders),
@@ -355,9 +292,8 @@ def _holders(conn: psycopg.Connection[Any]) -> list[Holder]:
 
 
 def _dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
-    found = one(conn, Dispatch, "read_dispatch", prepare=False)
-    assert found is not None  # noqa: S101 - the migration puts the row there, and the newest one stays
-    return found
+    # The migration puts the row there, and the newest one stays.
+    return all_(conn, Dispatch, "read_dispatch", prepare=False)[0]
 
 
 def describe_topics(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> list[TopicState]:
@@ -381,9 +317,8 @@ def find_partition(conn: psycopg.Connection[Any], topic: str, partition: int) ->
     """Id of a partition; UnknownTopicError and UnknownPartitionError."""
     ids = partition_ids(conn, topic)
     if not 0 <= partition < len(ids):
-        raise UnknownPartitionError(
-            f"topic {topic!r} has no partition {partition}; it has partitions 0 to {len(ids) - 1}"
-        )
+        valid = f"it has partitions 0 to {len(ids) - 1}"
+        raise UnknownPartitionError(f"topic {topic!r} has no partition {partition}; {valid}")
     return ids[partition]
 
 
