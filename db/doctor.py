@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from math import inf
 from time import time
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ _MIGRATE = "celery -A tasks migrate"
 _LONG_SECONDS = 60.0
 _TOO_LONG_SECONDS = 3600.0
 _LOCKED_SECONDS = 5.0
-_SKEW_WARN, _SKEW_FAIL = 2.0, 30.0
+_SKEW = 2.0, 30.0
 _MANY_DEAD = 50_000
 _MILLISECOND = 0.001
 
@@ -119,10 +120,8 @@ def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple
         except (errors.InsufficientPrivilege, SchemaVersionError) as error:
             why = f"Postgres says: {str(error).splitlines()[0]}."
             repair = ("connect as the owner of the schema",)
-            level = Level.WARN
-            findings = [
-                Finding(area="server", check=name, level=level, found="could not be looked at", why=why, repair=repair)
-            ]
+            found = "could not be looked at"
+            findings = [Finding(area="server", check=name, level=Level.WARN, found=found, why=why, repair=repair)]
         if name == "version":
             with_schema = bool(values(conn, "doctor_has_schema")[0])
         yield name, findings
@@ -135,7 +134,7 @@ def _version(conn: psycopg.Connection[Any]) -> Iterator[Row]:
     except SchemaVersionError as error:
         why = f"{error}.".replace(f"; run: {_MIGRATE}", "")
     found = "another one" if why else "current"
-    yield Row(area="schema", check="version", bad=bool(why), level=Level.FAIL, found=found, why=why, repair=(_MIGRATE,))
+    yield Row("schema", "version", bool(why), Level.FAIL, found, why, (_MIGRATE,))
 
 
 def _definitions(kind: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
@@ -166,64 +165,52 @@ def _clock(conn: psycopg.Connection[Any]) -> Iterator[Row]:
     yield judge_clock("Postgres", theirs, before, time())
 
 
+def _graded(
+    area: str, check: str, amount: float, limits: tuple[float, float], found: str, why: str, *repair: str
+) -> Row:
+    """What is a warning from one limit on, and a failure from another."""
+    warn, fail = limits
+    return Row(area, check, amount >= warn, Level.FAIL if amount >= fail else Level.WARN, found, why, repair)
+
+
 def judge_clock(server: str, theirs: float, before: float, after: float) -> Row:
     """A server's clock, asked between two moments of ours, less what the round trip leaves open."""
     ahead = theirs - (before + after) / 2
     off = max(0.0, abs(ahead) - (after - before) / 2)
-    return Row(
-        area="clock",
-        check=server,
-        bad=off >= _SKEW_WARN,
-        level=Level.FAIL if off >= _SKEW_FAIL else Level.WARN,
-        found=f"{off:.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine" if off >= _MILLISECOND else "agrees",
-        why="Lag, retention by time and the expiry of beat's tasks compare clocks.",
-        repair=("synchronize both machines' clocks (chrony, systemd-timesyncd)",),
-    )
+    found = f"{off:.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine" if off >= _MILLISECOND else "agrees"
+    why = "Lag, retention by time and the expiry of beat's tasks compare clocks."
+    repair = "synchronize both machines' clocks (chrony, systemd-timesyncd)"
+    return _graded("clock", server, off, _SKEW, found, why, repair)
 
 
 def judge_activity(reading: Reading, settings: Settings) -> Iterator[Row]:
     """Whether the log belongs to this cluster, fan-out and workers keep up, and what stands in their way."""
     dispatch = reading.dispatch
-    yield Row(
-        area="schema",
-        check="cluster identifier",
-        bad=not dispatch.own_cluster,
-        level=Level.FAIL,
-        found="the log's own" if dispatch.own_cluster else "another cluster's",
-        why="The database was restored or moved; commits and workers refuse to work here.",
-        repair=("stop all brokers and workers", "celery -A tasks rebase"),
-    )
+    found = "the log's own" if dispatch.own_cluster else "another cluster's"
+    why = "The database was restored or moved; commits and workers refuse to work here."
+    rebase = ("stop all brokers and workers", "celery -A tasks rebase")
+    yield Row("schema", "cluster identifier", not dispatch.own_cluster, Level.FAIL, found, why, rebase)
     patience = max(_LONG_SECONDS / 2, 20 * settings.fan_out_interval)
-    behind = dispatch.undispatched
-    yield Row(
-        area="activity",
-        check="fan-out",
-        bad=(behind or 0.0) >= patience,
-        level=Level.FAIL if (behind or 0.0) >= 10 * patience else Level.WARN,
-        found=f"saw something new {dispatch.last:.0f} s ago" if behind is None else f"{behind:.0f} s behind",
-        why="Commits wait that nobody handed to a worker.",
-        repair=("celery -A tasks beat", "celery -A tasks worker"),
+    behind = dispatch.undispatched or 0.0
+    found = (
+        f"saw something new {dispatch.last:.0f} s ago" if dispatch.undispatched is None else f"{behind:.0f} s behind"
     )
+    why = "Commits wait that nobody handed to a worker."
+    repair = ("celery -A tasks beat", "celery -A tasks worker")
+    yield _graded("activity", "fan-out", behind, (patience, 10 * patience), found, why, *repair)
     lag = max((p.lag or 0.0 for p in reading.pending), default=0.0)
-    yield Row(
-        area="activity",
-        check="lag",
-        bad=lag >= _LONG_SECONDS,
-        level=Level.FAIL if lag >= settings.overdue_seconds else Level.WARN,
-        found=f"{lag:.0f} s, {len(reading.pending)} partitions have a backlog" if reading.pending else "no backlog",
-        why="What was committed cannot be read yet.",
-        repair=("celery -A tasks status says what it waits for",),
-    )
+    found = f"{lag:.0f} s, {len(reading.pending)} partitions have a backlog" if reading.pending else "no backlog"
+    why, help_text = "What was committed cannot be read yet.", "celery -A tasks status says what it waits for"
+    yield _graded("activity", "lag", lag, (_LONG_SECONDS, settings.overdue_seconds), found, why, help_text)
     yield from _locks(reading)
     long = [h for h in reading.holders if h.state == "inactive" or (h.seconds or 0.0) >= _LONG_SECONDS]
     if not long:
-        found = f"none older than {_LONG_SECONDS:.0f} s"
-        yield Row(area="activity", check="transactions", bad=False, level=Level.OK, found=found)
+        yield Row("activity", "transactions", bad=False, level=Level.OK, found=f"none older than {_LONG_SECONDS:.0f} s")
     yield from map(_holder, long)
 
 
 def _locks(reading: Reading) -> Iterator[Row]:
-    yield Row(area="activity", check="locks", bad=False, level=Level.OK, found="none that others wait for")
+    yield Row("activity", "locks", bad=False, level=Level.OK, found="none that others wait for")
     names = {p.partition_id: f"{p.topic}/{p.partition}" for p in reading.pending}
     held = {
         r.name: (r, r.age or 0.0, names[min(r.partition_ids)] + f" and {len(r.partition_ids) - 1} more")
@@ -232,17 +219,10 @@ def _locks(reading: Reading) -> Iterator[Row]:
     for w in reading.lock_waits:
         what = f"a lock ({w.lock})" if w.topic is None else f"{w.topic}/{w.partition}"
         held.setdefault(w.blocker.name, (w.blocker, w.waited, what))
+    why = "Workers pass over what is locked, or wait; what was committed there has no offsets."
     for blocker, seconds, what in held.values():
-        if seconds >= _LOCKED_SECONDS:
-            yield Row(
-                area="activity",
-                check="locks",
-                bad=True,
-                level=Level.FAIL if seconds >= _LONG_SECONDS else Level.WARN,
-                found=f"{blocker} holds {what.removesuffix(' and 0 more')}, for {seconds:.0f} s",
-                why="Workers pass over what is locked, or wait; what was committed there has no offsets.",
-                repair=(blocker.repair,),
-            )
+        found = f"{blocker} holds {what.removesuffix(' and 0 more')}, for {seconds:.0f} s"
+        yield _graded("activity", "locks", seconds, (_LOCKED_SECONDS, _LONG_SECONDS), found, why, blocker.repair)
 
 
 def _holder(h: Holder) -> Row:
@@ -261,12 +241,5 @@ def _holder(h: Holder) -> Row:
         why = "It keeps dead rows from vacuum, and what it commits from its offsets."
     elif h.state == "inactive":
         why = "It keeps the write-ahead log, and perhaps dead rows, for ever."
-    return Row(
-        area="activity",
-        check="long transaction" if h.kind == "session" else h.kind,
-        bad=True,
-        level=Level.FAIL if seconds >= _TOO_LONG_SECONDS else Level.WARN,
-        found=found,
-        why=why,
-        repair=(repair,),
-    )
+    check = "long transaction" if h.kind == "session" else h.kind
+    return _graded("activity", check, seconds, (-inf, _TOO_LONG_SECONDS), found, why, repair)
