@@ -66,6 +66,8 @@ class Row(NamedTuple):
     found: str
     why: str = ""
     repair: Iterable[str] = ()
+    # What the check is called where it looks at many things and this one is wrong.
+    item: str | None = None
 
 
 def judge(rows: Iterable[Row]) -> Iterator[Finding]:
@@ -74,7 +76,8 @@ def judge(rows: Iterable[Row]) -> Iterator[Finding]:
         found = list(group)
         for row in [row for row in found if row.bad]:
             level, repair = Level(row.level), tuple(row.repair)
-            yield Finding(area=area, check=check, level=level, found=row.found, why=row.why, repair=repair)
+            name = row.item or check
+            yield Finding(area=area, check=name, level=level, found=row.found, why=row.why, repair=repair)
         if not any(row.bad for row in found):
             yield Finding(area=area, check=check, level=Level.OK, found=found[0].found)
 

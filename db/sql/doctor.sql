@@ -1,7 +1,8 @@
 -- name: doctor_server
 -- The server and this database: $1 shards, $2 connections that one process may open.
 -- As all statements of the doctor it gives a row for each thing that may be wrong: whether it is, how bad that would be, what
--- is there, why it matters, and the statements or commands that repair it.
+-- is there, why it matters, and the statements or commands that repair it. Where a check looks at many things, the row's item is
+-- the one; the row without an item is for the case that nothing is wrong.
 select v.*
 from (
     select current_setting('server_version_num')::int / 10000 as major, current_setting('server_version') as version,
@@ -139,30 +140,25 @@ select 'settings', 'role and database defaults', false, 'ok', 'nothing harmful',
 
 -- name: doctor_tables
 -- Tables: $1 those that should be there, $2 their storage parameters, null for none.
-with wrong as (
-    select 'schema', 'table ' || w.name, v.*
-    from unnest($1::text[], $2::text[]) w(name, options)
-    left join pg_class c on c.relnamespace = to_regnamespace('tidemark') and c.relname = w.name and c.relkind = 'r'
-    cross join lateral (values
-        (c.oid is null, 'fail', 'missing', 'Part of the schema was dropped.',
-         array['restore a backup, then: celery -A tasks rebase']),
-        (c.relpersistence <> 'p', 'fail', 'unlogged', 'A crash empties it.',
-         array[format('alter table tidemark.%I set logged;', w.name)]),
-        (c.oid is not null and not coalesce(c.reloptions, '{}') @> string_to_array(w.options, ', '), 'warn',
-         coalesce(array_to_string(c.reloptions, ', '), 'no storage parameters'),
-         format('It should have %s, which leaves room for updates in place.', w.options),
-         array[format('alter table tidemark.%I set (%s);', w.name, w.options)]),
-        (exists (select from unnest(c.reloptions) x where x ~* '^autovacuum_enabled=(false|off|no|0)$'), 'fail',
-         'autovacuum is switched off', 'Dead rows pile up, and every read gets slower.',
-         array[format('alter table tidemark.%I reset (autovacuum_enabled);', w.name)])
-    ) v(bad, level, found, why, repair)
-    where v.bad
-)
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+select 'schema' as area, 'tables' as "check", 'table ' || w.name as item, v.*
+from unnest($1::text[], $2::text[]) w(name, options)
+left join pg_class c on c.relnamespace = to_regnamespace('tidemark') and c.relname = w.name and c.relkind = 'r'
+cross join lateral (values
+    (c.oid is null, 'fail', 'missing', 'Part of the schema was dropped.',
+     array['restore a backup, then: celery -A tasks rebase']),
+    (c.relpersistence <> 'p', 'fail', 'unlogged', 'A crash empties it.',
+     array[format('alter table tidemark.%I set logged;', w.name)]),
+    (c.oid is not null and not coalesce(c.reloptions, '{}') @> string_to_array(w.options, ', '), 'warn',
+     coalesce(array_to_string(c.reloptions, ', '), 'no storage parameters'),
+     format('It should have %s, which leaves room for updates in place.', w.options),
+     array[format('alter table tidemark.%I set (%s);', w.name, w.options)]),
+    (exists (select from unnest(c.reloptions) x where x ~* '^autovacuum_enabled=(false|off|no|0)$'), 'fail',
+     'autovacuum is switched off', 'Dead rows pile up, and every read gets slower.',
+     array[format('alter table tidemark.%I reset (autovacuum_enabled);', w.name)])
+) v(bad, level, found, why, repair)
+where v.bad
 union all
-select 'schema', 'tables', false, 'ok', format('all %s, as defined', cardinality($1::text[])), '', '{}'
-where not exists (select from wrong);
+select 'schema', 'tables', null, false, 'ok', format('all %s, as defined', cardinality($1::text[])), '', '{}';
 
 -- name: doctor_rules
 -- Constraints and indexes. Those that should be there: $1 names, $2 their tables, $3 what makes them.
@@ -176,40 +172,36 @@ with has as (
     from pg_index x
     join pg_class i on i.oid = x.indexrelid
     where i.relnamespace = to_regnamespace('tidemark')
-),
-wrong as (
-    select 'schema', case when b.is_index then 'index ' else 'constraint ' end || b.name, v.*
-    from (
-        select coalesce(w.name, h.name) as name, coalesce(w.tbl, h.tbl) as tbl, coalesce(w.is_index, h.is_index) as is_index,
-               w.ddl, w.name is not null as ours, h.name is null as missing, h.valid, h.of_constraint
-        from (select u.name, to_regclass(u.tbl)::oid as tbl, u.ddl, u.ddl like 'create index%' as is_index
-              from unnest($1::text[], $2::text[], $3::text[]) u(name, tbl, ddl)
-              where to_regclass(u.tbl) is not null) w
-        full join has h on h.name = w.name and h.is_index = w.is_index
-    ) b
-    cross join lateral (values
-        (b.missing, 'fail', 'missing', 'An invariant is not enforced, or statements read whole tables.', array[b.ddl]),
-        (b.ours and not b.valid, 'fail', 'not valid', 'It does not cover the rows that were there before it.',
-         array[case when b.is_index then format('reindex index concurrently tidemark.%I;', b.name)
-                    else format('alter table %s validate constraint %I;', b.tbl::regclass, b.name) end]),
-        (b.of_constraint and not b.valid, 'fail', 'not valid',
-         'It is not kept up or not used, so what its constraint says may not hold.',
-         array[format('reindex index concurrently tidemark.%I;', b.name)]),
-        -- Each further index costs commits or materialization a fifth of their throughput and more.
-        (b.is_index and not b.ours and not b.of_constraint
-         and b.tbl in (to_regclass('tidemark.record_batch_events'), to_regclass('tidemark.runs')), 'warn',
-         format('an index too many on %s', b.tbl::regclass),
-         'Each further one costs 15 to 40 per cent of throughput, and may lure the planner off the key.',
-         array[format('drop index concurrently tidemark.%I;', b.name)])
-    ) v(bad, level, found, why, repair)
-    where v.bad
 )
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+select 'schema' as area, 'constraints and indexes' as "check",
+       case when b.is_index then 'index ' else 'constraint ' end || b.name as item, v.*
+from (
+    select coalesce(w.name, h.name) as name, coalesce(w.tbl, h.tbl) as tbl, coalesce(w.is_index, h.is_index) as is_index,
+           w.ddl, w.name is not null as ours, h.name is null as missing, h.valid, h.of_constraint
+    from (select u.name, to_regclass(u.tbl)::oid as tbl, u.ddl, u.ddl like 'create index%' as is_index
+          from unnest($1::text[], $2::text[], $3::text[]) u(name, tbl, ddl)
+          where to_regclass(u.tbl) is not null) w
+    full join has h on h.name = w.name and h.is_index = w.is_index
+) b
+cross join lateral (values
+    (b.missing, 'fail', 'missing', 'An invariant is not enforced, or statements read whole tables.', array[b.ddl]),
+    (b.ours and not b.valid, 'fail', 'not valid', 'It does not cover the rows that were there before it.',
+     array[case when b.is_index then format('reindex index concurrently tidemark.%I;', b.name)
+                else format('alter table %s validate constraint %I;', b.tbl::regclass, b.name) end]),
+    (b.of_constraint and not b.valid, 'fail', 'not valid',
+     'It is not kept up or not used, so what its constraint says may not hold.',
+     array[format('reindex index concurrently tidemark.%I;', b.name)]),
+    -- Each further index costs commits or materialization a fifth of their throughput and more.
+    (b.is_index and not b.ours and not b.of_constraint
+     and b.tbl in (to_regclass('tidemark.record_batch_events'), to_regclass('tidemark.runs')), 'warn',
+     format('an index too many on %s', b.tbl::regclass),
+     'Each further one costs 15 to 40 per cent of throughput, and may lure the planner off the key.',
+     array[format('drop index concurrently tidemark.%I;', b.name)])
+) v(bad, level, found, why, repair)
+where v.bad
 union all
-select 'schema', 'constraints and indexes', false, 'ok', format('all %s, valid', cardinality($1::text[])), '', '{}'
-where not exists (select from wrong)
-order by 2;
+select 'schema', 'constraints and indexes', null, false, 'ok', format('all %s, valid', cardinality($1::text[])), '', '{}'
+order by 3;
 
 -- name: doctor_functions
 -- Functions, and who may execute them: $1 names of those that should be there.
@@ -219,28 +211,23 @@ with has as (
            exists (select from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee = 0) as public
     from pg_proc p
     where p.pronamespace = to_regnamespace('tidemark')
-),
-wrong as (
-    select 'schema', 'function ' || coalesce(h.name, w.name), v.*
-    from unnest($1::text[]) w(name)
-    full join has h on h.name = w.name
-    cross join lateral (values
-        (h.name is null, 'fail', 'missing', 'Every statement that uses it fails.', array['celery -A tasks migrate']),
-        (not has_function_privilege(h.oid, 'execute'), 'fail', format('%s may not execute it', current_user),
-         'Workers and commands of this role fail.',
-         array[format('grant execute on all functions in schema tidemark to %I;', current_user)]),
-        (h.public, 'warn', 'every role may execute it', 'Only members of tidemark_producer should commit.',
-         array[format('revoke execute on function %s from public;', h.signature)])
-    ) v(bad, level, found, why, repair)
-    where v.bad
 )
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+select 'schema' as area, 'functions' as "check", 'function ' || coalesce(h.name, w.name) as item, v.*
+from unnest($1::text[]) w(name)
+full join has h on h.name = w.name
+cross join lateral (values
+    (h.name is null, 'fail', 'missing', 'Every statement that uses it fails.', array['celery -A tasks migrate']),
+    (not has_function_privilege(h.oid, 'execute'), 'fail', format('%s may not execute it', current_user),
+     'Workers and commands of this role fail.',
+     array[format('grant execute on all functions in schema tidemark to %I;', current_user)]),
+    (h.public, 'warn', 'every role may execute it', 'Only members of tidemark_producer should commit.',
+     array[format('revoke execute on function %s from public;', h.signature)])
+) v(bad, level, found, why, repair)
+where v.bad
 union all
-select 'schema', 'functions', false, 'ok', format('all %s, executable', count(*)), '', '{}'
+select 'schema', 'functions', null, false, 'ok', format('all %s, executable', count(*)), '', '{}'
 from has
-where not exists (select from wrong)
-order by 2;
+order by 3;
 
 -- name: doctor_privileges
 -- What this role may not do with the tables, whether it sees others' sessions, and what the producer role may do.
@@ -297,26 +284,22 @@ with t as (
     join pg_stat_all_tables s on s.relid = c.oid
     left join pg_stat_progress_vacuum v on v.relid = c.oid
     where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r'
-),
-wrong as (
-    select 'activity', 'dead rows in ' || t.relname, true, 'warn',
-           concat(to_char(t.dead, 'FM999,999,999,999'), ' beside ', to_char(t.live, 'FM999,999,999,999'), ', vacuumed ',
-                  coalesce(t.seconds || ' s ago', 'never'), ', vacuum is at it (' || t.phase || ')'),
-           'Vacuum does not keep up, or an old transaction holds it back.',
-           array[format('vacuum (analyze) tidemark.%I;', t.relname)]
-    from t
-    where t.dead >= $1::bigint and t.dead >= t.live / 2
 )
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+select 'activity' as area, 'dead rows' as "check", 'dead rows in ' || t.relname as item, true as bad, 'warn' as level,
+       concat(to_char(t.dead, 'FM999,999,999,999'), ' beside ', to_char(t.live, 'FM999,999,999,999'), ', vacuumed ',
+              coalesce(t.seconds || ' s ago', 'never'), ', vacuum is at it (' || t.phase || ')') as found,
+       'Vacuum does not keep up, or an old transaction holds it back.' as why,
+       array[format('vacuum (analyze) tidemark.%I;', t.relname)] as repair
+from t
+where t.dead >= $1::bigint and t.dead >= t.live / 2
 union all
-select 'activity', 'dead rows', false, 'ok',
+select 'activity', 'dead rows', null, false, 'ok',
        concat('few', '; vacuum runs on ' || string_agg(format('%s (%s)', t.relname, t.phase), ', ')), '', '{}'
-from (select t.* from t where t.phase is not null) t
-where not exists (select from wrong)
+from t
+where t.phase is not null
 union all
 -- Postgres forces a vacuum at 200 million and stops at two thousand million.
-select 'activity', 'transaction ids', x.age >= 1000000000, case when x.age >= 1800000000 then 'fail' else 'warn' end,
+select 'activity', 'transaction ids', null, x.age >= 1000000000, case when x.age >= 1800000000 then 'fail' else 'warn' end,
        format('oldest is %s back', to_char(x.age, 'FM999,999,999,999')), 'At 2,000,000,000 Postgres takes no more writes.',
        array['vacuum (freeze);']
 from (select age(d.datfrozenxid) from pg_database d where d.datname = current_database()) x;
