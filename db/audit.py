@@ -25,12 +25,9 @@ the next audit finds the same again.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import psycopg
 
 from db.arrays import Int4Array
-from db.statements import all_, rows, run
+from db.statements import Connection, all_, rows, run
 from db.topics import partition_ids
 
 # Partitions that share a stretch: some milliseconds where there is nothing new.
@@ -75,7 +72,7 @@ class _Position:
 
 
 def audit(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     *,
     topic: str | None = None,
     from_scratch: bool = False,
@@ -124,7 +121,7 @@ def audit(
     )
 
 
-def _pages(conn: psycopg.Connection[Any], topic: str | None, *, size: int) -> Iterator[list[_Position]]:
+def _pages(conn: Connection, topic: str | None, *, size: int) -> Iterator[list[_Position]]:
     """Partitions in groups, each once: after the one that was audited last, then from the first up to that."""
     row = run(conn, "audit_last_partition").fetchone()
     last: int = row[0] if row else 0
@@ -135,9 +132,7 @@ def _pages(conn: psycopg.Connection[Any], topic: str | None, *, size: int) -> It
             yield page
 
 
-def _stretch(
-    conn: psycopg.Connection[Any], group: Sequence[_Position], quota: int, violations: list[Violation]
-) -> list[_Position]:
+def _stretch(conn: Connection, group: Sequence[_Position], quota: int, violations: list[Violation]) -> list[_Position]:
     """Audit the next `quota` batches of each partition, in one snapshot; returns those that have more."""
     positions = {position.partition_id: position for position in group}
     more = []
@@ -160,7 +155,7 @@ def _stretch(
     return more
 
 
-def _save(conn: psycopg.Connection[Any], group: Sequence[_Position], *, always: bool = False) -> None:
+def _save(conn: Connection, group: Sequence[_Position], *, always: bool = False) -> None:
     """Write down how far the partitions of a stretch are audited; broken ones are to be read again."""
     sound = [p for p in group if not p.broken and p.offset is not None and (always or p.offset != p.saved)]
     broken = [p.partition_id for p in group if p.broken and p.saved is not None]

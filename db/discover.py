@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psycopg
-
-from db.statements import pin_plans, pipelined, rows, run, values
+from db.statements import Connection, pin_plans, pipelined, rows, run, values
 
 # Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.
 _BATCHES = 2_000_000
@@ -53,7 +51,7 @@ class Committed:
     complete: bool
 
 
-def find_committed(conn: psycopg.Connection[Any], *, limit: int = 50_000) -> Committed:
+def find_committed(conn: Connection, *, limit: int = 50_000) -> Committed:
     """Partitions of the commits that the last fan-out did not see, where these are fewer than `limit`."""
     state = values(conn, "read_fan_out")
     # Planned for the values at hand: a generic plan would expect a third of all commits to be new.
@@ -62,12 +60,12 @@ def find_committed(conn: psycopg.Connection[Any], *, limit: int = 50_000) -> Com
     return Committed(partitions, *found)
 
 
-def save_fan_out(conn: psycopg.Connection[Any], found: Committed) -> None:
+def save_fan_out(conn: Connection, found: Committed) -> None:
     """Remember that these commits are dispatched."""
     run(conn, "save_fan_out", (found.seen_tx, found.in_flight))
 
 
-def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
+def sweep(conn: Connection) -> Iterator[Pending]:
     """Every partition with pending events, by id; some hundred partitions at a time.
 
     Reading it to the end is a full round, which settles transactions (see the module).
@@ -85,14 +83,14 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
     _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
 
 
-def _sweep_page(conn: psycopg.Connection[Any], after: int) -> list[Any]:
+def _sweep_page(conn: Connection, after: int) -> list[Any]:
     # Passes pile up while a transaction is open, and a plan for a few would read all for each partition.
     with pipelined(conn):
         pin_plans(conn)
         return rows(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS), prepare=True)
 
 
-def _settle(conn: psycopg.Connection[Any], settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
+def _settle(conn: Connection, settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
     floor = min(settled_tx, *unsettled) if unsettled else settled_tx
     deleted = _COLLECT
     while deleted == _COLLECT:

@@ -12,15 +12,14 @@ from enum import StrEnum
 from itertools import groupby
 from math import inf
 from time import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import psycopg
 from psycopg import errors
 
 from config.errors import SchemaVersionError
 from config.settings import Settings
 from db.migrate import migration_files, require_current
-from db.statements import all_, routine_files, values
+from db.statements import Connection, all_, routine_files, values
 from db.status import Holder, Reading, read_status
 
 _MIGRATE = "celery -A tasks migrate"
@@ -87,7 +86,7 @@ def worst(findings: Iterable[Finding]) -> Level:
     return max((finding.level for finding in findings), key=list(Level).index, default=Level.OK)
 
 
-def checks(conn: psycopg.Connection[Any], settings: Settings) -> dict[str, Callable[[], Iterable[Row]]]:
+def checks(conn: Connection, settings: Settings) -> dict[str, Callable[[], Iterable[Row]]]:
     """Every check by its name; `conn` in autocommit mode, and its settings as a broker's connection gets them."""
 
     def table(statement: str, *parameters: object) -> Callable[[], Iterable[Row]]:
@@ -112,7 +111,7 @@ def checks(conn: psycopg.Connection[Any], settings: Settings) -> dict[str, Calla
 _NEED_SCHEMA = {"tables", "constraints and indexes", "functions", "privileges", "activity"}
 
 
-def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple[str, list[Finding]]]:
+def examine(conn: Connection, settings: Settings) -> Iterator[tuple[str, list[Finding]]]:
     """Every check's name and findings; see `checks` for the connection."""
     with_schema = True
     for name, check in checks(conn, settings).items():
@@ -130,7 +129,7 @@ def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple
         yield name, findings
 
 
-def _version(conn: psycopg.Connection[Any]) -> Iterator[Row]:
+def _version(conn: Connection) -> Iterator[Row]:
     why = ""
     try:
         require_current(conn)
@@ -162,7 +161,7 @@ def _rules() -> tuple[list[str], list[str], list[str]]:
     return [name for name, *_ in found], [table for _, table, _ in found], [ddl for *_, ddl in found]
 
 
-def _clock(conn: psycopg.Connection[Any]) -> Iterator[Row]:
+def _clock(conn: Connection) -> Iterator[Row]:
     before = time()
     (theirs,) = values(conn, "doctor_clock")
     yield judge_clock("Postgres", theirs, before, time())

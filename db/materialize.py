@@ -18,14 +18,13 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, Self
 
-import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import class_row
 
 from config.errors import UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
-from db.statements import pin_plans, pipelined, run
+from db.statements import Connection, pin_plans, pipelined, run
 from db.topics import names_of
 
 # Heap tuple (32 bytes header with the bitmap of nulls, 64 to 80 of columns, 4 of line pointer) and its entry in the
@@ -116,7 +115,7 @@ class MaterializationMetrics:
 
 
 def materialize(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     partition_ids: Iterable[int],
     *,
     events_per_partition: int = 20_000,
@@ -179,6 +178,6 @@ def materialize(
     )
 
 
-def ages_of_run(conn: psycopg.Connection[Any], partition_id: int, newer: int) -> list[float]:
+def ages_of_run(conn: Connection, partition_id: int, newer: int) -> list[float]:
     """Seconds since the commit of each event in the partition's run that has `newer` ones after it."""
     return [row[0] for row in run(conn, "ages_of_run", (partition_id, newer), prepare=True)]

@@ -29,7 +29,7 @@ from sqlalchemy.pool import NullPool
 
 from config.errors import SettingsError, TransientDatabaseError
 from config.settings import Settings
-from db.statements import run
+from db.statements import Connection, run
 from db.translate import domain_errors
 
 # How long a connection without the pool may take to be made, when its caller sets no time-out.
@@ -122,7 +122,7 @@ class _WatchedConnection(psycopg.Connection[Any]):
         return PGconn.ping(question.encode()) in {Ping.OK, Ping.REJECT}
 
 
-def open_connection(url: str, *, autocommit: bool = True, timeout: float | None = None) -> psycopg.Connection[Any]:
+def open_connection(url: str, *, autocommit: bool = True, timeout: float | None = None) -> Connection:
     """One connection without the pool. A server that is away is reported at once, where the pool would try again.
 
     `timeout` in seconds, 4 or more, is how long the server may show no sign of life, now and at each later answer.
@@ -147,7 +147,7 @@ def open_connection(url: str, *, autocommit: bool = True, timeout: float | None 
 
 
 @contextmanager
-def connect(url: str, settings: Settings, *, timeout: float | None = None) -> Iterator[psycopg.Connection[Any]]:
+def connect(url: str, settings: Settings, *, timeout: float | None = None) -> Iterator[Connection]:
     """An autocommit connection without the pool (see `open_connection`), set up like those of the pool."""
     conn = open_connection(url, timeout=timeout)
     try:
@@ -175,7 +175,7 @@ def session_settings(settings: Settings, server_version: int) -> dict[str, str]:
     return values
 
 
-def _configure(conn: psycopg.Connection[Any], settings: Settings) -> None:
+def _configure(conn: Connection, settings: Settings) -> None:
     values = session_settings(settings, conn.info.server_version)
     run(conn, "session_settings", (list(values), list(values.values())))
 
@@ -189,10 +189,10 @@ class Database:
         self._threads = settings.pool_open if threads is None else threads
         self._lock = Lock()
         self._pid: int | None = None
-        self._pool: ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._pool: ConnectionPool[Connection] | None = None
 
     @property
-    def pool(self) -> "ConnectionPool[psycopg.Connection[Any]]":
+    def pool(self) -> "ConnectionPool[Connection]":
         """This process's pool, opened at the first call; SettingsError for an address that cannot be read."""
         settings = self._settings
         with self._lock:
@@ -219,7 +219,7 @@ class Database:
             return self._pool
 
     @contextmanager
-    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+    def connection(self) -> Iterator[Connection]:
         """An autocommit connection from the pool; driver errors leave as Tidemark's own where they stand for one."""
         pool = self.pool
         conn = self._acquire(pool)
@@ -229,7 +229,7 @@ class Database:
         finally:
             pool.putconn(conn)
 
-    def _acquire(self, pool: "ConnectionPool[psycopg.Connection[Any]]") -> psycopg.Connection[Any]:
+    def _acquire(self, pool: "ConnectionPool[Connection]") -> Connection:
         """A connection that answered just now; PoolTimeout when there is none within the settings' `pool_wait`."""
         deadline = monotonic() + self._settings.pool_wait
         while True:
@@ -260,7 +260,7 @@ class Database:
         """SQLAlchemy on the same pool: it gets a connection, and closing it hands it back."""
         return create_engine("postgresql+psycopg://", creator=self._transactional, poolclass=NullPool)
 
-    def _transactional(self) -> psycopg.Connection[Any]:
+    def _transactional(self) -> Connection:
         conn = self._acquire(self.pool)
         # SQLAlchemy begins transactions by itself; the pool undoes this when the connection is back.
         conn.autocommit = False

@@ -22,11 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psycopg
 from psycopg.rows import namedtuple_row
 
 from db.arrays import Int4Array
-from db.statements import pin_plans, pipelined, run, values
+from db.statements import Connection, pin_plans, pipelined, run, values
 
 # Partitions looked at in one statement: some milliseconds.
 _PAGE = 1_000
@@ -49,7 +48,7 @@ class RetentionResult:
 
 
 def retain(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     *,
     delete_batch: int = 5_000,
     after_partition_id: int = 0,
@@ -92,7 +91,7 @@ def retain(
             return replace(done, next_partition_id=last)
 
 
-def _delete(conn: psycopg.Connection[Any], partition_ids: Sequence[int], share: int) -> tuple[Any, int]:
+def _delete(conn: Connection, partition_ids: Sequence[int], share: int) -> tuple[Any, int]:
     """One transaction: at most `share` batches of each partition, or one run. Returns what it deleted, as
     `delete_expired` says it, and how many objects that freed.
     """

@@ -13,11 +13,9 @@ from time import monotonic
 from typing import Any, Literal, get_args
 from uuid import UUID
 
-import psycopg
-
 from config.errors import UnknownPartitionError, UnknownTopicError
 from db.arrays import Int4Array
-from db.statements import all_, rows, run, values
+from db.statements import Connection, all_, rows, run, values
 from db.topics import partition_ids
 
 # Counting further would keep the server busy for a figure nobody reads to the last digit: of one partition, of all.
@@ -69,7 +67,7 @@ class PartitionState:
         return self.backlog < COUNT_LIMIT
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class TopicBacklog:
     """What waits in a topic: `lag` is the oldest event's age in seconds; `counted` is False where there is more."""
 
@@ -172,7 +170,7 @@ class Dispatch:
     own_cluster: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What people look at, at one moment; `at` is the monotonic clock's."""
 
@@ -189,12 +187,10 @@ class Reading:
         found: dict[str, TopicBacklog] = defaultdict(TopicBacklog)
         for partition in self.pending:
             so_far = found[partition.topic]
-            found[partition.topic] = TopicBacklog(
-                events=so_far.events + partition.backlog,
-                partitions=so_far.partitions + 1,
-                lag=max(so_far.lag or 0.0, partition.lag or 0.0),
-                counted=so_far.counted and partition.counted,
-            )
+            so_far.events += partition.backlog
+            so_far.partitions += 1
+            so_far.lag = max(so_far.lag or 0.0, partition.lag or 0.0)
+            so_far.counted &= partition.counted
         return found
 
     def rates(self, before: "Reading") -> dict[str, float]:
@@ -227,25 +223,18 @@ class Figures:
     dispatch: Dispatch
 
 
-def read_status(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> Reading:
+def read_status(conn: Connection, names: Sequence[str] | None = None) -> Reading:
     """Read all topics, or those named; the connection must be idle. UnknownTopicError."""
     with _snapshot(conn):
         topics = describe_topics(conn, names)
         at = monotonic()
         pending = describe_partitions(conn, names, only_pending=True)
         waiting = Int4Array(p.partition_id for p in pending)
-        return Reading(
-            at=at,
-            topics=topics,
-            pending=pending,
-            row_locks=all_(conn, Session, "find_row_locks", (waiting, _ROWS), prepare=False),
-            lock_waits=_lock_waits(conn),
-            holders=_holders(conn),
-            dispatch=_dispatch(conn),
-        )
+        locks = all_(conn, Session, "find_row_locks", (waiting, _ROWS), prepare=False)
+        return Reading(at, topics, pending, locks, *_activity(conn))
 
 
-def read_figures(conn: psycopg.Connection[Any], *, topics: int, overdue_seconds: float) -> Figures:
+def read_figures(conn: Connection, *, topics: int, overdue_seconds: float) -> Figures:
     """Read everything; the connection must be idle. A partition is overdue when an event waits `overdue_seconds`.
 
     Topics beyond the `topics` oldest are summed up.
@@ -253,7 +242,7 @@ def read_figures(conn: psycopg.Connection[Any], *, topics: int, overdue_seconds:
     with _snapshot(conn):
         found = rows(conn, "figures_topics", (topics, COUNT_LIMIT_OF_ALL, overdue_seconds), prepare=False)
         connections = rows(conn, "figures_connections", prepare=False)
-        holders, waits = _holders(conn), _lock_waits(conn)
+        waits, holders, dispatch = _activity(conn)
         return Figures(
             topics=found,
             capped=sum(topic.events for topic in found) >= COUNT_LIMIT_OF_ALL,
@@ -268,12 +257,12 @@ def read_figures(conn: psycopg.Connection[Any], *, topics: int, overdue_seconds:
             },
             lock_waits=len({wait.pid for wait in waits}),
             lock_wait_seconds=max((wait.waited or 0.0 for wait in waits), default=0.0),
-            dispatch=_dispatch(conn),
+            dispatch=dispatch,
         )
 
 
 @contextmanager
-def _snapshot(conn: psycopg.Connection[Any]) -> Iterator[None]:
+def _snapshot(conn: Connection) -> Iterator[None]:
     with conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
         # Statistics are out of date; a plan for few rows, or for an empty table, would scan a full one. Statements are
@@ -283,20 +272,15 @@ def _snapshot(conn: psycopg.Connection[Any]) -> Iterator[None]:
         yield
 
 
-def _lock_waits(conn: psycopg.Connection[Any]) -> list[LockWait]:
-    return all_(conn, LockWait, "find_lock_waits", (_ROWS,), prepare=False)
+def _activity(conn: Connection) -> tuple[list[LockWait], list[Holder], Dispatch]:
+    """Who waits for locks, what holds something up, and how far fan-out got."""
+    waits = all_(conn, LockWait, "find_lock_waits", (_ROWS,), prepare=False)
+    holders = all_(conn, Holder, "find_holders", (_ROWS,), prepare=False)
+    # The migration puts a row of fan-out's there, and the newest one stays.
+    return waits, holders, all_(conn, Dispatch, "read_dispatch", prepare=False)[0]
 
 
-def _holders(conn: psycopg.Connection[Any]) -> list[Holder]:
-    return all_(conn, Holder, "find_holders", (_ROWS,), prepare=False)
-
-
-def _dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
-    # The migration puts the row there, and the newest one stays.
-    return all_(conn, Dispatch, "read_dispatch", prepare=False)[0]
-
-
-def describe_topics(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> list[TopicState]:
+def describe_topics(conn: Connection, names: Sequence[str] | None = None) -> list[TopicState]:
     """All topics, or those with these names; UnknownTopicError for a name that is not there."""
     found = all_(conn, TopicState, "describe_topics", (None if names is None else list(names),), prepare=False)
     missing = sorted(set(names or ()) - {topic.name for topic in found})
@@ -306,14 +290,14 @@ def describe_topics(conn: psycopg.Connection[Any], names: Sequence[str] | None =
 
 
 def describe_partitions(
-    conn: psycopg.Connection[Any], names: Sequence[str] | None = None, *, only_pending: bool = False
+    conn: Connection, names: Sequence[str] | None = None, *, only_pending: bool = False
 ) -> list[PartitionState]:
     """Partitions of these topics, or of all, by topic and number."""
     parameters = (None if names is None else list(names), COUNT_LIMIT, only_pending)
     return all_(conn, PartitionState, "describe_partitions", parameters, prepare=False)
 
 
-def find_partition(conn: psycopg.Connection[Any], topic: str, partition: int) -> int:
+def find_partition(conn: Connection, topic: str, partition: int) -> int:
     """Id of a partition; UnknownTopicError and UnknownPartitionError."""
     ids = partition_ids(conn, topic)
     if not 0 <= partition < len(ids):
@@ -322,7 +306,7 @@ def find_partition(conn: psycopg.Connection[Any], topic: str, partition: int) ->
     return ids[partition]
 
 
-def read_offsets(conn: psycopg.Connection[Any], partition_id: int) -> tuple[int, int]:
+def read_offsets(conn: Connection, partition_id: int) -> tuple[int, int]:
     """Start and end offset of a partition; UnknownPartitionError."""
     row = run(conn, "read_head", (partition_id,)).fetchone()
     if row is None:
@@ -330,6 +314,6 @@ def read_offsets(conn: psycopg.Connection[Any], partition_id: int) -> tuple[int,
     return row[0], row[1]
 
 
-def records_to_audit(conn: psycopg.Connection[Any], topic: str | None = None) -> int:
+def records_to_audit(conn: Connection, topic: str | None = None) -> int:
     """How many records an audit has yet to read."""
     return max(0, int(values(conn, "audit_left", (topic,), prepare=False)[0]))

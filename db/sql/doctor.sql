@@ -89,27 +89,20 @@ judged as (
 )
 select 'settings' as area, j.name as "check", v.*
 from judged j
+left join (values
+    ('database', ', the database''s default', format('alter database %I reset {};', current_database())),
+    ('user', ', the role''s default', format('alter role %I reset {};', session_user)),
+    ('database user', ', the role''s default in this database',
+     format('alter role %I in database %I reset {};', session_user, current_database())),
+    ('client', ', set by the connection', 'take {} out of TIDEMARK_DATABASE_URL and PGOPTIONS'),
+    ('environment variable', ', set by the environment', null),
+    ('command line', ', set on the server''s command line', 'take {} off the server''s command line, restart Postgres')
+) o(source, whose, repair) on o.source = j.source
 cross join lateral (values
-    (coalesce(j.bad, false), j.level,
-     j.value || case when j.bad then case j.source
-         when 'database' then ', the database''s default'
-         when 'user' then ', the role''s default'
-         when 'database user' then ', the role''s default in this database'
-         when 'client' then ', set by the connection'
-         when 'environment variable' then ', set by the environment'
-         when 'command line' then ', set on the server''s command line'
-         else '' end else '' end,
-     j.why,
-     case j.source
-         when 'database' then array[format('alter database %I reset %I;', current_database(), j.name)]
-         when 'user' then array[format('alter role %I reset %I;', session_user, j.name)]
-         when 'database user' then
-             array[format('alter role %I in database %I reset %I;', session_user, current_database(), j.name)]
-         when 'client' then array[format('take %s out of TIDEMARK_DATABASE_URL and PGOPTIONS', j.name)]
-         when 'command line' then array[format('take %s off the server''s command line, restart Postgres', j.name)]
-         else array[format('alter system set %I = %L;', j.name, j.wanted),
-                    case j.context when 'postmaster' then 'restart Postgres' else 'select pg_reload_conf();' end]
-     end),
+    (coalesce(j.bad, false), j.level, j.value || case when j.bad then coalesce(o.whose, '') else '' end, j.why,
+     case when o.repair is not null then array[replace(o.repair, '{}', j.name)] else
+         array[format('alter system set %I = %L;', j.name, j.wanted),
+               case j.context when 'postmaster' then 'restart Postgres' else 'select pg_reload_conf();' end] end),
     (j.pending_restart, 'warn', j.value || ', changed in the file', 'The new value waits for a restart of Postgres.',
      array['restart Postgres'])
 ) v(bad, level, found, why, repair);
