@@ -9,71 +9,45 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from psycopg.adapt import AdaptersMap, Buffer, Dumper
 from psycopg.pq import Format
-
-_HEADER = struct.Struct(">iiIii")
 
 
 class Int4Array:
     """Values of an `int[]` parameter. Raises OverflowError or TypeError for what does not fit."""
 
     element_oid: ClassVar[int] = 23
+    code: ClassVar[Literal["i", "q"]] = "i"
 
     def __init__(self, values: Iterable[int]) -> None:
-        self._values = array("i", _plain(values))
+        # array() would take bytes and other buffers for memory to copy, not for numbers.
+        self._values = array(self.code, values if isinstance(values, list | tuple) else list(values))
 
     def __len__(self) -> int:
         return len(self._values)
 
     def to_bytes(self) -> bytes:
-        count = len(self._values)
-        words = array("i", bytes(8 * count))
-        words[0::2] = array("i", [4]) * count
-        words[1::2] = self._values
-        return _header(self.element_oid, count) + _big_endian(words)
+        count, words = len(self._values), self._values.itemsize // 4
+        if count == 0:
+            return struct.pack(">iiI", 0, 0, self.element_oid)
+        values = self._values[:]
+        if sys.byteorder == "little":
+            values.byteswap()
+        big_endian = array("i", values.tobytes())
+        # Each value stands behind its length; both are words of four bytes.
+        body = array("i", struct.pack(">i", 4 * words)) * (count * (1 + words))
+        for word in range(words):
+            body[1 + word :: 1 + words] = big_endian[word::words]
+        return struct.pack(">iiIii", 1, 0, self.element_oid, count, 1) + body.tobytes()
 
 
-class Int8Array:
-    """Values of a `bigint[]` parameter. Raises OverflowError or TypeError for what does not fit."""
+class Int8Array(Int4Array):
+    """The same of a `bigint[]` parameter."""
 
-    element_oid: ClassVar[int] = 20
-
-    def __init__(self, values: Iterable[int]) -> None:
-        self._values = array("q", _plain(values))
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def to_bytes(self) -> bytes:
-        count = len(self._values)
-        halves = array("i")
-        halves.frombytes(self._values.tobytes())
-        high, low = (1, 0) if sys.byteorder == "little" else (0, 1)
-        words = array("i", bytes(12 * count))
-        words[0::3] = array("i", [8]) * count
-        words[1::3] = halves[high::2]
-        words[2::3] = halves[low::2]
-        return _header(self.element_oid, count) + _big_endian(words)
-
-
-def _plain(values: Iterable[int]) -> Iterable[int]:
-    # array() would take bytes and other buffers for memory to copy, not for numbers.
-    return values if isinstance(values, list | tuple) else list(values)
-
-
-def _header(element_oid: int, count: int) -> bytes:
-    if count == 0:
-        return struct.pack(">iiI", 0, 0, element_oid)
-    return _HEADER.pack(1, 0, element_oid, count, 1)
-
-
-def _big_endian(words: "array[int]") -> bytes:
-    if sys.byteorder == "little":
-        words.byteswap()
-    return words.tobytes()
+    element_oid = 20
+    code = "q"
 
 
 class _Int4ArrayDumper(Dumper):
@@ -84,12 +58,8 @@ class _Int4ArrayDumper(Dumper):
         return obj.to_bytes()
 
 
-class _Int8ArrayDumper(Dumper):
-    format = Format.BINARY
+class _Int8ArrayDumper(_Int4ArrayDumper):
     oid = 1016
-
-    def dump(self, obj: Int8Array) -> Buffer:
-        return obj.to_bytes()
 
 
 def register(adapters: AdaptersMap) -> None:

@@ -24,13 +24,10 @@ the next audit finds the same again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-import psycopg
+from dataclasses import dataclass
 
 from db.arrays import Int4Array
-from db.statements import all_, run
+from db.statements import Connection, all_, rows, run
 from db.topics import partition_ids
 
 # Partitions that share a stretch: some milliseconds where there is nothing new.
@@ -39,7 +36,7 @@ _GROUP = 200
 _VIOLATIONS = 1_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Violation:
     """A broken rule (see the module), where it is broken first, and what is there."""
 
@@ -65,47 +62,17 @@ class AuditResult:
 
 @dataclass(kw_only=True, slots=True)
 class _Position:
-    """Where the audit is in one partition, and where the last one stopped."""
+    """Where the audit is in one partition, and where the last one stopped; how many batches it has read."""
 
     partition_id: int
     offset: int | None
     saved: int | None
+    batches: int = 0
     broken: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Found:
-    """Without an invariant: a partition is read up to `offset`, `times` batches more. Otherwise an offence."""
-
-    partition_id: int
-    invariant: str | None
-    offset: int | None
-    detail: str
-    times: int
-    has_more: bool
-
-
-@dataclass(kw_only=True, slots=True)
-class _Findings:
-    """What one call gathers."""
-
-    partitions: int = 0
-    batches: int = 0
-    any_records: bool = False
-    violations: list[Violation] = field(default_factory=list)
-
-    def result(self, *, ended: bool) -> AuditResult:
-        return AuditResult(
-            partitions=self.partitions,
-            batches=self.batches,
-            violations=tuple(self.violations),
-            complete=ended and self.any_records,
-            empty=ended and not self.any_records,
-        )
-
-
 def audit(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     *,
     topic: str | None = None,
     from_scratch: bool = False,
@@ -126,22 +93,35 @@ def audit(
     ids = None if topic is None else partition_ids(conn, topic)
     if from_scratch:
         run(conn, "forget_audit_progress", (None if ids is None else Int4Array(ids),))
-    findings = _Findings()
+    partitions = batches = 0
+    any_records = ended = False
+    violations: list[Violation] = []
     for page in _pages(conn, topic, size=min(_GROUP, batch_limit)):
-        group = page
-        findings.partitions += len(page)
-        while group:
-            group = _stretch(conn, group, batch_limit // len(group), findings)
-            if len(findings.violations) >= _VIOLATIONS:
-                return findings.result(ended=False)
-            if stop():
-                # So that the next audit goes on here, also when nothing in this page was new.
-                _save(conn, page[-1:], always=True)
-                return findings.result(ended=False)
-    return findings.result(ended=True)
+        group, full, stopped = page, False, False
+        while group and not full and not stopped:
+            group = _stretch(conn, group, batch_limit // len(group), violations)
+            full = len(violations) >= _VIOLATIONS
+            stopped = not full and stop()
+        partitions += len(page)
+        batches += sum(position.batches for position in page)
+        any_records |= any(position.offset for position in page)
+        if stopped:
+            # So that the next audit goes on here, also when nothing in this page was new.
+            _save(conn, page[-1:], always=True)
+        if full or stopped:
+            break
+    else:
+        ended = True
+    return AuditResult(
+        partitions=partitions,
+        batches=batches,
+        violations=tuple(violations),
+        complete=ended and any_records,
+        empty=ended and not any_records,
+    )
 
 
-def _pages(conn: psycopg.Connection[Any], topic: str | None, *, size: int) -> Iterator[list[_Position]]:
+def _pages(conn: Connection, topic: str | None, *, size: int) -> Iterator[list[_Position]]:
     """Partitions in groups, each once: after the one that was audited last, then from the first up to that."""
     row = run(conn, "audit_last_partition").fetchone()
     last: int = row[0] if row else 0
@@ -152,38 +132,30 @@ def _pages(conn: psycopg.Connection[Any], topic: str | None, *, size: int) -> It
             yield page
 
 
-def _stretch(
-    conn: psycopg.Connection[Any], group: Sequence[_Position], quota: int, findings: _Findings
-) -> list[_Position]:
+def _stretch(conn: Connection, group: Sequence[_Position], quota: int, violations: list[Violation]) -> list[_Position]:
     """Audit the next `quota` batches of each partition, in one snapshot; returns those that have more."""
     positions = {position.partition_id: position for position in group}
     more = []
     with conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
         run(conn, "transaction_settings")
-        for found in all_(conn, _Found, "audit_runs", (Int4Array(positions), [p.offset for p in group], quota)):
+        for found in rows(conn, "audit_runs", (Int4Array(positions), [p.offset for p in group], quota)):
             position = positions[found.partition_id]
             if found.invariant is None:
                 position.offset = found.offset
-                findings.batches += found.times
-                findings.any_records |= bool(found.offset)
-                if found.has_more:
-                    more.append(position)
+                position.batches += found.times
+                more += [position] * found.has_more
             else:
                 position.broken = True
                 detail = found.detail if found.times == 1 else f"{found.detail} (the first of {found.times})"
-                findings.violations.append(
-                    Violation(
-                        invariant=found.invariant, partition_id=found.partition_id, offset=found.offset, detail=detail
-                    )
-                )
+                violations.append(Violation(found.invariant, found.partition_id, found.offset, detail))
         ended = Int4Array(positions.keys() - {position.partition_id for position in more})
-        findings.violations += all_(conn, Violation, "audit_heads", (ended,))
+        violations += all_(conn, Violation, "audit_heads", (ended,))
     _save(conn, group)
     return more
 
 
-def _save(conn: psycopg.Connection[Any], group: Sequence[_Position], *, always: bool = False) -> None:
+def _save(conn: Connection, group: Sequence[_Position], *, always: bool = False) -> None:
     """Write down how far the partitions of a stretch are audited; broken ones are to be read again."""
     sound = [p for p in group if not p.broken and p.offset is not None and (always or p.offset != p.saved)]
     broken = [p.partition_id for p in group if p.broken and p.saved is not None]

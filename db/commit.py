@@ -1,14 +1,11 @@
 """The hot path: commits uploaded objects. One round trip each; all the work is `tidemark.commit_object` in Postgres."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import psycopg
+from dataclasses import dataclass, fields
 
 from config.errors import InvalidCommitError
 from db.arrays import Int4Array, Int8Array
-from db.statements import values
+from db.statements import Connection, values
 from db.translate import is_storable
 
 
@@ -27,7 +24,7 @@ class Batch:
 
 
 def commit_object(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     object_key: str,
     partition_ids: Sequence[int],
     n_records: Sequence[int],
@@ -69,15 +66,8 @@ def commit_object(
     return int(object_id)
 
 
-def commit_batches(conn: psycopg.Connection[Any], object_key: str, batches: Iterable[Batch]) -> int:
+def commit_batches(conn: Connection, object_key: str, batches: Iterable[Batch]) -> int:
     """Commit one object given batch by batch; otherwise as `commit_object`."""
     rows = list(batches)
-    return commit_object(
-        conn,
-        object_key,
-        [b.partition_id for b in rows],
-        [b.n_records for b in rows],
-        [b.byte_offset for b in rows],
-        [b.byte_length for b in rows],
-        [b.max_timestamp for b in rows],
-    )
+    # Its fields stand in the order of the arguments.
+    return commit_object(conn, object_key, *([getattr(row, field.name) for row in rows] for field in fields(Batch)))

@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psycopg
-
-from db.statements import all_, pin_plans, pipelined, run, values
+from db.statements import Connection, pin_plans, pipelined, rows, run, values
 
 # Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.
 _BATCHES = 2_000_000
@@ -40,50 +38,34 @@ class Pending:
     events: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Swept:
-    """A partition: its pending events, the first transaction beyond its position, and the late ones."""
-
-    partition_id: int
-    events: int
-    first_tx: int | None
-    late: list[int] | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Committed:
     """What the commits since the last fan-out touched, up to `seen_tx` but for `in_flight`; not complete, and then
     without partitions, where there are more of them than a limit.
     """
 
     partitions: tuple[Pending, ...]
-    commits: int
     seen_tx: int
     in_flight: list[int]
+    commits: int
     complete: bool
 
 
-def find_committed(conn: psycopg.Connection[Any], *, limit: int = 50_000) -> Committed:
+def find_committed(conn: Connection, *, limit: int = 50_000) -> Committed:
     """Partitions of the commits that the last fan-out did not see, where these are fewer than `limit`."""
     state = values(conn, "read_fan_out")
     # Planned for the values at hand: a generic plan would expect a third of all commits to be new.
-    found = values(conn, "find_committed", (*state, limit, _BATCHES), prepare=False)
-    seen_tx, in_flight, commits, complete, ids, events = found
-    return Committed(
-        partitions=tuple(Pending(partition_id=i, events=e) for i, e in zip(ids, events, strict=True)),
-        commits=commits,
-        seen_tx=seen_tx,
-        in_flight=in_flight,
-        complete=complete,
-    )
+    *found, ids, events = values(conn, "find_committed", (*state, limit, _BATCHES), prepare=False)
+    partitions = tuple(Pending(partition_id=i, events=e) for i, e in zip(ids, events, strict=True))
+    return Committed(partitions, *found)
 
 
-def save_fan_out(conn: psycopg.Connection[Any], found: Committed) -> None:
+def save_fan_out(conn: Connection, found: Committed) -> None:
     """Remember that these commits are dispatched."""
     run(conn, "save_fan_out", (found.seen_tx, found.in_flight))
 
 
-def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
+def sweep(conn: Connection) -> Iterator[Pending]:
     """Every partition with pending events, by id; some hundred partitions at a time.
 
     Reading it to the end is a full round, which settles transactions (see the module).
@@ -101,14 +83,14 @@ def sweep(conn: psycopg.Connection[Any]) -> Iterator[Pending]:
     _settle(conn, settled_tx, sorted(tx for tx in unsettled if tx < settled_tx), collected_tx)
 
 
-def _sweep_page(conn: psycopg.Connection[Any], after: int) -> list[_Swept]:
+def _sweep_page(conn: Connection, after: int) -> list[Any]:
     # Passes pile up while a transaction is open, and a plan for a few would read all for each partition.
     with pipelined(conn):
         pin_plans(conn)
-        return all_(conn, _Swept, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS), prepare=True)
+        return rows(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS), prepare=True)
 
 
-def _settle(conn: psycopg.Connection[Any], settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
+def _settle(conn: Connection, settled_tx: int, unsettled: list[int], collected_tx: int) -> None:
     floor = min(settled_tx, *unsettled) if unsettled else settled_tx
     deleted = _COLLECT
     while deleted == _COLLECT:

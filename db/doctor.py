@@ -5,33 +5,34 @@ tables need to know of this program, and what is judged from the facts that `sta
 so that one which may not look, or finds no schema, spoils no other.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from math import inf
 from time import time
-from typing import Any
+from typing import NamedTuple
 
-import psycopg
 from psycopg import errors
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.schema import AddConstraint, CreateIndex, DDLElement
 
 from config.errors import SchemaVersionError
 from config.settings import Settings
-from db.migrate import require_current
-from db.schema import metadata
-from db.statements import all_, routine_files, values
+from db.migrate import migration_files, require_current
+from db.statements import Connection, all_, routine_files, values
 from db.status import Holder, Reading, read_status
 
 _MIGRATE = "celery -A tasks migrate"
 _LONG_SECONDS = 60.0
 _TOO_LONG_SECONDS = 3600.0
 _LOCKED_SECONDS = 5.0
-_SKEW_WARN, _SKEW_FAIL = 2.0, 30.0
+_SKEW = 2.0, 30.0
 _MANY_DEAD = 50_000
 _MILLISECOND = 0.001
+
+_TABLE = re.compile(r"^create table tidemark\.(\w+) \(\n(.*?)\n\)(?: with \((.*)\))?;$", re.MULTILINE | re.DOTALL)
+_CONSTRAINT = re.compile(r"^ *constraint (\w+) (.*?),?$", re.MULTILINE)
+_INDEX = re.compile(r"^(create index (\w+) on ([\w.]+) .*;)$", re.MULTILINE)
 
 
 class Level(StrEnum):
@@ -54,8 +55,7 @@ class Finding:
     repair: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One thing that may be wrong: whether it is, and what the finding is to say then."""
 
     area: str
@@ -65,6 +65,8 @@ class Row:
     found: str
     why: str = ""
     repair: Iterable[str] = ()
+    # What the check is called where it looks at many things and this one is wrong.
+    item: str | None = None
 
 
 def judge(rows: Iterable[Row]) -> Iterator[Finding]:
@@ -73,7 +75,8 @@ def judge(rows: Iterable[Row]) -> Iterator[Finding]:
         found = list(group)
         for row in [row for row in found if row.bad]:
             level, repair = Level(row.level), tuple(row.repair)
-            yield Finding(area=area, check=check, level=level, found=row.found, why=row.why, repair=repair)
+            name = row.item or check
+            yield Finding(area=area, check=name, level=level, found=row.found, why=row.why, repair=repair)
         if not any(row.bad for row in found):
             yield Finding(area=area, check=check, level=Level.OK, found=found[0].found)
 
@@ -83,7 +86,7 @@ def worst(findings: Iterable[Finding]) -> Level:
     return max((finding.level for finding in findings), key=list(Level).index, default=Level.OK)
 
 
-def checks(conn: psycopg.Connection[Any], settings: Settings) -> dict[str, Callable[[], Iterable[Row]]]:
+def checks(conn: Connection, settings: Settings) -> dict[str, Callable[[], Iterable[Row]]]:
     """Every check by its name; `conn` in autocommit mode, and its settings as a broker's connection gets them."""
 
     def table(statement: str, *parameters: object) -> Callable[[], Iterable[Row]]:
@@ -92,10 +95,10 @@ def checks(conn: psycopg.Connection[Any], settings: Settings) -> dict[str, Calla
     return {
         "server": table("doctor_server", settings.shards, settings.pool_open),
         "clock": lambda: _clock(conn),
-        "settings": table("doctor_settings", settings.database_url is None),
+        "settings": table("doctor_settings"),
         "role and database defaults": table("doctor_defaults"),
         "version": lambda: _version(conn),
-        "tables": table("doctor_tables", _tables()),
+        "tables": table("doctor_tables", *_tables()),
         "constraints and indexes": table("doctor_rules", *_rules()),
         "functions": table("doctor_functions", [f.stem for f in routine_files() if f.stem not in {"views", "grants"}]),
         "privileges": table("doctor_privileges"),
@@ -108,7 +111,7 @@ def checks(conn: psycopg.Connection[Any], settings: Settings) -> dict[str, Calla
 _NEED_SCHEMA = {"tables", "constraints and indexes", "functions", "privileges", "activity"}
 
 
-def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple[str, list[Finding]]]:
+def examine(conn: Connection, settings: Settings) -> Iterator[tuple[str, list[Finding]]]:
     """Every check's name and findings; see `checks` for the connection."""
     with_schema = True
     for name, check in checks(conn, settings).items():
@@ -119,114 +122,97 @@ def examine(conn: psycopg.Connection[Any], settings: Settings) -> Iterator[tuple
         except (errors.InsufficientPrivilege, SchemaVersionError) as error:
             why = f"Postgres says: {str(error).splitlines()[0]}."
             repair = ("connect as the owner of the schema",)
-            level = Level.WARN
-            findings = [
-                Finding(area="server", check=name, level=level, found="could not be looked at", why=why, repair=repair)
-            ]
+            found = "could not be looked at"
+            findings = [Finding(area="server", check=name, level=Level.WARN, found=found, why=why, repair=repair)]
         if name == "version":
             with_schema = bool(values(conn, "doctor_has_schema")[0])
         yield name, findings
 
 
-def _version(conn: psycopg.Connection[Any]) -> Iterator[Row]:
+def _version(conn: Connection) -> Iterator[Row]:
     why = ""
     try:
         require_current(conn)
     except SchemaVersionError as error:
         why = f"{error}.".replace(f"; run: {_MIGRATE}", "")
     found = "another one" if why else "current"
-    yield Row(area="schema", check="version", bad=bool(why), level=Level.FAIL, found=found, why=why, repair=(_MIGRATE,))
+    yield Row("schema", "version", bool(why), Level.FAIL, found, why, (_MIGRATE,))
 
 
-def _tables() -> str:
-    """Tables with the storage parameters they should have."""
-    options = {table.name: table.dialect_options["postgresql"].get("with") or {} for table in metadata.sorted_tables}
-    return json.dumps({table: {k: str(v) for k, v in wanted.items()} for table, wanted in options.items()})
+def _definitions(kind: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
+    """What the migrations create, as they write it."""
+    return (match for file in migration_files() for match in kind.findall(file.read_text("utf-8")))
 
 
-def _rules() -> tuple[list[str], list[str], list[bool], list[str]]:
-    """Constraints and indexes that should be there: name, table, whether it is an index, and what makes it again."""
-    found: list[tuple[str, str, bool, DDLElement]] = []
-    for table in metadata.sorted_tables:
-        found += [
-            (str(constraint.name), table.name, False, AddConstraint(constraint, isolate_from_table=False))
-            for constraint in table.constraints
-            if constraint.name
-        ]
-        found += [(str(index.name), table.name, True, CreateIndex(index)) for index in table.indexes]
-    ddl = [str(make.compile(dialect=postgresql.dialect())) for *_, make in found]  # type: ignore[no-untyped-call]
-    return (
-        [name for name, *_ in found],
-        [table for _, table, *_ in found],
-        [is_index for *_, is_index, _ in found],
-        [" ".join(text.split()) for text in ddl],
-    )
+def _tables() -> tuple[list[str], list[str | None]]:
+    """Tables that should be there, and their storage parameters."""
+    found = [(name, options or None) for name, _, options in _definitions(_TABLE)]
+    return [name for name, _ in found], [options for _, options in found]
 
 
-def _clock(conn: psycopg.Connection[Any]) -> Iterator[Row]:
+def _rules() -> tuple[list[str], list[str], list[str]]:
+    """Constraints and indexes that should be there: their names, their tables, and what makes them again."""
+    found = [
+        (name, f"tidemark.{table}", f"alter table tidemark.{table} add constraint {name} {what};")
+        for table, body, _ in _definitions(_TABLE)
+        for name, what in _CONSTRAINT.findall(body)
+    ]
+    found += [(name, table, ddl) for ddl, name, table in _definitions(_INDEX)]
+    return [name for name, *_ in found], [table for _, table, _ in found], [ddl for *_, ddl in found]
+
+
+def _clock(conn: Connection) -> Iterator[Row]:
     before = time()
     (theirs,) = values(conn, "doctor_clock")
     yield judge_clock("Postgres", theirs, before, time())
+
+
+def _graded(
+    area: str, check: str, amount: float, limits: tuple[float, float], found: str, why: str, *repair: str
+) -> Row:
+    """What is a warning from one limit on, and a failure from another."""
+    warn, fail = limits
+    return Row(area, check, amount >= warn, Level.FAIL if amount >= fail else Level.WARN, found, why, repair)
 
 
 def judge_clock(server: str, theirs: float, before: float, after: float) -> Row:
     """A server's clock, asked between two moments of ours, less what the round trip leaves open."""
     ahead = theirs - (before + after) / 2
     off = max(0.0, abs(ahead) - (after - before) / 2)
-    return Row(
-        area="clock",
-        check=server,
-        bad=off >= _SKEW_WARN,
-        level=Level.FAIL if off >= _SKEW_FAIL else Level.WARN,
-        found=f"{off:.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine" if off >= _MILLISECOND else "agrees",
-        why="Lag, retention by time and the expiry of beat's tasks compare clocks.",
-        repair=("synchronize both machines' clocks (chrony, systemd-timesyncd)",),
-    )
+    found = f"{off:.3f} s {'ahead of' if ahead > 0 else 'behind'} this machine" if off >= _MILLISECOND else "agrees"
+    why = "Lag, retention by time and the expiry of beat's tasks compare clocks."
+    repair = "synchronize both machines' clocks (chrony, systemd-timesyncd)"
+    return _graded("clock", server, off, _SKEW, found, why, repair)
 
 
 def judge_activity(reading: Reading, settings: Settings) -> Iterator[Row]:
     """Whether the log belongs to this cluster, fan-out and workers keep up, and what stands in their way."""
     dispatch = reading.dispatch
-    yield Row(
-        area="schema",
-        check="cluster identifier",
-        bad=not dispatch.own_cluster,
-        level=Level.FAIL,
-        found="the log's own" if dispatch.own_cluster else "another cluster's",
-        why="The database was restored or moved; commits and workers refuse to work here.",
-        repair=("stop all brokers and workers", "celery -A tasks rebase"),
-    )
+    found = "the log's own" if dispatch.own_cluster else "another cluster's"
+    why = "The database was restored or moved; commits and workers refuse to work here."
+    rebase = ("stop all brokers and workers", "celery -A tasks rebase")
+    yield Row("schema", "cluster identifier", not dispatch.own_cluster, Level.FAIL, found, why, rebase)
     patience = max(_LONG_SECONDS / 2, 20 * settings.fan_out_interval)
-    behind = dispatch.undispatched
-    yield Row(
-        area="activity",
-        check="fan-out",
-        bad=(behind or 0.0) >= patience,
-        level=Level.FAIL if (behind or 0.0) >= 10 * patience else Level.WARN,
-        found=f"saw something new {dispatch.last:.0f} s ago" if behind is None else f"{behind:.0f} s behind",
-        why="Commits wait that nobody handed to a worker.",
-        repair=("celery -A tasks beat", "celery -A tasks worker"),
+    behind = dispatch.undispatched or 0.0
+    found = (
+        f"saw something new {dispatch.last:.0f} s ago" if dispatch.undispatched is None else f"{behind:.0f} s behind"
     )
+    why = "Commits wait that nobody handed to a worker."
+    repair = ("celery -A tasks beat", "celery -A tasks worker")
+    yield _graded("activity", "fan-out", behind, (patience, 10 * patience), found, why, *repair)
     lag = max((p.lag or 0.0 for p in reading.pending), default=0.0)
-    yield Row(
-        area="activity",
-        check="lag",
-        bad=lag >= _LONG_SECONDS,
-        level=Level.FAIL if lag >= settings.overdue_seconds else Level.WARN,
-        found=f"{lag:.0f} s, {len(reading.pending)} partitions have a backlog" if reading.pending else "no backlog",
-        why="What was committed cannot be read yet.",
-        repair=("celery -A tasks status says what it waits for",),
-    )
+    found = f"{lag:.0f} s, {len(reading.pending)} partitions have a backlog" if reading.pending else "no backlog"
+    why, help_text = "What was committed cannot be read yet.", "celery -A tasks status says what it waits for"
+    yield _graded("activity", "lag", lag, (_LONG_SECONDS, settings.overdue_seconds), found, why, help_text)
     yield from _locks(reading)
     long = [h for h in reading.holders if h.state == "inactive" or (h.seconds or 0.0) >= _LONG_SECONDS]
     if not long:
-        found = f"none older than {_LONG_SECONDS:.0f} s"
-        yield Row(area="activity", check="transactions", bad=False, level=Level.OK, found=found)
+        yield Row("activity", "transactions", bad=False, level=Level.OK, found=f"none older than {_LONG_SECONDS:.0f} s")
     yield from map(_holder, long)
 
 
 def _locks(reading: Reading) -> Iterator[Row]:
-    yield Row(area="activity", check="locks", bad=False, level=Level.OK, found="none that others wait for")
+    yield Row("activity", "locks", bad=False, level=Level.OK, found="none that others wait for")
     names = {p.partition_id: f"{p.topic}/{p.partition}" for p in reading.pending}
     held = {
         r.name: (r, r.age or 0.0, names[min(r.partition_ids)] + f" and {len(r.partition_ids) - 1} more")
@@ -235,17 +221,10 @@ def _locks(reading: Reading) -> Iterator[Row]:
     for w in reading.lock_waits:
         what = f"a lock ({w.lock})" if w.topic is None else f"{w.topic}/{w.partition}"
         held.setdefault(w.blocker.name, (w.blocker, w.waited, what))
+    why = "Workers pass over what is locked, or wait; what was committed there has no offsets."
     for blocker, seconds, what in held.values():
-        if seconds >= _LOCKED_SECONDS:
-            yield Row(
-                area="activity",
-                check="locks",
-                bad=True,
-                level=Level.FAIL if seconds >= _LONG_SECONDS else Level.WARN,
-                found=f"{blocker} holds {what.removesuffix(' and 0 more')}, for {seconds:.0f} s",
-                why="Workers pass over what is locked, or wait; what was committed there has no offsets.",
-                repair=(blocker.repair,),
-            )
+        found = f"{blocker} holds {what.removesuffix(' and 0 more')}, for {seconds:.0f} s"
+        yield _graded("activity", "locks", seconds, (_LOCKED_SECONDS, _LONG_SECONDS), found, why, blocker.repair)
 
 
 def _holder(h: Holder) -> Row:
@@ -264,12 +243,5 @@ def _holder(h: Holder) -> Row:
         why = "It keeps dead rows from vacuum, and what it commits from its offsets."
     elif h.state == "inactive":
         why = "It keeps the write-ahead log, and perhaps dead rows, for ever."
-    return Row(
-        area="activity",
-        check="long transaction" if h.kind == "session" else h.kind,
-        bad=True,
-        level=Level.FAIL if seconds >= _TOO_LONG_SECONDS else Level.WARN,
-        found=found,
-        why=why,
-        repair=(repair,),
-    )
+    check = "long transaction" if h.kind == "session" else h.kind
+    return _graded("activity", check, seconds, (-inf, _TOO_LONG_SECONDS), found, why, repair)

@@ -1,12 +1,9 @@
 """The read path: batches of a partition from an offset on."""
 
 from dataclasses import dataclass
-from typing import Any
-
-import psycopg
 
 from config.errors import UnknownPartitionError
-from db.statements import all_
+from db.statements import Connection, all_
 from db.translate import is_int
 
 
@@ -23,7 +20,7 @@ class FetchedBatch:
 
 
 def fetch_batches(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     partition_id: int,
     from_offset: int,
     *,

@@ -18,19 +18,23 @@ from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any, Literal, Self
 
-import psycopg
 from psycopg.pq import TransactionStatus
 from psycopg.rows import class_row
 
 from config.errors import UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
-from db.statements import pin_plans, pipelined, run
+from db.statements import Connection, pin_plans, pipelined, run
 from db.topics import names_of
 
 # Heap tuple (32 bytes header with the bitmap of nulls, 64 to 80 of columns, 4 of line pointer) and its entry in the
 # primary key (8 bytes header, 12 of columns, padded to 24, 4 of line pointer) of one row of runs.
 RUN_BYTES = 112 + 28
+# Of metrics put together.
+_SUMMED = (
+    *("processing_time_ms", "events_processed", "lock_wait_time_ms", "transaction_size_bytes", "records", "log_bytes"),
+    *("transactions", "errors", "stuck_partition_ids"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,24 +81,16 @@ class MaterializationMetrics:
 
     def __add__(self, other: Self) -> Self:
         """Both together; the backlog and what was busy are the later one's."""
-        attempts = self.transactions + self.errors + other.transactions + other.errors
-        errors = self.errors + other.errors
-        return type(self)(
-            processing_time_ms=self.processing_time_ms + other.processing_time_ms,
-            events_processed=self.events_processed + other.events_processed,
+        total = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        attempts = total["transactions"] + total["errors"]
+        return replace(
+            other,
+            **total,
             partitions_processed=max(self.partitions_processed, other.partitions_processed),
-            lock_wait_time_ms=self.lock_wait_time_ms + other.lock_wait_time_ms,
-            transaction_size_bytes=self.transaction_size_bytes + other.transaction_size_bytes,
-            error_rate=errors / attempts if attempts else 0.0,
-            records=self.records + other.records,
-            log_bytes=self.log_bytes + other.log_bytes,
-            transactions=self.transactions + other.transactions,
-            errors=errors,
-            backlog_partition_ids=other.backlog_partition_ids,
-            busy_partition_ids=other.busy_partition_ids,
-            stuck_partition_ids=self.stuck_partition_ids + other.stuck_partition_ids,
+            error_rate=total["errors"] / attempts if attempts else 0.0,
             strategy=other.strategy if other.transactions else self.strategy,
             batch_events=other.batch_events or self.batch_events,
+            moved=(),
         )
 
     def beside(self, other: Self) -> Self:
@@ -110,17 +106,16 @@ class MaterializationMetrics:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: times rounded to microseconds, lists of partitions as their numbers."""
         values = asdict(self)
-        values["backlog_partitions"] = len(values.pop("backlog_partition_ids"))
-        values["busy_partitions"] = len(values.pop("busy_partition_ids"))
-        values["stuck_partitions"] = len(values.pop("stuck_partition_ids"))
         del values["moved"]
+        for name in ("backlog", "busy", "stuck"):
+            values[f"{name}_partitions"] = len(values.pop(f"{name}_partition_ids"))
         for name in ("processing_time_ms", "lock_wait_time_ms", "error_rate"):
             values[name] = round(values[name], 3)
         return values
 
 
 def materialize(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     partition_ids: Iterable[int],
     *,
     events_per_partition: int = 20_000,
@@ -183,6 +178,6 @@ def materialize(
     )
 
 
-def ages_of_run(conn: psycopg.Connection[Any], partition_id: int, newer: int) -> list[float]:
+def ages_of_run(conn: Connection, partition_id: int, newer: int) -> list[float]:
     """Seconds since the commit of each event in the partition's run that has `newer` ones after it."""
     return [row[0] for row in run(conn, "ages_of_run", (partition_id, newer), prepare=True)]

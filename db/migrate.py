@@ -19,10 +19,11 @@ from sqlalchemy.pool import NullPool
 
 from config.errors import SchemaVersionError, TransientDatabaseError
 from db.pool import open_connection
-from db.schema import SCHEMA
 from db.statements import routine_files, run, values
 from db.translate import domain_errors
 
+SCHEMA = "tidemark"
+_MIGRATIONS = Path(__file__).with_name("migrations")
 # Any number, as long as it is always the same: the advisory lock migrations queue behind.
 _LOCK_KEY = 0x7469646D61726B
 # A migration that waits for a lock makes everything behind it wait too; better to fail and be tried again.
@@ -31,7 +32,7 @@ LOCK_TIMEOUT = "10s"
 
 def _config() -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.set_main_option("script_location", str(_MIGRATIONS))
     config.set_main_option("path_separator", "os")
     return config
 
@@ -47,6 +48,11 @@ def wanted_version() -> str:
     if head is None:
         raise SchemaVersionError("no migrations are installed; reinstall tidemark")
     return head
+
+
+def migration_files() -> list[Path]:
+    """The SQL of the migrations, oldest first."""
+    return sorted((_MIGRATIONS / "versions").glob("*.sql"))
 
 
 def upgrade(database_url: str, *, timeout: float | None = None) -> tuple[str | None, str]:
@@ -78,7 +84,7 @@ def upgrade(database_url: str, *, timeout: float | None = None) -> tuple[str | N
                 f"the database has schema version {before}, which this program does not know; "
                 f"install the tidemark release that wrote it, or a newer one"
             )
-        config.attributes["connection"] = connection
+        config.attributes.update(connection=connection, version_table_schema=SCHEMA)
         command.upgrade(config, "head")
         for file in routine_files():
             driver.execute(file.read_bytes())

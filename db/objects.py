@@ -14,12 +14,9 @@ Lock order: objects by ascending id.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
-
-import psycopg
 
 from db.arrays import Int8Array
-from db.statements import all_, run
+from db.statements import Connection, all_, run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +29,7 @@ class DeadObject:
 
 
 def list_dead_objects(
-    conn: psycopg.Connection[Any], *, limit: int = 1_000, older_than_seconds: float = 3600.0, after_object_id: int = 0
+    conn: Connection, *, limit: int = 1_000, older_than_seconds: float = 3600.0, after_object_id: int = 0
 ) -> list[DeadObject]:
     """At most `limit` objects that died `older_than_seconds` ago or earlier, by id.
 
@@ -45,7 +42,7 @@ def list_dead_objects(
     return all_(conn, DeadObject, "find_dead_objects", (after_object_id, limit, older_than_seconds))
 
 
-def forget_dead_objects(conn: psycopg.Connection[Any], ids: Iterable[int]) -> int:
+def forget_dead_objects(conn: Connection, ids: Iterable[int]) -> int:
     """Forget objects that are deleted from storage; returns how many.
 
     Ids that are unknown, forgotten already or of objects with batches left are passed over.

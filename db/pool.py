@@ -27,7 +27,7 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from config.errors import SettingsError, TransientDatabaseError
 from config.settings import Settings
-from db.statements import run
+from db.statements import Connection, run
 from db.translate import domain_errors
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class _WatchedConnection(psycopg.Connection[Any]):
         return PGconn.ping(question.encode()) in {Ping.OK, Ping.REJECT}
 
 
-def open_connection(url: str, *, autocommit: bool = True, timeout: float | None = None) -> psycopg.Connection[Any]:
+def open_connection(url: str, *, autocommit: bool = True, timeout: float | None = None) -> Connection:
     """One connection without the pool. A server that is away is reported at once, where the pool would try again.
 
     `timeout` in seconds, 4 or more, is how long the server may show no sign of life, now and at each later answer.
@@ -148,7 +148,7 @@ def open_connection(url: str, *, autocommit: bool = True, timeout: float | None 
 
 
 @contextmanager
-def connect(url: str, settings: Settings, *, timeout: float | None = None) -> Iterator[psycopg.Connection[Any]]:
+def connect(url: str, settings: Settings, *, timeout: float | None = None) -> Iterator[Connection]:
     """An autocommit connection without the pool (see `open_connection`), set up like those of the pool."""
     conn = open_connection(url, timeout=timeout)
     try:
@@ -176,14 +176,9 @@ def session_settings(settings: Settings, server_version: int) -> dict[str, str]:
     return values
 
 
-def _configure(conn: psycopg.Connection[Any], settings: Settings) -> None:
+def _configure(conn: Connection, settings: Settings) -> None:
     values = session_settings(settings, conn.info.server_version)
     run(conn, "session_settings", (list(values), list(values.values())))
-
-
-def _make_autocommit(conn: psycopg.Connection[Any]) -> None:
-    # SQLAlchemy's connections begin transactions by themselves; the next user of this one expects none.
-    conn.autocommit = True
 
 
 class Database:
@@ -195,39 +190,37 @@ class Database:
         self._threads = settings.pool_open if threads is None else threads
         self._lock = Lock()
         self._pid: int | None = None
-        self._pool: ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._pool: ConnectionPool[Connection] | None = None
 
     @property
-    def pool(self) -> "ConnectionPool[psycopg.Connection[Any]]":
+    def pool(self) -> "ConnectionPool[Connection]":
         """This process's pool, opened at the first call; SettingsError for an address that cannot be read."""
+        settings = self._settings
         with self._lock:
+            # After a fork the parent's pool is left alone: closing it here would end the parent's sessions.
             if self._pool is None or self._pid != os.getpid():
-                # After a fork the parent's pool is left alone: closing it here would end the parent's sessions.
-                self._pool = self._open()
+                self._pool = ConnectionPool(
+                    self._url,
+                    # What the URL says goes first.
+                    kwargs={**_NETWORK, **read_address(self._url), "autocommit": True},
+                    # Kept when idle: never more than there are threads to use them.
+                    min_size=min(settings.pool_idle, self._threads, settings.pool_open),
+                    max_size=settings.pool_open,
+                    max_lifetime=settings.pool_lifetime,
+                    timeout=settings.pool_wait,
+                    reconnect_timeout=_RECONNECT_SECONDS,
+                    configure=lambda conn: _configure(conn, settings),
+                    # SQLAlchemy's connections begin transactions by themselves; the next user of one expects none.
+                    reset=lambda conn: conn.set_autocommit(True),
+                    close_returns=True,
+                    open=True,
+                    name="tidemark",
+                )
                 self._pid = os.getpid()
             return self._pool
 
-    def _open(self) -> "ConnectionPool[psycopg.Connection[Any]]":
-        settings = self._settings
-        return ConnectionPool(
-            self._url,
-            # What the URL says goes first.
-            kwargs={**_NETWORK, **read_address(self._url), "autocommit": True},
-            # Kept when idle: never more than there are threads to use them.
-            min_size=min(settings.pool_idle, self._threads, settings.pool_open),
-            max_size=settings.pool_open,
-            max_lifetime=settings.pool_lifetime,
-            timeout=settings.pool_wait,
-            reconnect_timeout=_RECONNECT_SECONDS,
-            configure=lambda conn: _configure(conn, settings),
-            reset=_make_autocommit,
-            close_returns=True,
-            open=True,
-            name="tidemark",
-        )
-
     @contextmanager
-    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+    def connection(self) -> Iterator[Connection]:
         """An autocommit connection from the pool; driver errors leave as Tidemark's own where they stand for one."""
         pool = self.pool
         conn = self._acquire(pool)
@@ -237,7 +230,7 @@ class Database:
         finally:
             pool.putconn(conn)
 
-    def _acquire(self, pool: "ConnectionPool[psycopg.Connection[Any]]") -> psycopg.Connection[Any]:
+    def _acquire(self, pool: "ConnectionPool[Connection]") -> Connection:
         """A connection that answered just now; PoolTimeout when there is none within the settings' `pool_wait`."""
         deadline = monotonic() + self._settings.pool_wait
         while True:
@@ -271,7 +264,7 @@ class Database:
 
         return create_engine("postgresql+psycopg://", creator=self._transactional, poolclass=NullPool)
 
-    def _transactional(self) -> psycopg.Connection[Any]:
+    def _transactional(self) -> Connection:
         conn = self._acquire(self.pool)
         # SQLAlchemy begins transactions by itself; the pool undoes this when the connection is back.
         conn.autocommit = False

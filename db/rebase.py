@@ -9,13 +9,11 @@ All in one transaction: a crash leaves the database as it was, still refusing to
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import psycopg
 from psycopg.errors import LockNotAvailable
 
 from config.errors import TransientDatabaseError
-from db.statements import run, values
+from db.statements import Connection, run, values
 
 LOCK_TIMEOUT = "10s"
 
@@ -28,7 +26,7 @@ class RebaseResult:
     now: int
 
 
-def rebase(conn: psycopg.Connection[Any], *, force: bool = False) -> RebaseResult | None:
+def rebase(conn: Connection, *, force: bool = False) -> RebaseResult | None:
     """Rebase the log; None when the database is in its own cluster already and `force` is not given.
 
     Raises TransientDatabaseError while commits, workers or a backup are under way.

@@ -22,11 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psycopg
-from psycopg.rows import class_row
+from psycopg.rows import namedtuple_row
 
 from db.arrays import Int4Array
-from db.statements import pin_plans, pipelined, run, values
+from db.statements import Connection, pin_plans, pipelined, run, values
 
 # Partitions looked at in one statement: some milliseconds.
 _PAGE = 1_000
@@ -48,20 +47,8 @@ class RetentionResult:
     next_partition_id: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Deleted:
-    """What one transaction deleted: from which partitions, and in which of them there is more to delete."""
-
-    batches: int
-    log_bytes: int
-    partition_ids: list[int]
-    unfinished: list[int]
-    # The setting that names the objects to the next statements.
-    spent: str
-
-
 def retain(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     *,
     delete_batch: int = 5_000,
     after_partition_id: int = 0,
@@ -104,12 +91,14 @@ def retain(
             return replace(done, next_partition_id=last)
 
 
-def _delete(conn: psycopg.Connection[Any], partition_ids: Sequence[int], share: int) -> tuple[_Deleted, int]:
-    """One transaction: at most `share` batches of each partition, or one run. And how many objects that freed."""
+def _delete(conn: Connection, partition_ids: Sequence[int], share: int) -> tuple[Any, int]:
+    """One transaction: at most `share` batches of each partition, or one run. Returns what it deleted, as
+    `delete_expired` says it, and how many objects that freed.
+    """
     with pipelined(conn):
         pin_plans(conn)
         run(conn, "lock_free_partitions", (Int4Array(partition_ids),), prepare=True)
-        deleting = run(conn, "delete_expired", (share,), prepare=True, row_factory=class_row(_Deleted))
+        deleting = run(conn, "delete_expired", (share,), prepare=True, row_factory=namedtuple_row)
         run(conn, "lock_spent_objects", prepare=True)
         freeing = run(conn, "free_spent_objects", prepare=True)
         (deleted,) = deleting.fetchall()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg import RawCursor
-from psycopg.rows import BaseRowFactory, TupleRow, class_row, tuple_row
+from psycopg.rows import BaseRowFactory, TupleRow, class_row, namedtuple_row, tuple_row
 
 from db import arrays
 from db.translate import domain_errors
@@ -27,6 +27,7 @@ from db.translate import domain_errors
 _SQL = Path(str(files("db"))) / "sql"
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 _Row = TypeVar("_Row")
+Connection = psycopg.Connection[Any]
 
 # Their files go by name, so cursors.sql, which others call, comes early. Views and grants need all functions.
 _LAST = ("views", "grants")
@@ -50,7 +51,7 @@ def statement(name: str) -> bytes:
 
 
 def run(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     name: str,
     parameters: Sequence[Any] = (),
     *,
@@ -69,21 +70,8 @@ def run(
     return cursor
 
 
-def one(
-    conn: psycopg.Connection[Any],
-    kind: type[_Row],
-    name: str,
-    parameters: Sequence[Any] = (),
-    *,
-    prepare: bool | None = None,
-) -> _Row | None:
-    """The first row as a `kind`, whose fields are called as the columns; None where there is no row."""
-    found: _Row | None = run(conn, name, parameters, prepare=prepare, row_factory=class_row(kind)).fetchone()
-    return found
-
-
 def all_(
-    conn: psycopg.Connection[Any],
+    conn: Connection,
     kind: type[_Row],
     name: str,
     parameters: Sequence[Any] = (),
@@ -94,16 +82,18 @@ def all_(
     return run(conn, name, parameters, prepare=prepare, row_factory=class_row(kind)).fetchall()
 
 
-def values(
-    conn: psycopg.Connection[Any], name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None
-) -> TupleRow:
-    """The one row of a statement that always has one."""
-    row: TupleRow | None = run(conn, name, parameters, prepare=prepare).fetchone()
-    assert row is not None  # noqa: S101 - what is asked so is an aggregate, a function, or a row that a migration made
-    return row
+def rows(conn: Connection, name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None) -> list[Any]:
+    """Every row, with an attribute for each column."""
+    return run(conn, name, parameters, prepare=prepare, row_factory=namedtuple_row).fetchall()
 
 
-def pin_plans(conn: psycopg.Connection[Any]) -> None:
+def values(conn: Connection, name: str, parameters: Sequence[Any] = (), *, prepare: bool | None = None) -> TupleRow:
+    """The one row of a statement that always has one: an aggregate's, a function's, one that a migration made."""
+    found: list[TupleRow] = run(conn, name, parameters, prepare=prepare).fetchall()
+    return found[0]
+
+
+def pin_plans(conn: Connection) -> None:
     """Set a transaction's isolation level and the planner's settings, before it materializes or deletes.
 
     Only read committed makes materializing safe: its snapshot must be taken after the wait for the lock.
@@ -113,7 +103,7 @@ def pin_plans(conn: psycopg.Connection[Any]) -> None:
 
 
 @contextmanager
-def pipelined(conn: psycopg.Connection[Any]) -> Iterator[None]:
+def pipelined(conn: Connection) -> Iterator[None]:
     """A transaction on an idle connection. Its statements are sent without waiting for the answers to earlier ones.
 
     The server runs one after the other, each in a snapshot of its own, and none after one that failed. psycopg's

@@ -13,11 +13,9 @@ from time import monotonic
 from typing import Any, Literal, get_args
 from uuid import UUID
 
-import psycopg
-
 from config.errors import UnknownPartitionError, UnknownTopicError
 from db.arrays import Int4Array
-from db.statements import all_, one, run, values
+from db.statements import Connection, all_, rows, run, values
 from db.topics import partition_ids
 
 # Counting further would keep the server busy for a figure nobody reads to the last digit: of one partition, of all.
@@ -69,7 +67,7 @@ class PartitionState:
         return self.backlog < COUNT_LIMIT
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class TopicBacklog:
     """What waits in a topic: `lag` is the oldest event's age in seconds; `counted` is False where there is more."""
 
@@ -100,18 +98,11 @@ class LockWait:
 
     @property
     def blocker(self) -> "Session":
-        return Session(
-            pid=self.blocker_pid,
-            gid=self.blocker_gid,
-            user=self.blocker_user,
-            application=self.blocker_application,
-            state=self.blocker_state,
-            age=self.blocker_age,
-            query=self.blocker_query,
-        )
+        seen = (self.blocker_user, self.blocker_application, self.blocker_state, self.blocker_age, self.blocker_query)
+        return Session(self.blocker_pid, self.blocker_gid, *seen)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Session:
     """Who holds something, and the partitions whose rows it has locked, for at most the `age` of its transaction.
 
@@ -166,15 +157,8 @@ class Holder:
     def session(self) -> Session:
         """What is no slot: those have none."""
         pid, gid = (0, self.name) if self.kind == "prepared transaction" else (int(self.name), None)
-        return Session(
-            pid=pid,
-            gid=gid,
-            user=self.user,
-            application=self.application,
-            state=self.state,
-            age=self.seconds,
-            query=self.query,
-        )
+        seen = (self.user, self.application, self.state, self.seconds, self.query)
+        return Session(pid, gid, *seen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,7 +170,7 @@ class Dispatch:
     own_cluster: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What people look at, at one moment; `at` is the monotonic clock's."""
 
@@ -203,12 +187,10 @@ class Reading:
         found: dict[str, TopicBacklog] = defaultdict(TopicBacklog)
         for partition in self.pending:
             so_far = found[partition.topic]
-            found[partition.topic] = TopicBacklog(
-                events=so_far.events + partition.backlog,
-                partitions=so_far.partitions + 1,
-                lag=max(so_far.lag or 0.0, partition.lag or 0.0),
-                counted=so_far.counted and partition.counted,
-            )
+            so_far.events += partition.backlog
+            so_far.partitions += 1
+            so_far.lag = max(so_far.lag or 0.0, partition.lag or 0.0)
+            so_far.counted &= partition.counted
         return found
 
     def rates(self, before: "Reading") -> dict[str, float]:
@@ -219,67 +201,19 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopicFigures:
-    """Sums over a topic's partitions: `end_offsets` is every record that ever got an offset, `records` those kept.
-
-    Of the backlog: how many partitions have one, its events, the age in seconds of the oldest, and the partitions
-    whose oldest is overdue. Topics beyond a limit are summed up under the name None.
-    """
-
-    name: str | None
-    topics: int
-    partitions: int
-    end_offsets: int
-    records: int
-    bytes: int
-    waiting: int
-    events: int
-    lag: float
-    overdue: int
-    unaudited: int
-    audited_at: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableFigures:
-    """Rows are the statistics' estimates; `bytes` leaves out the indexes."""
-
-    name: str
-    bytes: int
-    live_rows: int
-    dead_rows: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IndexFigures:
-    table: str
-    name: str
-    bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConnectionFigures:
-    """Sessions of this database in one state, and how many the server allows in all."""
-
-    ours: bool
-    state: str
-    sessions: int
-    allowed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """What the exporter shows, at one moment; ages and waits are seconds, 0 where there is none.
 
+    `topics`, `tables`, `indexes` and `connections` are rows of the statements `figures_…`, which say what they hold.
     `capped` says that the events of backlogs were counted up to `COUNT_LIMIT_OF_ALL` only. `held_seconds` is by kind of
     holder.
     """
 
-    topics: Sequence[TopicFigures]
+    topics: Sequence[Any]
     capped: bool
-    tables: Sequence[TableFigures]
-    indexes: Sequence[IndexFigures]
-    connections: Sequence[ConnectionFigures]
+    tables: Sequence[Any]
+    indexes: Sequence[Any]
+    connections: Sequence[Any]
     max_connections: int
     open_transactions: int
     open_seconds: float
@@ -289,39 +223,31 @@ class Figures:
     dispatch: Dispatch
 
 
-def read_status(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> Reading:
+def read_status(conn: Connection, names: Sequence[str] | None = None) -> Reading:
     """Read all topics, or those named; the connection must be idle. UnknownTopicError."""
     with _snapshot(conn):
         topics = describe_topics(conn, names)
         at = monotonic()
         pending = describe_partitions(conn, names, only_pending=True)
         waiting = Int4Array(p.partition_id for p in pending)
-        return Reading(
-            at=at,
-            topics=topics,
-            pending=pending,
-            row_locks=all_(conn, Session, "find_row_locks", (waiting, _ROWS), prepare=False),
-            lock_waits=_lock_waits(conn),
-            holders=_holders(conn),
-            dispatch=_dispatch(conn),
-        )
+        locks = all_(conn, Session, "find_row_locks", (waiting, _ROWS), prepare=False)
+        return Reading(at, topics, pending, locks, *_activity(conn))
 
 
-def read_figures(conn: psycopg.Connection[Any], *, topics: int, overdue_seconds: float) -> Figures:
+def read_figures(conn: Connection, *, topics: int, overdue_seconds: float) -> Figures:
     """Read everything; the connection must be idle. A partition is overdue when an event waits `overdue_seconds`.
 
     Topics beyond the `topics` oldest are summed up.
     """
     with _snapshot(conn):
-        limits = (topics, COUNT_LIMIT_OF_ALL, overdue_seconds)
-        found = all_(conn, TopicFigures, "figures_topics", limits, prepare=False)
-        connections = all_(conn, ConnectionFigures, "figures_connections", prepare=False)
-        holders, waits = _holders(conn), _lock_waits(conn)
+        found = rows(conn, "figures_topics", (topics, COUNT_LIMIT_OF_ALL, overdue_seconds), prepare=False)
+        connections = rows(conn, "figures_connections", prepare=False)
+        waits, holders, dispatch = _activity(conn)
         return Figures(
             topics=found,
             capped=sum(topic.events for topic in found) >= COUNT_LIMIT_OF_ALL,
-            tables=all_(conn, TableFigures, "figures_tables", prepare=False),
-            indexes=all_(conn, IndexFigures, "figures_indexes", prepare=False),
+            tables=rows(conn, "figures_tables", prepare=False),
+            indexes=rows(conn, "figures_indexes", prepare=False),
             connections=connections,
             max_connections=connections[0].allowed,
             open_transactions=sum(holder.has_id for holder in holders),
@@ -331,12 +257,12 @@ def read_figures(conn: psycopg.Connection[Any], *, topics: int, overdue_seconds:
             },
             lock_waits=len({wait.pid for wait in waits}),
             lock_wait_seconds=max((wait.waited or 0.0 for wait in waits), default=0.0),
-            dispatch=_dispatch(conn),
+            dispatch=dispatch,
         )
 
 
 @contextmanager
-def _snapshot(conn: psycopg.Connection[Any]) -> Iterator[None]:
+def _snapshot(conn: Connection) -> Iterator[None]:
     with conn.transaction():
         conn.execute("set transaction isolation level repeatable read, read only")
         # Statistics are out of date; a plan for few rows, or for an empty table, would scan a full one. Statements are
@@ -346,21 +272,15 @@ def _snapshot(conn: psycopg.Connection[Any]) -> Iterator[None]:
         yield
 
 
-def _lock_waits(conn: psycopg.Connection[Any]) -> list[LockWait]:
-    return all_(conn, LockWait, "find_lock_waits", (_ROWS,), prepare=False)
+def _activity(conn: Connection) -> tuple[list[LockWait], list[Holder], Dispatch]:
+    """Who waits for locks, what holds something up, and how far fan-out got."""
+    waits = all_(conn, LockWait, "find_lock_waits", (_ROWS,), prepare=False)
+    holders = all_(conn, Holder, "find_holders", (_ROWS,), prepare=False)
+    # The migration puts a row of fan-out's there, and the newest one stays.
+    return waits, holders, all_(conn, Dispatch, "read_dispatch", prepare=False)[0]
 
 
-def _holders(conn: psycopg.Connection[Any]) -> list[Holder]:
-    return all_(conn, Holder, "find_holders", (_ROWS,), prepare=False)
-
-
-def _dispatch(conn: psycopg.Connection[Any]) -> Dispatch:
-    found = one(conn, Dispatch, "read_dispatch", prepare=False)
-    assert found is not None  # noqa: S101 - the migration puts the row there, and the newest one stays
-    return found
-
-
-def describe_topics(conn: psycopg.Connection[Any], names: Sequence[str] | None = None) -> list[TopicState]:
+def describe_topics(conn: Connection, names: Sequence[str] | None = None) -> list[TopicState]:
     """All topics, or those with these names; UnknownTopicError for a name that is not there."""
     found = all_(conn, TopicState, "describe_topics", (None if names is None else list(names),), prepare=False)
     missing = sorted(set(names or ()) - {topic.name for topic in found})
@@ -370,24 +290,23 @@ def describe_topics(conn: psycopg.Connection[Any], names: Sequence[str] | None =
 
 
 def describe_partitions(
-    conn: psycopg.Connection[Any], names: Sequence[str] | None = None, *, only_pending: bool = False
+    conn: Connection, names: Sequence[str] | None = None, *, only_pending: bool = False
 ) -> list[PartitionState]:
     """Partitions of these topics, or of all, by topic and number."""
     parameters = (None if names is None else list(names), COUNT_LIMIT, only_pending)
     return all_(conn, PartitionState, "describe_partitions", parameters, prepare=False)
 
 
-def find_partition(conn: psycopg.Connection[Any], topic: str, partition: int) -> int:
+def find_partition(conn: Connection, topic: str, partition: int) -> int:
     """Id of a partition; UnknownTopicError and UnknownPartitionError."""
     ids = partition_ids(conn, topic)
     if not 0 <= partition < len(ids):
-        raise UnknownPartitionError(
-            f"topic {topic!r} has no partition {partition}; it has partitions 0 to {len(ids) - 1}"
-        )
+        valid = f"it has partitions 0 to {len(ids) - 1}"
+        raise UnknownPartitionError(f"topic {topic!r} has no partition {partition}; {valid}")
     return ids[partition]
 
 
-def read_offsets(conn: psycopg.Connection[Any], partition_id: int) -> tuple[int, int]:
+def read_offsets(conn: Connection, partition_id: int) -> tuple[int, int]:
     """Start and end offset of a partition; UnknownPartitionError."""
     row = run(conn, "read_head", (partition_id,)).fetchone()
     if row is None:
@@ -395,6 +314,6 @@ def read_offsets(conn: psycopg.Connection[Any], partition_id: int) -> tuple[int,
     return row[0], row[1]
 
 
-def records_to_audit(conn: psycopg.Connection[Any], topic: str | None = None) -> int:
+def records_to_audit(conn: Connection, topic: str | None = None) -> int:
     """How many records an audit has yet to read."""
     return max(0, int(values(conn, "audit_left", (topic,), prepare=False)[0]))

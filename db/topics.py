@@ -1,20 +1,17 @@
 """Topics and their partitions."""
 
 from collections.abc import Sequence
-from typing import Any
 from uuid import UUID
-
-import psycopg
 
 from config.errors import InvalidTopicError, UnknownTopicError
 from db.arrays import Int4Array
-from db.statements import run, values
+from db.statements import Connection, run, values
 from db.translate import is_storable
 
 _MAX_LIMIT = 2**63 - 1
 
 
-def create_topic(conn: psycopg.Connection[Any], name: str, partitions: int) -> UUID:
+def create_topic(conn: Connection, name: str, partitions: int) -> UUID:
     """Create a topic; raises InvalidTopicError and TopicExistsError."""
     if not is_storable(name):
         raise InvalidTopicError(f"topic name {name!r} is not legal. Use 1 to 249 of the characters A-Z a-z 0-9 . _ -")
@@ -22,7 +19,7 @@ def create_topic(conn: psycopg.Connection[Any], name: str, partitions: int) -> U
     return UUID(str(topic_id))
 
 
-def partition_ids(conn: psycopg.Connection[Any], topic: str) -> list[int]:
+def partition_ids(conn: Connection, topic: str) -> list[int]:
     """Ids of a topic's partitions, partition 0 first; raises UnknownTopicError."""
     if not is_storable(topic):
         raise UnknownTopicError(f"topic {topic!r} does not exist: no topic can have this name")
@@ -36,28 +33,26 @@ class PartitionIds:
     def __init__(self) -> None:
         self._known: dict[str, Sequence[int]] = {}
 
-    def get(self, conn: psycopg.Connection[Any], topic: str) -> Sequence[int]:
+    def get(self, conn: Connection, topic: str) -> Sequence[int]:
         """As `partition_ids`, from memory the second time."""
         if topic not in self._known:
             self._known[topic] = tuple(partition_ids(conn, topic))
         return self._known[topic]
 
 
-def highest_partition_id(conn: psycopg.Connection[Any]) -> int:
+def highest_partition_id(conn: Connection) -> int:
     """The id given last; 0 when there are no partitions."""
     (highest,) = values(conn, "highest_partition_id")
     return int(highest)
 
 
-def names_of(conn: psycopg.Connection[Any], ids: Sequence[int]) -> dict[int, tuple[str, int]]:
+def names_of(conn: Connection, ids: Sequence[int]) -> dict[int, tuple[str, int]]:
     """Topic name and partition number by partition id; ids that do not exist are left out."""
     rows = run(conn, "name_partitions", (Int4Array(ids),)).fetchall()
     return {partition_id: (topic, partition) for partition_id, topic, partition in rows}
 
 
-def set_retention(
-    conn: psycopg.Connection[Any], topic: str, *, retention_ms: int | None, retention_bytes: int | None
-) -> None:
+def set_retention(conn: Connection, topic: str, *, retention_ms: int | None, retention_bytes: int | None) -> None:
     """Set a topic's limits, both; None is no limit. What is beyond them goes at the next retention.
 
     Raises UnknownTopicError, and InvalidTopicError for a limit that is not positive or beyond 64 bits.

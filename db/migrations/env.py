@@ -2,13 +2,5 @@
 
 from alembic import context
 
-from db.schema import SCHEMA, metadata
-
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=metadata,
-    version_table_schema=SCHEMA,
-    include_schemas=True,
-    transactional_ddl=True,
-)
+context.configure(**context.config.attributes)
 context.run_migrations()

@@ -1,7 +1,8 @@
 -- name: doctor_server
 -- The server and this database: $1 shards, $2 connections that one process may open.
 -- As all statements of the doctor it gives a row for each thing that may be wrong: whether it is, how bad that would be, what
--- is there, why it matters, and the statements or commands that repair it.
+-- is there, why it matters, and the statements or commands that repair it. Where a check looks at many things, the row's item is
+-- the one; the row without an item is for the case that nothing is wrong.
 select v.*
 from (
     select current_setting('server_version_num')::int / 10000 as major, current_setting('server_version') as version,
@@ -37,7 +38,7 @@ cross join lateral (values
 ) v(area, "check", bad, level, found, why, repair);
 
 -- name: doctor_settings
--- Server settings as this session has them: $1 whether it is the embedded server, which may be small. config/postgresql.conf
+-- Server settings as this session has them. The embedded server may be small, as its embedded.conf says. config/postgresql.conf
 -- has the reasons at length. A value is one of those in `good`, or lies within the bounds.
 with rule(name, wanted, good, least, most, level, size, why) as (values
     ('fsync', 'on', 'on', null, null, 'fail', false, 'A crash of the machine corrupts the database.'),
@@ -74,8 +75,8 @@ with rule(name, wanted, good, least, most, level, size, why) as (values
 ),
 judged as (
     select r.*, s.source, s.context, s.pending_restart, s.value,
-           (s.value <> all (string_to_array(r.good, ',')) or n.v[1] < n.v[2] or n.v[1] > n.v[3]) and not (r.size and $1::boolean)
-               as bad
+           (s.value <> all (string_to_array(r.good, ',')) or n.v[1] < n.v[2] or n.v[1] > n.v[3])
+               and not (r.size and coalesce(s.sourcefile, '') like '%/embedded.conf') as bad
     from rule r
     join (select p.*, current_setting(p.name) as value from pg_settings p) s on s.name = r.name
     -- The value and its bounds in bytes, seconds, or as they are.
@@ -88,27 +89,20 @@ judged as (
 )
 select 'settings' as area, j.name as "check", v.*
 from judged j
+left join (values
+    ('database', ', the database''s default', format('alter database %I reset {};', current_database())),
+    ('user', ', the role''s default', format('alter role %I reset {};', session_user)),
+    ('database user', ', the role''s default in this database',
+     format('alter role %I in database %I reset {};', session_user, current_database())),
+    ('client', ', set by the connection', 'take {} out of TIDEMARK_DATABASE_URL and PGOPTIONS'),
+    ('environment variable', ', set by the environment', null),
+    ('command line', ', set on the server''s command line', 'take {} off the server''s command line, restart Postgres')
+) o(source, whose, repair) on o.source = j.source
 cross join lateral (values
-    (coalesce(j.bad, false), j.level,
-     j.value || case when j.bad then case j.source
-         when 'database' then ', the database''s default'
-         when 'user' then ', the role''s default'
-         when 'database user' then ', the role''s default in this database'
-         when 'client' then ', set by the connection'
-         when 'environment variable' then ', set by the environment'
-         when 'command line' then ', set on the server''s command line'
-         else '' end else '' end,
-     j.why,
-     case j.source
-         when 'database' then array[format('alter database %I reset %I;', current_database(), j.name)]
-         when 'user' then array[format('alter role %I reset %I;', session_user, j.name)]
-         when 'database user' then
-             array[format('alter role %I in database %I reset %I;', session_user, current_database(), j.name)]
-         when 'client' then array[format('take %s out of TIDEMARK_DATABASE_URL and PGOPTIONS', j.name)]
-         when 'command line' then array[format('take %s off the server''s command line, restart Postgres', j.name)]
-         else array[format('alter system set %I = %L;', j.name, j.wanted),
-                    case j.context when 'postmaster' then 'restart Postgres' else 'select pg_reload_conf();' end]
-     end),
+    (coalesce(j.bad, false), j.level, j.value || case when j.bad then coalesce(o.whose, '') else '' end, j.why,
+     case when o.repair is not null then array[replace(o.repair, '{}', j.name)] else
+         array[format('alter system set %I = %L;', j.name, j.wanted),
+               case j.context when 'postmaster' then 'restart Postgres' else 'select pg_reload_conf();' end] end),
     (j.pending_restart, 'warn', j.value || ', changed in the file', 'The new value waits for a restart of Postgres.',
      array['restart Postgres'])
 ) v(bad, level, found, why, repair);
@@ -138,93 +132,69 @@ union all
 select 'settings', 'role and database defaults', false, 'ok', 'nothing harmful', '', '{}';
 
 -- name: doctor_tables
--- Tables: $1 those that should be there, as JSON, with their storage parameters.
-with wanted as (
-    select w.key as name, w.value as options, c.oid is null as missing, c.relpersistence <> 'p' as unlogged,
-           coalesce(c.reloptions, '{}') as has
-    from jsonb_each($1::jsonb) w
-    left join pg_class c on c.relnamespace = to_regnamespace('tidemark') and c.relname = w.key and c.relkind = 'r'
-),
-wrong as (
-    select 'schema', 'table ' || w.name, v.*
-    from wanted w
-    cross join lateral (
-        select string_agg(format('%s = %s', o.key, o.value), ', ') as wanted,
-               string_agg(format('%s = %s', o.key, coalesce(h.value, 'default')), ', ') as has
-        from jsonb_each_text(w.options) o
-        left join (select split_part(x, '=', 1), split_part(x, '=', 2) from unnest(w.has) x) h(key, value) on h.key = o.key
-        where h.value is distinct from o.value
-    ) d
-    cross join lateral (values
-        (w.missing, 'fail', 'missing', 'Part of the schema was dropped.',
-         array['restore a backup, then: celery -A tasks rebase']),
-        (w.unlogged, 'fail', 'unlogged', 'A crash empties it.', array[format('alter table tidemark.%I set logged;', w.name)]),
-        (d.wanted is not null and not w.missing, 'warn', d.has, 'They leave room for updates in place.',
-         array[format('alter table tidemark.%I set (%s);', w.name, d.wanted)]),
-        (exists (select from unnest(w.has) x where x ~* '^autovacuum_enabled=(false|off|no|0)$'), 'fail',
-         'autovacuum is switched off', 'Dead rows pile up, and every read gets slower.',
-         array[format('alter table tidemark.%I reset (autovacuum_enabled);', w.name)])
-    ) v(bad, level, found, why, repair)
-    where v.bad
-)
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+-- Tables: $1 those that should be there, $2 their storage parameters, null for none.
+select 'schema' as area, 'tables' as "check", 'table ' || w.name as item, v.*
+from unnest($1::text[], $2::text[]) w(name, options)
+left join pg_class c on c.relnamespace = to_regnamespace('tidemark') and c.relname = w.name and c.relkind = 'r'
+cross join lateral (values
+    (c.oid is null, 'fail', 'missing', 'Part of the schema was dropped.',
+     array['restore a backup, then: celery -A tasks rebase']),
+    (c.relpersistence <> 'p', 'fail', 'unlogged', 'A crash empties it.',
+     array[format('alter table tidemark.%I set logged;', w.name)]),
+    (c.oid is not null and not coalesce(c.reloptions, '{}') @> string_to_array(w.options, ', '), 'warn',
+     coalesce(array_to_string(c.reloptions, ', '), 'no storage parameters'),
+     format('It should have %s, which leaves room for updates in place.', w.options),
+     array[format('alter table tidemark.%I set (%s);', w.name, w.options)]),
+    (exists (select from unnest(c.reloptions) x where x ~* '^autovacuum_enabled=(false|off|no|0)$'), 'fail',
+     'autovacuum is switched off', 'Dead rows pile up, and every read gets slower.',
+     array[format('alter table tidemark.%I reset (autovacuum_enabled);', w.name)])
+) v(bad, level, found, why, repair)
+where v.bad
 union all
-select 'schema', 'tables', false, 'ok', format('all %s, as defined', count(*)), '', '{}'
-from wanted
-where not exists (select from wrong);
+select 'schema', 'tables', null, false, 'ok', format('all %s, as defined', cardinality($1::text[])), '', '{}';
 
 -- name: doctor_rules
--- Constraints and indexes. Those that should be there: $1 names, $2 their tables, $3 whether it is an index, $4 what makes it.
-with wanted as (
-    select w.*
-    from unnest($1::text[], $2::text[], $3::boolean[], $4::text[]) w(name, tbl, is_index, ddl)
-    where to_regclass('tidemark.' || quote_ident(w.tbl)) is not null
-),
-has as (
-    select c.conname::text as name, t.relname::text as tbl, c.convalidated as valid, false as is_index
+-- Constraints and indexes. Those that should be there: $1 names, $2 their tables, $3 what makes them.
+with has as (
+    select c.conname::text as name, c.conrelid as tbl, c.convalidated as valid, false as is_index, false as of_constraint
     from pg_constraint c
-    join pg_class t on t.oid = c.conrelid
     where c.connamespace = to_regnamespace('tidemark')
     union all
-    select i.relname::text, t.relname::text, x.indisvalid and x.indisready, true
+    select i.relname::text, x.indrelid, x.indisvalid and x.indisready, true,
+           exists (select from pg_constraint c where c.conindid = x.indexrelid)
     from pg_index x
-    join pg_class t on t.oid = x.indrelid
     join pg_class i on i.oid = x.indexrelid
     where i.relnamespace = to_regnamespace('tidemark')
-),
-wrong as (
-    select 'schema', case when b.is_index then 'index ' else 'constraint ' end || b.name, v.*
-    from (
-        select coalesce(w.name, h.name) as name, coalesce(w.tbl, h.tbl) as tbl, coalesce(w.is_index, h.is_index) as is_index,
-               w.ddl, w.name is not null as ours, h.name is null as missing, h.valid,
-               h.is_index and exists (select from has c where c.name = h.name and not c.is_index) as of_constraint
-        from wanted w
-        full join has h on h.name = w.name and h.is_index = w.is_index
-    ) b
-    cross join lateral (values
-        (b.missing, 'fail', 'missing', 'An invariant is not enforced, or statements read whole tables.', array[b.ddl || ';']),
-        (b.ours and not b.valid, 'fail', 'not valid', 'It does not cover the rows that were there before it.',
-         array[case when b.is_index then format('reindex index concurrently tidemark.%I;', b.name)
-                    else format('alter table tidemark.%I validate constraint %I;', b.tbl, b.name) end]),
-        (b.of_constraint and not b.valid, 'fail', 'not valid',
-         'It is not kept up or not used, so what its constraint says may not hold.',
-         array[format('reindex index concurrently tidemark.%I;', b.name)]),
-        -- Each further index costs commits or materialization a fifth of their throughput and more.
-        (b.is_index and not b.ours and not b.of_constraint and b.tbl in ('record_batch_events', 'runs'), 'warn',
-         'an index too many on ' || b.tbl,
-         'Each further one costs 15 to 40 per cent of throughput, and may lure the planner off the key.',
-         array[format('drop index concurrently tidemark.%I;', b.name)])
-    ) v(bad, level, found, why, repair)
-    where v.bad
 )
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+select 'schema' as area, 'constraints and indexes' as "check",
+       case when b.is_index then 'index ' else 'constraint ' end || b.name as item, v.*
+from (
+    select coalesce(w.name, h.name) as name, coalesce(w.tbl, h.tbl) as tbl, coalesce(w.is_index, h.is_index) as is_index,
+           w.ddl, w.name is not null as ours, h.name is null as missing, h.valid, h.of_constraint
+    from (select u.name, to_regclass(u.tbl)::oid as tbl, u.ddl, u.ddl like 'create index%' as is_index
+          from unnest($1::text[], $2::text[], $3::text[]) u(name, tbl, ddl)
+          where to_regclass(u.tbl) is not null) w
+    full join has h on h.name = w.name and h.is_index = w.is_index
+) b
+cross join lateral (values
+    (b.missing, 'fail', 'missing', 'An invariant is not enforced, or statements read whole tables.', array[b.ddl]),
+    (b.ours and not b.valid, 'fail', 'not valid', 'It does not cover the rows that were there before it.',
+     array[case when b.is_index then format('reindex index concurrently tidemark.%I;', b.name)
+                else format('alter table %s validate constraint %I;', b.tbl::regclass, b.name) end]),
+    (b.of_constraint and not b.valid, 'fail', 'not valid',
+     'It is not kept up or not used, so what its constraint says may not hold.',
+     array[format('reindex index concurrently tidemark.%I;', b.name)]),
+    -- Each further index costs commits or materialization a fifth of their throughput and more.
+    (b.is_index and not b.ours and not b.of_constraint
+     and b.tbl in (to_regclass('tidemark.record_batch_events'), to_regclass('tidemark.runs')), 'warn',
+     format('an index too many on %s', b.tbl::regclass),
+     'Each further one costs 15 to 40 per cent of throughput, and may lure the planner off the key.',
+     array[format('drop index concurrently tidemark.%I;', b.name)])
+) v(bad, level, found, why, repair)
+where v.bad
 union all
-select 'schema', 'constraints and indexes', false, 'ok', format('all %s, valid', count(*)), '', '{}'
-from wanted
-where not exists (select from wrong)
-order by 2;
+select 'schema', 'constraints and indexes', null, false, 'ok', format('all %s, valid', cardinality($1::text[])), '', '{}'
+order by 3;
 
 -- name: doctor_functions
 -- Functions, and who may execute them: $1 names of those that should be there.
@@ -234,28 +204,23 @@ with has as (
            exists (select from aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a where a.grantee = 0) as public
     from pg_proc p
     where p.pronamespace = to_regnamespace('tidemark')
-),
-wrong as (
-    select 'schema', 'function ' || coalesce(h.name, w.name), v.*
-    from unnest($1::text[]) w(name)
-    full join has h on h.name = w.name
-    cross join lateral (values
-        (h.name is null, 'fail', 'missing', 'Every statement that uses it fails.', array['celery -A tasks migrate']),
-        (not has_function_privilege(h.oid, 'execute'), 'fail', format('%s may not execute it', current_user),
-         'Workers and commands of this role fail.',
-         array[format('grant execute on all functions in schema tidemark to %I;', current_user)]),
-        (h.public, 'warn', 'every role may execute it', 'Only members of tidemark_producer should commit.',
-         array[format('revoke execute on function %s from public;', h.signature)])
-    ) v(bad, level, found, why, repair)
-    where v.bad
 )
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+select 'schema' as area, 'functions' as "check", 'function ' || coalesce(h.name, w.name) as item, v.*
+from unnest($1::text[]) w(name)
+full join has h on h.name = w.name
+cross join lateral (values
+    (h.name is null, 'fail', 'missing', 'Every statement that uses it fails.', array['celery -A tasks migrate']),
+    (not has_function_privilege(h.oid, 'execute'), 'fail', format('%s may not execute it', current_user),
+     'Workers and commands of this role fail.',
+     array[format('grant execute on all functions in schema tidemark to %I;', current_user)]),
+    (h.public, 'warn', 'every role may execute it', 'Only members of tidemark_producer should commit.',
+     array[format('revoke execute on function %s from public;', h.signature)])
+) v(bad, level, found, why, repair)
+where v.bad
 union all
-select 'schema', 'functions', false, 'ok', format('all %s, executable', count(*)), '', '{}'
+select 'schema', 'functions', null, false, 'ok', format('all %s, executable', count(*)), '', '{}'
 from has
-where not exists (select from wrong)
-order by 2;
+order by 3;
 
 -- name: doctor_privileges
 -- What this role may not do with the tables, whether it sees others' sessions, and what the producer role may do.
@@ -312,26 +277,22 @@ with t as (
     join pg_stat_all_tables s on s.relid = c.oid
     left join pg_stat_progress_vacuum v on v.relid = c.oid
     where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r'
-),
-wrong as (
-    select 'activity', 'dead rows in ' || t.relname, true, 'warn',
-           concat(to_char(t.dead, 'FM999,999,999,999'), ' beside ', to_char(t.live, 'FM999,999,999,999'), ', vacuumed ',
-                  coalesce(t.seconds || ' s ago', 'never'), ', vacuum is at it (' || t.phase || ')'),
-           'Vacuum does not keep up, or an old transaction holds it back.',
-           array[format('vacuum (analyze) tidemark.%I;', t.relname)]
-    from t
-    where t.dead >= $1::bigint and t.dead >= t.live / 2
 )
-select *
-from wrong w(area, "check", bad, level, found, why, repair)
+select 'activity' as area, 'dead rows' as "check", 'dead rows in ' || t.relname as item, true as bad, 'warn' as level,
+       concat(to_char(t.dead, 'FM999,999,999,999'), ' beside ', to_char(t.live, 'FM999,999,999,999'), ', vacuumed ',
+              coalesce(t.seconds || ' s ago', 'never'), ', vacuum is at it (' || t.phase || ')') as found,
+       'Vacuum does not keep up, or an old transaction holds it back.' as why,
+       array[format('vacuum (analyze) tidemark.%I;', t.relname)] as repair
+from t
+where t.dead >= $1::bigint and t.dead >= t.live / 2
 union all
-select 'activity', 'dead rows', false, 'ok',
+select 'activity', 'dead rows', null, false, 'ok',
        concat('few', '; vacuum runs on ' || string_agg(format('%s (%s)', t.relname, t.phase), ', ')), '', '{}'
-from (select t.* from t where t.phase is not null) t
-where not exists (select from wrong)
+from t
+where t.phase is not null
 union all
 -- Postgres forces a vacuum at 200 million and stops at two thousand million.
-select 'activity', 'transaction ids', x.age >= 1000000000, case when x.age >= 1800000000 then 'fail' else 'warn' end,
+select 'activity', 'transaction ids', null, x.age >= 1000000000, case when x.age >= 1800000000 then 'fail' else 'warn' end,
        format('oldest is %s back', to_char(x.age, 'FM999,999,999,999')), 'At 2,000,000,000 Postgres takes no more writes.',
        array['vacuum (freeze);']
 from (select age(d.datfrozenxid) from pg_database d where d.datname = current_database()) x;

@@ -27,8 +27,10 @@ select set_config('enable_seqscan', 'off', true),
 --
 -- One row: the ids that exist, and the seconds that this took. They are told by the server, for a client that sends the next
 -- statement along with this one cannot see the moment between them. That statement reads the ids from the setting.
-with locked as materialized (
-    select l.id
+select a.ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
+       set_config('tidemark.locked', a.ids::text, true)
+from (
+    select coalesce(array_agg(l.id), '{}') as ids
     from (
         select p.id
         from tidemark.topic_partitions p
@@ -36,16 +38,15 @@ with locked as materialized (
         order by p.id
         for no key update of p
     ) l
-)
-select a.ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
-       set_config('tidemark.locked', a.ids::text, true)
-from (select coalesce(array_agg(k.id order by k.id), '{}') as ids from locked k) a;
+) a;
 
 -- name: lock_free_partitions
 /*+ IndexScan(p topic_partitions_pkey) */
 -- As lock_partitions, for those that nobody else has locked; waits for none. The ids that are missing are locked or do not exist.
-with locked as materialized (
-    select l.id
+select a.ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
+       set_config('tidemark.locked', a.ids::text, true)
+from (
+    select coalesce(array_agg(l.id), '{}') as ids
     from (
         select p.id
         from tidemark.topic_partitions p
@@ -53,10 +54,7 @@ with locked as materialized (
         order by p.id
         for no key update of p skip locked
     ) l
-)
-select a.ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
-       set_config('tidemark.locked', a.ids::text, true)
-from (select coalesce(array_agg(k.id order by k.id), '{}') as ids from locked k) a;
+) a;
 
 -- name: place_incremental
 /*+ IndexScan(m record_batch_events_pkey) IndexOnlyScan(h record_batch_events_pkey)

@@ -14,12 +14,11 @@ from psycopg import Connection
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 from psycopg_pool import PoolTimeout
-from sqlalchemy import select, text
+from sqlalchemy import column, select, table, text
 
 from config.errors import UnknownTopicError
 from config.settings import Settings
 from db.pool import Database
-from db.schema import topics
 from db.topics import create_topic, partition_ids
 from tests.support import wait_until
 
@@ -65,6 +64,7 @@ def test_connections_are_reused(database: Database, conn: Connection[TupleRow]) 
 
 def test_the_engine_shares_the_pool(database: Database, conn: Connection[TupleRow]) -> None:
     create_topic(conn, "orders", 3)
+    topics = table("topics", column("name"), column("partitions"), schema="tidemark")
     with database.engine.connect() as connection:
         assert connection.execute(select(topics.c.name, topics.c.partitions)).all() == [("orders", 3)]
         pid = connection.execute(text("select pg_backend_pid()")).scalar_one()

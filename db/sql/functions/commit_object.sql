@@ -14,12 +14,7 @@
 --
 -- Security definer: a producer role needs no right to any table.
 create or replace function tidemark.commit_object(
-    object_key text,
-    partition_ids int[],
-    n_records int[],
-    byte_offsets bigint[],
-    byte_lengths int[],
-    max_timestamps bigint[]
+    object_key text, partition_ids int[], n_records int[], byte_offsets bigint[], byte_lengths int[], max_timestamps bigint[]
 ) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp

@@ -1,45 +1,36 @@
 -- Raises TM001 for the first thing that is wrong with the arguments of commit_object.
 create or replace function tidemark.explain_invalid_commit(
-    object_key text,
-    partition_ids int[],
-    n_records int[],
-    byte_offsets bigint[],
-    byte_lengths int[],
-    max_timestamps bigint[]
+    object_key text, partition_ids int[], n_records int[], byte_offsets bigint[], byte_lengths int[], max_timestamps bigint[]
 ) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
     named constant text := coalesce(format('object %s', quote_literal(left(object_key, 100))), 'object without a key');
+    sizes constant int[] := array[cardinality(partition_ids), cardinality(n_records), cardinality(byte_offsets),
+                                  cardinality(byte_lengths), cardinality(max_timestamps)];
     problem text;
     fix text;
 begin
-    if object_key is null or object_key = '' then
-        problem := 'the object key is empty';
-        fix := 'Pass the key under which the object was uploaded.';
-    elsif octet_length(object_key) > 1024 then
-        problem := format('the object key has %s bytes', octet_length(object_key));
-        fix := 'Use a key of at most 1024 bytes.';
-    elsif partition_ids is null or n_records is null or byte_offsets is null or byte_lengths is null
-        or max_timestamps is null then
-        problem := 'an array is NULL';
-        fix := 'Pass all five arrays.';
-    elsif cardinality(partition_ids) = 0 then
-        problem := 'there are no batches in it';
-        fix := 'Commit an object only when it holds at least one batch.';
-    elsif cardinality(n_records) <> cardinality(partition_ids) or cardinality(byte_offsets) <> cardinality(partition_ids)
-        or cardinality(byte_lengths) <> cardinality(partition_ids)
-        or cardinality(max_timestamps) <> cardinality(partition_ids) then
-        problem := format('the arrays differ in length: %s partition ids, %s n_records, %s byte_offsets, '
-                          '%s byte_lengths, %s max_timestamps', cardinality(partition_ids), cardinality(n_records),
-                          cardinality(byte_offsets), cardinality(byte_lengths), cardinality(max_timestamps));
-        fix := 'Pass one element per batch in every array.';
-    elsif greatest(array_ndims(partition_ids), array_ndims(n_records), array_ndims(byte_offsets),
-                   array_ndims(byte_lengths), array_ndims(max_timestamps)) <> 1 then
-        problem := 'an array has more than one dimension';
-        fix := 'Pass arrays of one dimension.';
-    else
+    select r.problem, r.fix into problem, fix
+    from (values
+        (1, coalesce(object_key, '') = '', 'the object key is empty', 'Pass the key under which the object was uploaded.'),
+        (2, octet_length(object_key) > 1024, format('the object key has %s bytes', octet_length(object_key)),
+         'Use a key of at most 1024 bytes.'),
+        (3, array_position(sizes, null) is not null, 'an array is NULL', 'Pass all five arrays.'),
+        (4, sizes[1] = 0, 'there are no batches in it', 'Commit an object only when it holds at least one batch.'),
+        (5, sizes[1] <> any (sizes),
+         format('the arrays differ in length: %s partition ids, %s n_records, %s byte_offsets, %s byte_lengths, '
+                '%s max_timestamps', variadic sizes),
+         'Pass one element per batch in every array.'),
+        (6, greatest(array_ndims(partition_ids), array_ndims(n_records), array_ndims(byte_offsets),
+                     array_ndims(byte_lengths), array_ndims(max_timestamps)) <> 1,
+         'an array has more than one dimension', 'Pass arrays of one dimension.')
+    ) r(number, wrong, problem, fix)
+    where r.wrong
+    order by r.number
+    limit 1;
+    if problem is null then
         select format('batch %s: %s', b.position,
                       case
                           when b.partition_id is null or b.n_records is null or b.byte_offset is null

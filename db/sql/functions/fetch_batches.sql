@@ -5,19 +5,8 @@
 -- Stable: all its statements see the caller's snapshot, so the offsets checked belong to the batches returned.
 -- Errors: TM003 unknown partition, TM007 offset outside [start offset, end offset], TM009 limits below 1, TM011 (on a standby)
 -- offset beyond what has arrived here.
-create or replace function tidemark.fetch_batches(
-    partition_id int,
-    from_offset bigint,
-    max_bytes bigint,
-    max_batches int
-) returns table (
-    start_offset bigint,
-    n_records int,
-    object_key text,
-    byte_offset bigint,
-    byte_length int,
-    max_timestamp bigint
-)
+create or replace function tidemark.fetch_batches(partition_id int, from_offset bigint, max_bytes bigint, max_batches int)
+returns table (start_offset bigint, n_records int, object_key text, byte_offset bigint, byte_length int, max_timestamp bigint)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 -- A session keeps its plans: one made for an empty table must not read a full one.
@@ -151,17 +140,13 @@ begin
             limit max_batches
         loop
             bytes := bytes + byte_length;
-            if bytes > max_bytes and fetched > 0 then
-                return;
-            end if;
+            exit when bytes > max_bytes and fetched > 0;
             return next;
             fetched := fetched + 1;
-            if bytes >= max_bytes then
-                return;
-            end if;
+            exit when bytes >= max_bytes;
         end loop;
     end if;
-    if fetched = max_batches or upto = head.end_offset then
+    if bytes >= max_bytes or fetched = max_batches or upto = head.end_offset then
         return;
     end if;
 
@@ -235,19 +220,8 @@ $$;
 
 -- The same by topic name and partition number. Error: TM004 unknown topic, TM003 unknown partition of it.
 create or replace function tidemark.fetch_batches(
-    topic text,
-    partition int,
-    from_offset bigint,
-    max_bytes bigint,
-    max_batches int
-) returns table (
-    start_offset bigint,
-    n_records int,
-    object_key text,
-    byte_offset bigint,
-    byte_length int,
-    max_timestamp bigint
-)
+    topic text, partition int, from_offset bigint, max_bytes bigint, max_batches int
+) returns table (start_offset bigint, n_records int, object_key text, byte_offset bigint, byte_length int, max_timestamp bigint)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$

@@ -2,27 +2,22 @@
 -- grant tidemark_producer to my_broker;
 do $$
 begin
-    if to_regrole('tidemark_producer') is null then
-        create role tidemark_producer nologin;
-    end if;
-exception
-    -- Another database of this cluster is being migrated at this moment.
-    when duplicate_object or unique_violation then null;
-    -- Managed servers may not let us; `celery -A tasks doctor` says so.
-    when insufficient_privilege then
-        raise warning 'role tidemark_producer does not exist and % may not create it', current_user;
-end
-$$;
-
-revoke execute on all functions in schema tidemark from public;
-
-do $$
-begin
+    begin
+        if to_regrole('tidemark_producer') is null then
+            create role tidemark_producer nologin;
+        end if;
+    exception
+        -- Another database of this cluster is being migrated at this moment.
+        when duplicate_object or unique_violation then null;
+        -- Managed servers may not let us; `celery -A tasks doctor` says so.
+        when insufficient_privilege then
+            raise warning 'role tidemark_producer does not exist and % may not create it', current_user;
+    end;
+    revoke execute on all functions in schema tidemark from public;
     if to_regrole('tidemark_producer') is not null then
         grant usage on schema tidemark to tidemark_producer;
         grant execute on function tidemark.partition_ids(text) to tidemark_producer;
-        grant execute on function tidemark.commit_object(text, int[], int[], bigint[], int[], bigint[])
-            to tidemark_producer;
+        grant execute on function tidemark.commit_object(text, int[], int[], bigint[], int[], bigint[]) to tidemark_producer;
     end if;
 end
 $$;
