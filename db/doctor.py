@@ -95,7 +95,7 @@ def checks(conn: Connection, settings: Settings) -> dict[str, Callable[[], Itera
     return {
         "server": table("doctor_server", settings.shards, settings.pool_open),
         "clock": lambda: _clock(conn),
-        "settings": table("doctor_settings"),
+        "settings": table("doctor_settings", settings.database_url is None),
         "role and database defaults": table("doctor_defaults"),
         "version": lambda: _version(conn),
         "tables": table("doctor_tables", *_tables()),

@@ -38,7 +38,7 @@ cross join lateral (values
 ) v(area, "check", bad, level, found, why, repair);
 
 -- name: doctor_settings
--- Server settings as this session has them. The embedded server may be small, as its embedded.conf says. config/postgresql.conf
+-- Server settings as this session has them: $1 whether it is the embedded server, which may be small. config/postgresql.conf
 -- has the reasons at length. A value is one of those in `good`, or lies within the bounds.
 with rule(name, wanted, good, least, most, level, size, why) as (values
     ('fsync', 'on', 'on', null, null, 'fail', false, 'A crash of the machine corrupts the database.'),
@@ -75,8 +75,8 @@ with rule(name, wanted, good, least, most, level, size, why) as (values
 ),
 judged as (
     select r.*, s.source, s.context, s.pending_restart, s.value,
-           (s.value <> all (string_to_array(r.good, ',')) or n.v[1] < n.v[2] or n.v[1] > n.v[3])
-               and not (r.size and coalesce(s.sourcefile, '') like '%/embedded.conf') as bad
+           (s.value <> all (string_to_array(r.good, ',')) or n.v[1] < n.v[2] or n.v[1] > n.v[3]) and not (r.size and $1::boolean)
+               as bad
     from rule r
     join (select p.*, current_setting(p.name) as value from pg_settings p) s on s.name = r.name
     -- The value and its bounds in bytes, seconds, or as they are.

@@ -45,7 +45,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "doctor_privileges": (),
     "doctor_rules": ("{{runs_pkey}}", "{{tidemark.runs}}", "{{ddl}}"),
     "doctor_server": ("8", "25"),
-    "doctor_settings": (),
+    "doctor_settings": ("true",),
     "doctor_tables": ("{{runs}}", "{{null}}"),
     "doctor_vacuum": ("10",),
     "is_migrated": (),
