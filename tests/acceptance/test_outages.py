@@ -42,7 +42,7 @@ def place(crashable_postgres: PostgresServer, crashable_redis: RedisServer, tmp_
         database_url=crashable_postgres.url(name),
         broker_url=crashable_redis.url,
         directory=tmp_path,
-        settings={"TIDEMARK_QUEUED_SECONDS": "1", "TIDEMARK_VISIBILITY_TIMEOUT": "48"},
+        settings={"TIDEMARK_QUEUED_SECONDS": "1"},
     )
     with psycopg.connect(crashable_postgres.url(), autocommit=True) as admin:
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
