@@ -8,15 +8,16 @@ from typing import Any
 from kombu import Exchange, Queue
 from kombu.utils.scheduling import round_robin_cycle
 
-from config.queues import CONTROL, MAINTENANCE, all_queues
+from config.queues import CONTROL, all_queues, shard_of_queue
 from config.redis import RedisAddress, is_redis
 from config.settings import Settings
 
 # Seconds that a publication, or anything else outside a worker's own loop, may wait for the broker. A worker waits
 # longer: its loop has nothing else to do, and starting over costs it its place in every queue.
-PUBLISH_SECONDS = 2.0
+_PUBLISH_SECONDS = 2.0
 _CONSUME_SECONDS = 30.0
 _STALE_SECONDS = 30.0
+_PAUSES = {"interval_start": 0.0, "interval_step": 0.2}
 
 
 class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
@@ -29,11 +30,13 @@ class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
 def celery_config(settings: Settings, broker_url: str, redis_url: str | None) -> dict[str, Any]:
     """All of Celery's settings that differ from its defaults."""
     tasks = Exchange("tidemark", type="direct", durable=True)
+    # RabbitMQ: one consumer at a time, the next one takes over. Redis ignores it.
+    one_consumer = {"x-single-active-consumer": True}
     broker = RedisAddress.parse(broker_url) if is_redis(broker_url) else None
     config: dict[str, Any] = {
         "broker_url": broker_url if broker is None else broker.celery_url,
         "task_queues": [
-            Queue(name, tasks, routing_key=name, queue_arguments=_queue_arguments(name))
+            Queue(name, tasks, routing_key=name, queue_arguments=None if shard_of_queue(name) is None else one_consumer)
             for name in all_queues(settings.shards)
         ],
         "task_default_queue": CONTROL,
@@ -71,7 +74,7 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "redbeat_lock_timeout": 10,
         "redbeat_key_prefix": "tidemark:beat:",
         # Who publishes learns soon that the broker is away; the next tick or sweep finds what was not published.
-        "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0.0, "interval_step": 0.2},
+        "task_publish_retry_policy": {"max_retries": 1, **_PAUSES},
     }
     if broker is not None:
         config["broker_transport_options"] = {
@@ -97,10 +100,10 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
             "result_backend_transport_options": {
                 **results.celery_options,
                 # Celery's default tries for 20 s, and then asks for a restart.
-                "retry_policy": {"max_retries": 2, "interval_start": 0.0, "interval_step": 0.2},
+                "retry_policy": {"max_retries": 2, **_PAUSES},
             },
-            "redis_socket_connect_timeout": PUBLISH_SECONDS,
-            "redis_socket_timeout": PUBLISH_SECONDS,
+            "redis_socket_connect_timeout": _PUBLISH_SECONDS,
+            "redis_socket_timeout": _PUBLISH_SECONDS,
             "redis_socket_keepalive": not results.path,
             "redis_backend_health_check_interval": 30,
         }
@@ -110,31 +113,25 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
 def publish_options() -> dict[str, Any]:
     """Transport options of connections that publish and ask, over those in the configuration."""
     return {
-        "socket_connect_timeout": PUBLISH_SECONDS,
-        "socket_timeout": PUBLISH_SECONDS,
+        "socket_connect_timeout": _PUBLISH_SECONDS,
+        "socket_timeout": _PUBLISH_SECONDS,
         # Without a limit Kombu tries to connect for ever.
         "max_retries": 1,
-        "interval_start": 0.0,
-        "interval_step": 0.2,
-        "connect_retries_timeout": PUBLISH_SECONDS,
+        **_PAUSES,
+        "connect_retries_timeout": _PUBLISH_SECONDS,
     }
-
-
-def _queue_arguments(name: str) -> dict[str, Any] | None:
-    # RabbitMQ: one consumer at a time, the next one takes over. Redis ignores it.
-    return None if name in {CONTROL, MAINTENANCE} else {"x-single-active-consumer": True}
 
 
 def _schedule(settings: Settings) -> dict[str, Any]:
     intervals = {
-        "tasks.fan_out": settings.fan_out_interval,
-        "tasks.sweep": settings.sweep_interval,
-        "tasks.retain": settings.retention_interval,
-        "tasks.audit": settings.audit_interval,
+        "fan_out": settings.fan_out_interval,
+        "sweep": settings.sweep_interval,
+        "retain": settings.retention_interval,
+        "audit": settings.audit_interval,
     }
     return {
-        name.removeprefix("tasks."): {
-            "task": name,
+        name: {
+            "task": f"tasks.{name}",
             "schedule": interval,
             # RabbitMQ drops a tick nobody took; on Redis beat publishes none into a long queue (tasks/programs.py).
             # Celery's own `expires` compares two machines' clocks: half a minute apart, they would drop every tick.

@@ -64,6 +64,9 @@ class Router:
         self, name: str, args: Any, kwargs: Any, _options: Mapping[str, Any], **_: Any
     ) -> dict[str, str] | None:
         """Queue for a task of ours; None for others."""
+        if not name.startswith("tasks."):
+            return None
+        queue = MAINTENANCE if name in _MAINTENANCE else CONTROL
         if name == MATERIALIZE:
             ids = partition_ids_of(args, kwargs)
             shards = {shard_of(i, self._shards) for i in ids}
@@ -72,11 +75,5 @@ class Router:
                     f"{MATERIALIZE}: partition ids {ids[:10]} belong to {len(shards)} shards. One task serves one: "
                     f"pass them apart, or use tasks.materialize_topic(topic)."
                 )
-            return _to(shard_queue(shards.pop()))
-        if name in _MAINTENANCE:
-            return _to(MAINTENANCE)
-        return _to(CONTROL) if name.startswith("tasks.") else None
-
-
-def _to(queue: str) -> dict[str, str]:
-    return {"queue": queue, "routing_key": queue}
+            queue = shard_queue(shards.pop())
+        return {"queue": queue, "routing_key": queue}

@@ -69,18 +69,15 @@ class EmbeddedServer(ABC):
         if not self._owner.acquire(time.monotonic() + _LOCK_SECONDS):
             raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
 
-    def begin(self) -> None:
-        """Own and launch it, or leave nothing behind."""
+    def start(self) -> Self:
+        """Own it and launch it, or leave nothing behind; for `with`, which stops it."""
         self.own()
         try:
             self.launch()
         except BaseException:
             self.stop()
             raise
-
-    def launch(self) -> None:
-        """Start it for the first time; on return it answers."""
-        self._launch()
+        return self
 
     def stop(self) -> None:
         """Stop in order. Does nothing when it is stopped, or when another process owns the directory by now."""
@@ -93,7 +90,7 @@ class EmbeddedServer(ABC):
             self._owner.release()
 
     def kill(self) -> None:
-        """Crash: SIGKILL to the server and all its children. `restart` or a new `start` recovers."""
+        """Crash: SIGKILL to the server and all its children. `restart` or another `start` recovers."""
         if self._owner.held:  # otherwise what runs there is another owner's
             self._kill_all()
             self._owner.release()
@@ -102,7 +99,7 @@ class EmbeddedServer(ABC):
         """Stop what still runs and start again, at the same URL (a Postgres after `stop`: at a new one)."""
         self.own()
         self._end()
-        self._launch()
+        self.launch()
 
     def __enter__(self) -> Self:
         return self
@@ -110,10 +107,11 @@ class EmbeddedServer(ABC):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _clean_up(self) -> None:  # noqa: B027 - most of it lies in the directory
+    def _clean_up(self) -> None:  # noqa: B027 - Redis has nothing there
         """Remove what lies outside the directory."""
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
+        """Start it; on return it answers."""
         self._kill_all()
         self._prepare()
         with open_log(self._log) as log:

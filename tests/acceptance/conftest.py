@@ -53,11 +53,10 @@ FAST = {
     "TIDEMARK_QUEUED_SECONDS": "3",
     "TIDEMARK_TASK_SECONDS": "2",
     "TIDEMARK_MAINTENANCE_SECONDS": "1",
-    "TIDEMARK_POOL_WAIT": "2",
     "TIDEMARK_LOCK_TIMEOUT": "12",
     "TIDEMARK_STATEMENT_TIMEOUT": "12",
     "TIDEMARK_TRANSACTION_TIMEOUT": "20",
-    "TIDEMARK_VISIBILITY_TIMEOUT": "76",
+    "TIDEMARK_VISIBILITY_TIMEOUT": "92",
 }
 READY_SECONDS = 30.0
 
@@ -240,13 +239,13 @@ def celery_setup(
 @pytest.fixture(scope="session")
 def crashable_postgres(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
     # With fsync and full page writes: a crash must lose nothing.
-    with PostgresServer.start(server_directory / "crashable-postgres", bin_dir=postgres_bin) as server:
+    with PostgresServer(server_directory / "crashable-postgres", bin_dir=postgres_bin).start() as server:
         yield server
 
 
 @pytest.fixture
 def crashable_redis(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
-    with RedisServer.start(server_directory / "crashable-redis", binary=redis_binary) as server:
+    with RedisServer(server_directory / "crashable-redis", binary=redis_binary).start() as server:
         yield server
 
 

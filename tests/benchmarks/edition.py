@@ -273,7 +273,7 @@ def _fleet(url: str, workers: int) -> Iterator[dict[str, list[int]]]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-sustained-")))
         directory.chmod(0o711)
-        redis = stack.enter_context(RedisServer.start(directory / "redis"))
+        redis = stack.enter_context(RedisServer(directory / "redis").start())
         env = {
             "TIDEMARK_DATABASE_URL": url,
             "TIDEMARK_BROKER_URL": redis.url,

@@ -85,8 +85,8 @@ def percentile(values: list[float], percent: int) -> float:
 def run(samples: int, stack: ExitStack) -> dict[str, list[float]]:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-latency-")))
     directory.chmod(0o711)
-    postgres = stack.enter_context(PostgresServer.start(directory / "postgres"))
-    redis = stack.enter_context(RedisServer.start(directory / "redis"))
+    postgres = stack.enter_context(PostgresServer(directory / "postgres").start())
+    redis = stack.enter_context(RedisServer(directory / "redis").start())
     with psycopg.connect(postgres.url(), autocommit=True) as admin:
         admin.execute("create database polled")
     for url in (postgres.url(), postgres.url("polled")):

@@ -189,8 +189,8 @@ def main() -> None:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-timeline-")))
         directory.chmod(0o711)
-        postgres = stack.enter_context(PostgresServer.start(directory / "postgres"))
-        redis = stack.enter_context(RedisServer.start(directory / "redis"))
+        postgres = stack.enter_context(PostgresServer(directory / "postgres").start())
+        redis = stack.enter_context(RedisServer(directory / "redis").start())
         upgrade(postgres.url())
         env = {
             "TIDEMARK_DATABASE_URL": postgres.url(),

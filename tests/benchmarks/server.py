@@ -29,7 +29,7 @@ def running_server(settings: Mapping[str, str] | None = None) -> Iterator[str]:
     directory = Path(tempfile.mkdtemp(prefix="tidemark-bench-"))
     directory.chmod(0o755)
     try:
-        with PostgresServer.start(directory / "postgres", settings={**SETTINGS, **(settings or {})}) as server:
+        with PostgresServer(directory / "postgres", settings={**SETTINGS, **(settings or {})}).start() as server:
             upgrade(server.url())
             yield server.url()
     finally:

@@ -82,7 +82,7 @@ class Rig:
         url = stack.enter_context(running_server())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-celery-")))
         directory.chmod(0o711)
-        redis = stack.enter_context(RedisServer.start(directory / "redis"))
+        redis = stack.enter_context(RedisServer(directory / "redis").start())
         self.conn: psycopg.Connection[Any] = stack.enter_context(psycopg.connect(url, autocommit=True))
         self.crew = stack.enter_context(Crew(url, _WORKERS))
         self._app = stack.enter_context(app_for(url, redis.url, data_dir=directory))

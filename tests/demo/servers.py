@@ -24,9 +24,9 @@ class Servers:
     def __init__(self, plan: Plan, directory: Path, interrupts: Interrupts, stack: ExitStack) -> None:
         self._embedded: dict[Path, EmbeddedServer] = {}
 
-        def start(name: str, starter: Callable[..., EmbeddedServer], **options: Any) -> Any:
+        def start(name: str, kind: Callable[..., EmbeddedServer], **options: Any) -> Any:
             with interrupts.held():
-                server = stack.enter_context(starter(directory / name, **options))
+                server = stack.enter_context(kind(directory / name, **options).start())
             self._embedded[directory / name] = server
             return server
 
@@ -34,10 +34,10 @@ class Servers:
             # A producer's thread may need a second connection, to repeat itself at once.
             connections = _OTHER_CONNECTIONS + 2 * plan.workers + 2 * THREADS * plan.producers
             settings = {"max_connections": str(connections)}
-            self.database_url: str = start("postgres", PostgresServer.start, settings=settings).url()
+            self.database_url: str = start("postgres", PostgresServer, settings=settings).url()
         else:
             self.database_url = plan.database_url
-        self.broker_url: str = plan.broker_url or start("redis", RedisServer.start).url
+        self.broker_url: str = plan.broker_url or start("redis", RedisServer).url
 
     def require_running(self) -> None:
         """Raise DemoError if an embedded server died."""

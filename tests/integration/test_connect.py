@@ -31,7 +31,7 @@ PATIENCE = 5
 
 @pytest.fixture(scope="module")
 def server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
-    with PostgresServer.start(server_directory / "frozen", bin_dir=postgres_bin) as started:
+    with PostgresServer(server_directory / "frozen", bin_dir=postgres_bin).start() as started:
         upgrade(started.url())
         yield started
 

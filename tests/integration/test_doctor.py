@@ -220,7 +220,7 @@ SERVER_SETTINGS = [
 @pytest.fixture(scope="module")
 def own_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
     settings = {"max_prepared_transactions": "5"}
-    with PostgresServer.start(server_directory / "doctor", bin_dir=postgres_bin, settings=settings) as server:
+    with PostgresServer(server_directory / "doctor", bin_dir=postgres_bin, settings=settings).start() as server:
         yield server
 
 
@@ -407,7 +407,7 @@ def test_programs(cli: Cli, redis_url: str) -> None:
 
 @pytest.fixture
 def own_redis(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
-    with RedisServer.start(server_directory / f"doctor-{uuid4().hex[:6]}", binary=redis_binary) as server:
+    with RedisServer(server_directory / f"doctor-{uuid4().hex[:6]}", binary=redis_binary).start() as server:
         yield server
 
 

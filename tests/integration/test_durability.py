@@ -35,7 +35,7 @@ def server(server_directory: Path, postgres_bin: Path | None) -> Iterator[Postgr
         "autovacuum": "off",
         "max_prepared_transactions": "5",
     }
-    with PostgresServer.start(server_directory / "durable", bin_dir=postgres_bin, settings=settings) as started:
+    with PostgresServer(server_directory / "durable", bin_dir=postgres_bin, settings=settings).start() as started:
         upgrade(started.url())
         yield started
 

@@ -419,7 +419,7 @@ def test_figures_wait_for_a_redis_that_is_away(
 
 @pytest.fixture
 def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
-    with RedisServer.start(server_directory / "redis-of-figures", binary=redis_binary) as server:
+    with RedisServer(server_directory / "redis-of-figures", binary=redis_binary).start() as server:
         yield server
 
 

@@ -71,7 +71,7 @@ def server(server_directory: Path, postgres_bin: Path | None) -> Iterator[Postgr
             "let TIDEMARK_TEST_POSTGRES_BIN name the directory of that Postgres' programs"
         )
     settings = {"fsync": "off", "autovacuum": "off", "session_preload_libraries": "pg_hint_plan"}
-    with PostgresServer.start(server_directory / "hints", bin_dir=place, settings=settings) as started:
+    with PostgresServer(server_directory / "hints", bin_dir=place, settings=settings).start() as started:
         upgrade(started.url())
         yield started
 

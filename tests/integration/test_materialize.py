@@ -368,11 +368,11 @@ def test_in_flight_is_bounded_by_the_open_transactions(
 @pytest.fixture(scope="module")
 def two_phase_url(server_directory: Path, postgres_bin: Path | None) -> Iterator[str]:
     """A server which allows prepared transactions; by default none does."""
-    with PostgresServer.start(
+    with PostgresServer(
         server_directory / "two-phase",
         bin_dir=postgres_bin,
         settings={"max_prepared_transactions": "210", "fsync": "off"},
-    ) as server:
+    ).start() as server:
         upgrade(server.url())
         yield server.url()
 

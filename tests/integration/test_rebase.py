@@ -277,7 +277,7 @@ def test_a_transaction_older_than_the_rebase(connect: Connect, conn: Connection[
 
 @pytest.fixture
 def second_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
-    with PostgresServer.start(server_directory / "second", bin_dir=postgres_bin, settings={"fsync": "off"}) as server:
+    with PostgresServer(server_directory / "second", bin_dir=postgres_bin, settings={"fsync": "off"}).start() as server:
         yield server
 
 

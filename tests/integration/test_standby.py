@@ -55,7 +55,7 @@ def copied(primary: PostgresServer, directory: Path, bin_dir: Path | None) -> St
     source = f"{primary.url()}&application_name=mirror"
     done = account.run([backup, "-D", data, "-d", source, "--checkpoint=fast", "--no-sync", "-R", "-X", "stream"])
     assert done.returncode == 0, done.stdout
-    return Standby.start(directory, bin_dir=bin_dir, settings=SETTINGS)
+    return Standby(directory, bin_dir=bin_dir, settings=SETTINGS).start()
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def servers(server_directory: Path, postgres_bin: Path | None) -> Iterator[tuple
     with ExitStack() as stack:
         name = f"primary-{time.monotonic_ns()}"
         primary = stack.enter_context(
-            PostgresServer.start(server_directory / name, bin_dir=postgres_bin, settings=SETTINGS)
+            PostgresServer(server_directory / name, bin_dir=postgres_bin, settings=SETTINGS).start()
         )
         upgrade(primary.url())
         standby = stack.enter_context(copied(primary, server_directory / f"{name}-mirror", postgres_bin))

@@ -249,7 +249,7 @@ def test_redis_that_hangs_or_is_away(
 ) -> None:
     """Postgres' side is shown all the same, within a second more, and the cause is named."""
     commit(conn, "a", ids)
-    with RedisServer.start(server_directory / "stopped", binary=redis_binary) as server:
+    with RedisServer(server_directory / "stopped", binary=redis_binary).start() as server:
         with Redis.from_url(server.url) as redis:
             pid = int(redis.info("server")["process_id"])
         with app_for(database_url, server.url) as app:
@@ -456,7 +456,7 @@ def test_curves_of_lag_and_rate(cli: Cli, conn: Connection[Any], ids: list[int])
 @pytest.fixture(scope="module")
 def own_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
     settings = {"max_prepared_transactions": "5", "wal_level": "logical", "max_wal_senders": "2", "fsync": "off"}
-    with PostgresServer.start(server_directory / "holders", bin_dir=postgres_bin, settings=settings) as server:
+    with PostgresServer(server_directory / "holders", bin_dir=postgres_bin, settings=settings).start() as server:
         upgrade(server.url())
         yield server
 

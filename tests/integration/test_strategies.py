@@ -25,7 +25,7 @@ PARTITIONS = 3
 def database_url(server_directory: Path, postgres_bin: Path | None) -> Iterator[str]:
     """A server on which nothing else takes a transaction id, as autovacuum would."""
     settings = {"fsync": "off", "autovacuum": "off"}
-    with PostgresServer.start(server_directory / "strategies", bin_dir=postgres_bin, settings=settings) as server:
+    with PostgresServer(server_directory / "strategies", bin_dir=postgres_bin, settings=settings).start() as server:
         upgrade(server.url())
         yield server.url()
 
