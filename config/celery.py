@@ -33,6 +33,12 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
     # RabbitMQ: one consumer at a time, the next one takes over. Redis ignores it.
     one_consumer = {"x-single-active-consumer": True}
     broker = RedisAddress.parse(broker_url) if is_redis(broker_url) else None
+    intervals = {
+        "fan_out": settings.fan_out_interval,
+        "sweep": settings.sweep_interval,
+        "retain": settings.retention_interval,
+        "audit": settings.audit_interval,
+    }
     config: dict[str, Any] = {
         "broker_url": broker_url if broker is None else broker.celery_url,
         "task_queues": [
@@ -68,7 +74,16 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         # No persistence: all entries are intervals, and running one early is harmless.
         "beat_scheduler": "celery.beat:Scheduler",
         "beat_max_loop_interval": min(5.0, settings.fan_out_interval),
-        "beat_schedule": _schedule(settings),
+        "beat_schedule": {
+            name: {
+                "task": f"tasks.{name}",
+                "schedule": interval,
+                # RabbitMQ drops a tick nobody took; on Redis beat publishes none into a long queue (tasks/programs.py).
+                # Celery's own `expires` compares two clocks: half a minute apart, they would drop every tick.
+                "options": {"expiration": max(interval, _STALE_SECONDS)},
+            }
+            for name, interval in intervals.items()
+        },
         # For `beat -S redbeat.RedBeatScheduler`: one of several beats runs. Its lock outlives it by seconds only. Its
         # URL is not here, where `inspect conf` and Flower would show the password: see `TidemarkApp.redbeat_conf`.
         "redbeat_lock_timeout": 10,
@@ -119,23 +134,4 @@ def publish_options() -> dict[str, Any]:
         "max_retries": 1,
         **_PAUSES,
         "connect_retries_timeout": _PUBLISH_SECONDS,
-    }
-
-
-def _schedule(settings: Settings) -> dict[str, Any]:
-    intervals = {
-        "fan_out": settings.fan_out_interval,
-        "sweep": settings.sweep_interval,
-        "retain": settings.retention_interval,
-        "audit": settings.audit_interval,
-    }
-    return {
-        name: {
-            "task": f"tasks.{name}",
-            "schedule": interval,
-            # RabbitMQ drops a tick nobody took; on Redis beat publishes none into a long queue (tasks/programs.py).
-            # Celery's own `expires` compares two machines' clocks: half a minute apart, they would drop every tick.
-            "options": {"expiration": max(interval, _STALE_SECONDS)},
-        }
-        for name, interval in intervals.items()
     }

@@ -35,13 +35,6 @@ _BROKER_SCHEMES = (*SCHEMES, "amqp", "amqps", "pyamqp")
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 
 
-def _default_data_dir() -> Path:
-    """A directory the servers' user can enter: root's home is closed to the user Postgres runs as."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/tidemark")
-    return platformdirs.user_state_path("tidemark")
-
-
 class Settings(BaseSettings):
     """Read once at start; immutable afterwards. The text below each field is its row of `docs/settings.md`."""
 
@@ -55,7 +48,10 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(None, repr=False)
     """Redis for task results, marks of queued partitions, shard leases and metrics. The default is the broker, if
     that is a Redis. With RabbitMQ and without this variable, none of these is kept."""
-    data_dir: Path = Field(default_factory=_default_data_dir)
+    # Root's home is closed to the user that its embedded Postgres runs as.
+    data_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_state_path("tidemark") if os.geteuid() else Path("/var/lib/tidemark")
+    )
     """Directory of the embedded servers, the heartbeat files and Flower's generated password."""
 
     shards: int = Field(8, ge=1, le=1024)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from redbeat.schedulers import RedBeatConfig
     from redis import Redis
 
-    from config.embedded import Lease
+    from config.embedded.keeper import Lease
     from config.settings import Settings
     from db.pool import Database
 
@@ -67,7 +67,7 @@ class TidemarkApp(Celery):
     # Both are held until the process ends: an embedded server stops after the last process that uses it.
     @cached_property
     def embedded_postgres(self) -> "Lease":
-        from config.embedded import attach  # noqa: PLC0415 - most installations have servers of their own
+        from config.embedded.keeper import attach  # noqa: PLC0415 - most installations have servers of their own
         from db.migrate import bring_up  # noqa: PLC0415 - Alembic would cost every program half a second
 
         lease = attach(self.settings.data_dir, "postgres")
@@ -76,7 +76,7 @@ class TidemarkApp(Celery):
 
     @cached_property
     def embedded_redis(self) -> "Lease":
-        from config.embedded import attach  # noqa: PLC0415 - as above
+        from config.embedded.keeper import attach  # noqa: PLC0415 - as above
 
         return attach(self.settings.data_dir, "redis")
 

@@ -24,9 +24,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from config.embedded import attach
 from config.embedded.host import FileLock
-from config.embedded.lease import ServerName
+from config.embedded.keeper import ServerName, attach
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.errors import EmbeddedServerError
@@ -46,7 +45,7 @@ SERVERS: tuple[ServerName, ...] = ("postgres", "redis")
 USER = """
 import json, sys
 from pathlib import Path
-from config.embedded import attach
+from config.embedded.keeper import attach
 leases = [attach(Path(sys.argv[1]), server, linger=0.5) for server in ("postgres", "redis")]
 print(json.dumps([lease.url for lease in leases]), flush=True)
 sys.stdin.read()
