@@ -19,6 +19,16 @@ _CONSUME_SECONDS = 30.0
 _STALE_SECONDS = 30.0
 _PAUSES = {"interval_start": 0.0, "interval_step": 0.2}
 
+# Transport options of connections that publish and ask, over those in the configuration.
+PUBLISH_OPTIONS = {
+    "socket_connect_timeout": _PUBLISH_SECONDS,
+    "socket_timeout": _PUBLISH_SECONDS,
+    # Without a limit Kombu tries to connect for ever.
+    "max_retries": 1,
+    **_PAUSES,
+    "connect_retries_timeout": _PUBLISH_SECONDS,
+}
+
 
 class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
     """The order in which a worker asks Redis for its queues: the control queue, then the others in turn."""
@@ -79,7 +89,7 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
                 "task": f"tasks.{name}",
                 "schedule": interval,
                 # RabbitMQ drops a tick nobody took; on Redis beat publishes none into a long queue (tasks/programs.py).
-                # Celery's own `expires` compares two clocks: half a minute apart, they would drop every tick.
+                # Celery's own `expires` compares two machines' clocks: half a minute apart, they drop every tick.
                 "options": {"expiration": max(interval, _STALE_SECONDS)},
             }
             for name, interval in intervals.items()
@@ -123,15 +133,3 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
             "redis_backend_health_check_interval": 30,
         }
     return config
-
-
-def publish_options() -> dict[str, Any]:
-    """Transport options of connections that publish and ask, over those in the configuration."""
-    return {
-        "socket_connect_timeout": _PUBLISH_SECONDS,
-        "socket_timeout": _PUBLISH_SECONDS,
-        # Without a limit Kombu tries to connect for ever.
-        "max_retries": 1,
-        **_PAUSES,
-        "connect_retries_timeout": _PUBLISH_SECONDS,
-    }

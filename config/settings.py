@@ -59,19 +59,15 @@ class Settings(BaseSettings):
     events_per_partition: int = Field(20_000, ge=1, le=1_000_000)
     """With `fixed` and `collect` batching, a transaction materializes at most this many events of each partition."""
     events_per_task: int = Field(50_000, ge=1, le=10_000_000)
-    """Partitions share a task while they have at most this many pending events together. A partition with more than
-    this gets a task of its own."""
+    """Partitions share a task up to this many pending events. A partition with more gets a task of its own."""
     partitions_per_task: int = Field(2_000, ge=1, le=10_000)
     """At most this many partitions share a task, and so a transaction."""
     strategy: Strategy = DEFAULT_STRATEGY
-    """How offsets are calculated: `window` or `incremental`. Both give the same offsets and differ in speed; see
-    docs/benchmarks.md."""
+    """How offsets are calculated: `window` or `incremental`. Only their speed differs; see docs/benchmarks.md."""
     candidate: Strategy | None = None
-    """A second strategy, to try on a share of the partitions (`TIDEMARK_CANDIDATE_PERCENT`). `celery -A tasks compare`
-    compares it with `TIDEMARK_STRATEGY`."""
+    """Strategy to try on `TIDEMARK_CANDIDATE_PERCENT` of the partitions; `celery -A tasks compare` shows both sides."""
     candidate_percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    """Percentage of the partitions that use `TIDEMARK_CANDIDATE`, to two decimals. When it grows, the partitions chosen
-    before stay chosen."""
+    """Percentage of partitions that use `TIDEMARK_CANDIDATE`, to two decimals. Growing it keeps those chosen before."""
     batching: Batching = DEFAULT_BATCHING
     """How many events a transaction takes. `adaptive`: as many as fit into `TIDEMARK_BATCH_SECONDS`. `complete`: all of
     a partition, one partition after the other. `fixed`: at most `TIDEMARK_EVENTS_PER_PARTITION` of each partition.
@@ -114,8 +110,7 @@ class Settings(BaseSettings):
     """Waiting for a free database connection fails after this time."""
 
     lock_timeout: Seconds = 1
-    """Postgres gives up waiting for a lock after this time. A task waits for locked partitions once, after it has
-    served all others."""
+    """Postgres gives up waiting for a lock after this time. A task waits for locked partitions once, at its end."""
     statement_timeout: Seconds = 60
     """Postgres cancels a statement after this time."""
     transaction_timeout: Seconds = 120
@@ -175,9 +170,7 @@ class Settings(BaseSettings):
         if self.candidate is None and self.candidate_percent:
             raise ValueError("TIDEMARK_CANDIDATE_PERCENT needs TIDEMARK_CANDIDATE: a strategy to try")
         if self.candidate is not None and self.candidate_percent is None:
-            raise ValueError(
-                "TIDEMARK_CANDIDATE needs TIDEMARK_CANDIDATE_PERCENT: the share of partitions to try it on"
-            )
+            raise ValueError("TIDEMARK_CANDIDATE needs TIDEMARK_CANDIDATE_PERCENT: its share of the partitions")
         if self.candidate == self.strategy:
             raise ValueError(f"TIDEMARK_CANDIDATE ({self.candidate}) is TIDEMARK_STRATEGY: nothing to compare")
         if self.batch_events_min > self.batch_events_max:
@@ -197,8 +190,8 @@ class Settings(BaseSettings):
         """Seconds after which Celery kills a task: its own time, the last attempt begun in it, and a margin.
 
         An attempt may wait for a connection and for a lock, and then take as long as a statement may. Celery enforces
-        the limit in a prefork pool only. In solo and threads pools the timeouts that are added up here bound a task:
-        each ends an attempt with an error, and no attempt is begun after the task's time.
+        the limit in a prefork pool only. Solo and threads pools have none: there the timeouts that are added up here
+        end each attempt with an error, and no repetition begins after the task's time.
         """
         attempt = self.pool_wait + self.lock_timeout + self.statement_timeout
         return max(self.task_seconds, self.maintenance_seconds) + attempt + 10

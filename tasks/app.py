@@ -5,15 +5,15 @@ when an address is first needed, and connections open in the process that uses t
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from celery import Celery
 
-from config.celery import celery_config, publish_options
+from config.celery import PUBLISH_OPTIONS, celery_config
 from config.errors import TidemarkError
-from config.queues import Router
+from config.queues import route
 from config.redis import RedisAddress, is_redis
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class TidemarkApp(Celery):
     def connection_for_write(self, url: str | None = None, heartbeat: float | None = None, **options: Any) -> Any:
         """As Celery's; who publishes or asks gives up after seconds, where a worker's own loop waits longer."""
         if is_redis(self.broker_url):
-            options["transport_options"] = {**publish_options(), **(options.get("transport_options") or {})}
+            options["transport_options"] = {**PUBLISH_OPTIONS, **(options.get("transport_options") or {})}
         return self._connection(url or self.conf.broker_write_url, heartbeat=heartbeat, **options)
 
     def prepare_config(self, c: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -134,7 +134,7 @@ class TidemarkApp(Celery):
                 # A mistake of the user's on the command line: a message, no traceback.
                 raise click.ClickException(str(error)) from error
             raise
-        ours |= {"task_routes": (Router(self.settings.shards),), "worker_consumer": self.consumer_cls}
+        ours |= {"task_routes": (partial(route, self.settings.shards),), "worker_consumer": self.consumer_cls}
         prepared: Mapping[str, Any] = super().prepare_config({**(c or {}), **ours})
         return prepared
 

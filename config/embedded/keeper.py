@@ -99,7 +99,7 @@ class Lease:
 
     def close(self) -> None:
         """Leave. Forked children that still live keep the server running."""
-        self._users.leave()
+        self._users.release(ours_only=True)
 
     def _renew(self) -> None:
         held = self._users.held

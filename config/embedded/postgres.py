@@ -20,9 +20,8 @@ from typing import ClassVar
 from urllib.parse import quote
 
 import config
-from config.embedded.host import write_private
+from config.embedded.host import postgres_bin, runnable, write_private
 from config.embedded.server import EmbeddedServer
-from config.embedded.wheels import postgres_bin, runnable
 from config.errors import EmbeddedServerError
 
 _USER = "tidemark"

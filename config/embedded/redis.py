@@ -13,9 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from config.embedded.host import write_private
+from config.embedded.host import redis_binary, runnable, write_private
 from config.embedded.server import EmbeddedServer
-from config.embedded.wheels import redis_binary, runnable
 from config.errors import EmbeddedServerError
 
 # Below the ports the kernel hands to outgoing connections (from 32768 on Linux, 49152 on macOS): one of those could

@@ -115,7 +115,9 @@ class EmbeddedServer(ABC):
         self._kill_all()
         self._prepare()
         with open_log(self._log) as log:
-            self._process = self._account.spawn(self._command(), directory=self._data, log=log)
+            self._process = subprocess.Popen(
+                self._command(), cwd=self._data, stdin=subprocess.DEVNULL, stdout=log, **self._account.how()
+            )
         try:
             self._await_ready(self._process)
         except BaseException:  # Ctrl-C as well: nobody else knows of the process yet

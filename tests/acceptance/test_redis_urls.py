@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from redis import Redis, RedisError
 
-from config.embedded import wheels
+from config.embedded import host
 from config.embedded.redis import RedisServer
 from config.redis import RedisAddress
 from tests.acceptance.conftest import Log, Place, Programs, make_app
@@ -58,7 +58,7 @@ class Servers:
 
 @pytest.fixture
 def servers(tmp_path: Path, redis_binary: Path | None) -> Iterator[Servers]:
-    made = Servers(tmp_path, redis_binary or wheels.redis_binary())
+    made = Servers(tmp_path, redis_binary or host.redis_binary())
     yield made
     made.close()
 

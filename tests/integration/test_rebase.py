@@ -13,8 +13,8 @@ import pytest
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
+from config.embedded.host import postgres_bin as wheel_bin
 from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
 from config.errors import ForeignClusterError, TransientDatabaseError
 from db.audit import audit
 from db.discover import find_committed, save_fan_out, sweep

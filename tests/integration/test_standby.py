@@ -12,10 +12,9 @@ import pytest
 from psycopg import Connection, errors
 from psycopg.rows import TupleRow
 
-from config.embedded.host import Account
+from config.embedded.host import Account, runnable
+from config.embedded.host import postgres_bin as wheel_bin
 from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
-from config.embedded.wheels import runnable
 from config.errors import OffsetNotAvailableError, OffsetOutOfRangeError
 from db.commit import Batch, commit_batches, commit_object
 from db.fetch import fetch_batches

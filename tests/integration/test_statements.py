@@ -12,8 +12,8 @@ import pytest
 from psycopg import sql
 
 import db
+from config.embedded.host import postgres_bin as wheel_bin
 from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
 from db.audit import audit
 from db.commit import commit_object
 from db.discover import find_committed, save_fan_out, sweep
