@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -71,8 +71,9 @@ def directory() -> Iterator[Path]:
     for pid in keepers_in(path):
         os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not keepers_in(path))
-    for left in servers_in(path):  # of a test that failed
-        os.kill(left, signal.SIGKILL)
+    for left in servers_in(path):  # of a test that failed, or that killed their keeper
+        with suppress(ProcessLookupError):  # a postmaster's children end with it
+            os.kill(left, signal.SIGKILL)
     wait_until(lambda: not servers_in(path))
     shutil.rmtree(path)
 
