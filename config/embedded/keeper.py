@@ -121,10 +121,7 @@ def attach(data_dir: Path, server: ServerName, *, linger: float = _LINGER_SECOND
     try:
         if not (users.acquire(deadline) and start.acquire(deadline)):
             raise TimeoutError(f"not ready after {_START_SECONDS:g} s")  # noqa: TRY301 - an OSError, like a full disk's below
-        if (url := _await_url(place, deadline)) is None:
-            _spawn_keeper(place, server, linger)
-            if (url := _await_url(place, deadline)) is None:
-                raise _failed(place)  # noqa: TRY301 - the lock must go, whatever the reason
+        url = _await_url(place, deadline) or _spawn_keeper(place, server, linger, deadline)
     except BaseException as error:
         users.release()
         if isinstance(error, OSError):
@@ -146,10 +143,10 @@ def _await_url(place: Place, deadline: float) -> str | None:
     return None
 
 
-def _spawn_keeper(place: Place, server: ServerName, linger: float) -> None:
-    """Start a keeper; on return it holds its lock and has left our process tree.
+def _spawn_keeper(place: Place, server: ServerName, linger: float, deadline: float) -> str:
+    """Start a keeper; return its server's URL.
 
-    So it is nobody's zombie when it ends, and no signal to our process group reaches it.
+    It leaves our process tree: so it is nobody's zombie when it ends, and no signal to our process group reaches it.
     """
     # A killed keeper's; after this, whatever is published is the new one's.
     place.withdraw()
@@ -167,8 +164,9 @@ def _spawn_keeper(place: Place, server: ServerName, linger: float) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    if process.returncode != 0:
-        raise _failed(place)
+    if process.returncode == 0 and (url := _await_url(place, deadline)) is not None:
+        return url
+    raise _failed(place)
 
 
 def _failed(place: Place, why: str = "") -> EmbeddedServerError:

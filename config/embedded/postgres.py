@@ -13,14 +13,13 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 from urllib.parse import quote
 
 import config
-from config.embedded.host import postgres_bin, runnable, write_private
+from config.embedded.host import postgres_bin, write_private
 from config.embedded.server import EmbeddedServer
 from config.errors import EmbeddedServerError
 
@@ -51,8 +50,7 @@ class PostgresServer(EmbeddedServer):
         self, directory: Path, *, bin_dir: Path | None = None, settings: Mapping[str, str] = MappingProxyType({})
     ) -> None:
         """`bin_dir` holds `postgres` and `initdb` (default: the wheel's); `settings` go before `postgresql.conf`."""
-        super().__init__(directory)
-        self._wanted_bin = bin_dir
+        super().__init__(directory, (bin_dir or postgres_bin()) / self.program)
         self._settings = {**_SMALLER, **settings}
         self._socket_link = self._directory / "socket"
         self._socket_directory: Path | None = None
@@ -67,12 +65,7 @@ class PostgresServer(EmbeddedServer):
         host = quote(str(self._socket_directory), safe="")
         return f"postgresql://{_USER}@/{quote(database, safe='')}?host={host}&port=5432"
 
-    @cached_property
-    def _bin(self) -> Path:
-        program = (self._wanted_bin or postgres_bin()) / self.program
-        return runnable(program, self._account, self._directory).parent
-
-    def _prepare(self) -> None:
+    def _prepare(self) -> list[str | Path]:
         (self._check_version if self._data.exists() else self._initialize)()
         self._socket_directory = self._find_socket_directory()
         # No process of this cluster is left, so these are stale; but the pid in them may be another process's by now
@@ -80,11 +73,9 @@ class PostgresServer(EmbeddedServer):
         for stale in (self._data / "postmaster.pid", *self._socket_directory.iterdir()):
             stale.unlink(missing_ok=True)
         self._write_settings()
-
-    def _command(self) -> list[str | Path]:
         # On the command line, which beats the files and ALTER SYSTEM: the URL and the `trust` above rest on them.
         socket = [f"--unix_socket_directories={self._socket_directory}", "--unix_socket_permissions=0700"]
-        return [self._bin / "postgres", "-D", self._data, "--listen_addresses=", "--port=5432", *socket]
+        return [self._binary, "-D", self._data, "--listen_addresses=", "--port=5432", *socket]
 
     def _is_ready(self, pid: int) -> bool:
         """Read what pg_ctl reads: no client library is needed, and a server in recovery is told from a ready one."""
@@ -107,10 +98,10 @@ class PostgresServer(EmbeddedServer):
                 f"{self._data} is not empty and no Postgres data directory: move it away, or choose another "
                 f"TIDEMARK_DATA_DIR"
             ) from None
-        printed = self._account.run([self._bin / "postgres", "--version"]).stdout.strip()
+        printed = self._account.run([self._binary, "--version"]).stdout.strip()
         if re.findall(r"\d+", printed)[:1] != [found]:
             raise EmbeddedServerError(
-                f"{self._data} was created by PostgreSQL {found}, and {self._bin / 'postgres'} is {printed}: "
+                f"{self._data} was created by PostgreSQL {found}, and {self._binary} is {printed}: "
                 f"dump and restore it with the old binaries, or choose another TIDEMARK_DATA_DIR"
             )
 
@@ -132,7 +123,7 @@ class PostgresServer(EmbeddedServer):
             ("", "initdb", "--pgdata=.", *options),
             (f"CREATE DATABASE {_DATABASE}\n", "postgres", *single),
         ):
-            done = self._account.run([self._bin / program, *arguments], directory=unfinished, stdin=stdin)
+            done = self._account.run([self._binary.with_name(program), *arguments], directory=unfinished, stdin=stdin)
             if done.returncode != 0:
                 raise EmbeddedServerError(f"{program} failed (exit code {done.returncode}):\n{done.stdout.strip()}")
         unfinished.rename(self._data)

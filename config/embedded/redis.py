@@ -9,11 +9,10 @@ import secrets
 import signal
 import socket
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from config.embedded.host import redis_binary, runnable, write_private
+from config.embedded.host import redis_binary, write_private
 from config.embedded.server import EmbeddedServer
 from config.errors import EmbeddedServerError
 
@@ -51,8 +50,7 @@ class RedisServer(EmbeddedServer):
 
     def __init__(self, directory: Path, *, binary: Path | None = None) -> None:
         """`binary` is a `redis-server` (default: the wheel's)."""
-        super().__init__(directory)
-        self._wanted_binary = binary
+        super().__init__(directory, binary or redis_binary())
         self._conf = self._directory / "redis.conf"
         self._port = 0
         self._password = ""
@@ -61,11 +59,7 @@ class RedisServer(EmbeddedServer):
     def url(self) -> str:
         return f"redis://:{self._password}@{_HOST}:{self._port}/0"
 
-    @cached_property
-    def _binary(self) -> Path:
-        return runnable(self._wanted_binary or redis_binary(), self._account, self._directory)
-
-    def _prepare(self) -> None:
+    def _prepare(self) -> list[str | Path]:
         if not self._data.exists():
             self._data.mkdir(0o700)
             self._account.take(self._data)
@@ -73,8 +67,6 @@ class RedisServer(EmbeddedServer):
             self._choose()
         text = _CONF.format(host=_HOST, port=self._port, password=self._password)
         write_private(self._conf, text, owner=self._account)
-
-    def _command(self) -> list[str | Path]:
         return [self._binary, self._conf]
 
     def _is_ready(self, pid: int) -> bool:

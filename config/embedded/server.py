@@ -12,12 +12,13 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
 
 import psutil
 
-from config.embedded.host import Account, FileLock, claim, open_log, tail
+from config.embedded.host import Account, FileLock, claim, open_log, runnable, tail
 from config.errors import EmbeddedServerError
 
 OWNER_LOCK = "owner.lock"
@@ -36,23 +37,25 @@ class EmbeddedServer(ABC):
     start_seconds: ClassVar[float]
     stop_seconds: ClassVar[float]
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, binary: Path) -> None:
         self._account = Account.for_servers()
         self._directory = claim(directory, self._account)
         self._data = self._directory / "data"
         self._log = self._directory / "server.log"
         self._owner = FileLock(self._directory / OWNER_LOCK)
+        self._located = binary
         self._process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
-    def _prepare(self) -> None:
-        """Make the data directory ready for a start, whatever the last run left."""
-
-    @abstractmethod
-    def _command(self) -> list[str | Path]: ...
+    def _prepare(self) -> list[str | Path]:
+        """Make the data directory ready for a start, whatever the last run left; return the command."""
 
     @abstractmethod
     def _is_ready(self, pid: int) -> bool: ...
+
+    @cached_property
+    def _binary(self) -> Path:
+        return runnable(self._located, self._account, self._directory)
 
     @property
     def pid(self) -> int:
@@ -113,10 +116,10 @@ class EmbeddedServer(ABC):
     def launch(self) -> None:
         """Start it; on return it answers."""
         self._kill_all()
-        self._prepare()
+        command = self._prepare()
         with open_log(self._log) as log:
             self._process = subprocess.Popen(
-                self._command(), cwd=self._data, stdin=subprocess.DEVNULL, stdout=log, **self._account.how()
+                command, cwd=self._data, stdin=subprocess.DEVNULL, stdout=log, **self._account.how()
             )
         try:
             self._await_ready(self._process)
