@@ -14,8 +14,7 @@ from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 from redis import Redis
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
+from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect
 
 _TEMPLATE = "tidemark_template"

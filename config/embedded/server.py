@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import psutil
 
@@ -72,16 +72,6 @@ class EmbeddedServer(ABC):
         if not self._owner.acquire(time.monotonic() + _LOCK_SECONDS):
             raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
 
-    def start(self) -> Self:
-        """Own it and launch it, or leave nothing behind; for `with`, which stops it."""
-        self.own()
-        try:
-            self.launch()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
     def stop(self) -> None:
         """Stop in order. Does nothing when it is stopped, or when another process owns the directory by now."""
         if not self._owner.try_acquire():
@@ -92,23 +82,11 @@ class EmbeddedServer(ABC):
             self._clean_up()
             self._owner.release()
 
-    def kill(self) -> None:
-        """Crash: SIGKILL to the server and all its children. `restart` or another `start` recovers."""
-        if self._owner.held:  # otherwise what runs there is another owner's
-            self._kill_all()
-            self._owner.release()
-
     def restart(self) -> None:
         """Stop what still runs and start again, at the same URL (a Postgres after `stop`: at a new one)."""
         self.own()
         self._end()
         self.launch()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
 
     def _clean_up(self) -> None:  # noqa: B027 - Redis has nothing there
         """Remove what lies outside the directory."""

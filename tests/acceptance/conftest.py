@@ -27,8 +27,6 @@ from pytest_celery import (
     RedisTestBroker,
 )
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
 from tests.acceptance.nodes import LocalRedis, LocalWorker, ProcessContainer, Worker
@@ -38,6 +36,7 @@ from tests.demo.check import check
 from tests.demo.evidence import backlog, collect
 from tests.demo.ledger import Ledger
 from tests.demo.programs import Process, celery_argv, leaks
+from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until, with_password
 from tests.support_commands import new_app
 

@@ -13,8 +13,6 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import PoolTimeout
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.migrate import upgrade
 from db.pool import Database
@@ -22,6 +20,7 @@ from tasks.app import TidemarkApp
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.nodes import Worker
 from tests.acceptance.producers import Producers, commit_one
+from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until
 
 # One worker per kind of pool, each with shards of its own (partition id modulo 4).

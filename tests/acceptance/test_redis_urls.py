@@ -12,10 +12,10 @@ import pytest
 from redis import Redis, RedisError
 
 from config.embedded import host
-from config.embedded.redis import RedisServer
 from config.redis import RedisAddress
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
+from tests.servers import RedisServer
 from tests.support import wait_until
 
 # Made for these tests, for 127.0.0.1 and for a hundred years; it guards nothing.

@@ -24,7 +24,6 @@ import psutil
 import psycopg
 from redis import Redis
 
-from config.embedded.redis import RedisServer
 from db import discover
 from db.commit import commit_object
 from db.materialize import materialize
@@ -32,6 +31,7 @@ from db.retention import retain
 from tests.benchmarks.cold import Backlog, drain, shares
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, load, wal_position
+from tests.servers import RedisServer
 
 try:
     from tests.demo.programs import Process, celery_argv

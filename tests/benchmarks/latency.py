@@ -20,8 +20,6 @@ from typing import Any
 
 import psycopg
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from db.commit import commit_object
 from db.discover import sweep
 from db.materialize import materialize
@@ -29,6 +27,7 @@ from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
 from tasks.dispatch import commit_and_wake
 from tests.demo.programs import Programs
+from tests.servers import PostgresServer, RedisServer
 from tests.support_commands import app_for
 
 PARTITIONS = 16

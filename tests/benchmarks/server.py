@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from config.embedded.postgres import PostgresServer
 from db.migrate import upgrade
+from tests.servers import PostgresServer
 
 # What a machine that serves nothing else would give it; the embedded default is made for small ones. Checkpoints would
 # fall into one arm or the other by chance: the benchmark makes them itself, before each measurement.

@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import psycopg
 
-from config.embedded.redis import RedisServer
 from config.queues import shard_of_queue
 from tasks.app import TidemarkApp
 from tasks.dispatch import fan_out
@@ -30,6 +29,7 @@ from tests.benchmarks.plan import Measurement, compared, seconds_for
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, list_objects, load, placed
 from tests.demo.programs import Programs
+from tests.servers import RedisServer
 from tests.support_commands import app_for
 
 _WORKERS = 2

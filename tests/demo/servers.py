@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from config.embedded.host import tail
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
-from config.embedded.server import EmbeddedServer
 from tests.demo.interrupts import Interrupts
 from tests.demo.plan import Places, Plan
 from tests.demo.producer import THREADS
 from tests.demo.programs import DemoError
+from tests.servers import OwnServer, PostgresServer, RedisServer
 
 # Observers, Flower's and a psql; and what a cluster keeps for superusers.
 _OTHER_CONNECTIONS = 60
@@ -22,9 +20,9 @@ class Servers:
     """Addresses of both servers, and the watch over those that are ours."""
 
     def __init__(self, plan: Plan, directory: Path, interrupts: Interrupts, stack: ExitStack) -> None:
-        self._embedded: dict[Path, EmbeddedServer] = {}
+        self._embedded: dict[Path, OwnServer] = {}
 
-        def start(name: str, kind: Callable[..., EmbeddedServer], **options: Any) -> Any:
+        def start(name: str, kind: Callable[..., OwnServer], **options: Any) -> Any:
             with interrupts.held():
                 server = stack.enter_context(kind(directory / name, **options).start())
             self._embedded[directory / name] = server

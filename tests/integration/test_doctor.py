@@ -11,8 +11,6 @@ import pytest
 from psycopg import Connection, sql
 from redis import Redis
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.commit import commit_object
 from db.doctor import Finding, Level, checks, examine, judge, judge_clock, worst
@@ -21,6 +19,7 @@ from db.topics import create_topic, partition_ids
 from tasks.commands.doctor import check_broker, check_environment, check_programs, doctor
 from tasks.commands.situation import read_hints
 from tests.integration.test_status import report
+from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 

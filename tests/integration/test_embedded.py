@@ -26,9 +26,8 @@ from redis.retry import Retry
 
 from config.embedded.host import FileLock
 from config.embedded.keeper import ServerName, attach
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from config.errors import EmbeddedServerError
+from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until
 
 PYTHON_PATH = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -55,7 +54,7 @@ sys.stdin.read()
 OWNER = """
 import sys
 from pathlib import Path
-from config.embedded.postgres import PostgresServer
+from tests.servers import PostgresServer
 bin_dir = Path(sys.argv[2]) if sys.argv[2] else None
 server = PostgresServer(Path(sys.argv[1]), bin_dir=bin_dir).start()
 print(server.url(), server.pid, flush=True)

@@ -16,7 +16,6 @@ from psycopg.pq import ExecStatus
 from psycopg.rows import TupleRow
 
 from config.embedded.host import postgres_bin as wheel_bin
-from config.embedded.postgres import PostgresServer
 from config.settings import Settings, Strategy
 from db.discover import find_committed, sweep
 from db.doctor import examine
@@ -27,6 +26,7 @@ from db.statements import statement
 from db.topics import create_topic, partition_ids
 from tests.integration.conftest import make_topic
 from tests.integration.test_plans import Explained, fill
+from tests.servers import PostgresServer
 from tests.support_hints import GROWING, HINTED, phrases, scans
 
 pytestmark = pytest.mark.hints

@@ -12,7 +12,6 @@ from psycopg import Connection, IsolationLevel, errors
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow, dict_row
 
-from config.embedded.postgres import PostgresServer
 from config.errors import TidemarkError, UnknownPartitionError
 from db.arrays import Int4Array
 from db.commit import commit_object
@@ -20,6 +19,7 @@ from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
 from db.statements import run, statement
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
 

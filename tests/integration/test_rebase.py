@@ -14,7 +14,6 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from config.embedded.host import postgres_bin as wheel_bin
-from config.embedded.postgres import PostgresServer
 from config.errors import ForeignClusterError, TransientDatabaseError
 from db.audit import audit
 from db.discover import find_committed, save_fan_out, sweep
@@ -25,6 +24,7 @@ from db.statements import run
 from db.topics import create_topic, partition_ids
 from tests.integration import conftest
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
 OTHER_CLUSTER = 4711

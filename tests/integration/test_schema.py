@@ -13,13 +13,13 @@ from psycopg.rows import TupleRow
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
-from config.embedded.postgres import PostgresServer
 from config.errors import SchemaVersionError, TransientDatabaseError
 from db.commit import commit_object
 from db.migrate import _LOCK_KEY, require_current, upgrade, wanted_version
 from db.schema import metadata
 from db.topics import create_topic, partition_ids
 from db.translate import _BY_CONSTRAINT
+from tests.servers import PostgresServer
 
 # Everything a table is made of, as the server itself prints it.
 CATALOGS = {

@@ -14,7 +14,6 @@ from psycopg.rows import TupleRow
 
 from config.embedded.host import Account, runnable
 from config.embedded.host import postgres_bin as wheel_bin
-from config.embedded.postgres import PostgresServer
 from config.errors import OffsetNotAvailableError, OffsetOutOfRangeError
 from db.commit import Batch, commit_batches, commit_object
 from db.fetch import fetch_batches
@@ -25,6 +24,7 @@ from tests.demo.check import check
 from tests.demo.evidence import collect
 from tests.demo.ledger import Ledger, Outcome, Reading, commit_noted, note
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import wait_until
 
 SETTINGS = {"autovacuum": "off", "wal_receiver_status_interval": "1s"}

@@ -21,8 +21,6 @@ from psycopg.pq import ExecStatus, PGconn
 from redis import Redis
 from rich.console import Console
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
@@ -34,6 +32,7 @@ from tasks.commands.top import Curves, top
 from tasks.membership import KEY, Program
 from tasks.observers import worker_metrics
 from tests.integration.conftest import commit, make_topic
+from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 

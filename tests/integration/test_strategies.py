@@ -10,12 +10,12 @@ import pytest
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
 from config.settings import STRATEGIES, Strategy
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect
 
 PARTITIONS = 3
