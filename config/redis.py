@@ -60,7 +60,8 @@ class RedisAddress:
             raise ValueError("needs the path of a socket: redis+socket:///path/to/redis.sock")
         number = options.get("virtual_host", "0") if path else last.path.removeprefix("/") or "0"
         if not number.isdecimal():
-            raise ValueError(f"the database's number is {number!r}, which is none")
+            # Not repeated: behind a / in a password that was not encoded stands the rest of it.
+            raise ValueError("what stands behind the host is no database's number; encode / ? # @ : in a password")
         if not path and not all(host.scheme == parts.scheme and host.hostname for host in hosts):
             raise ValueError(f"needs a host: {parts.scheme}://host:port")
         port = 26_379 if parts.scheme == "sentinel" else 6_379

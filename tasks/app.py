@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from celery import Celery
 
-from config.celery import PUBLISH_OPTIONS, celery_config
 from config.errors import TidemarkError
 from config.queues import route
 from config.redis import RedisAddress, is_redis
@@ -120,12 +119,16 @@ class TidemarkApp(Celery):
     def connection_for_write(self, url: str | None = None, heartbeat: float | None = None, **options: Any) -> Any:
         """As Celery's; who publishes or asks gives up after seconds, where a worker's own loop waits longer."""
         if is_redis(self.broker_url):
+            from config.celery import PUBLISH_OPTIONS  # noqa: PLC0415 - `--help` does without
+
             options["transport_options"] = {**PUBLISH_OPTIONS, **(options.get("transport_options") or {})}
         return self._connection(url or self.conf.broker_write_url, heartbeat=heartbeat, **options)
 
     def prepare_config(self, c: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Celery's hook for a configuration computed late."""
         try:
+            from config.celery import celery_config  # noqa: PLC0415 - `--help` does without
+
             ours = celery_config(self.settings, self.broker_url, self.redis_url)
             # An embedded Postgres is held by this process, rather than by those of its pool, which come and go.
             _ = self.database_url

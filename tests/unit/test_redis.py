@@ -37,10 +37,11 @@ def test_a_sentinel_is_told_by_options() -> None:
     [
         ("http://host", "must start with redis://"),
         ("redis://", "needs a host"),
-        ("redis://:s3cret@host/orders", "the database's number is 'orders'"),
+        ("redis://:s3cret@host/orders", "no database's number"),
         ("redis://:s3cret@host?ssl_cert_reqs=none", "has no option 'ssl_cert_reqs'"),
         ("rediss://:s3cret@host?ssl_cert_reqs=maybe", "ssl_cert_reqs must be one of"),
         ("rediss://host?ssl_ca_cert=f", "has no option 'ssl_ca_cert'; there is: ssl_ca_certs"),
+        ("redis://:ab/s3cret@host", "no database's number; encode"),
         ("redis+socket://", "needs the path of a socket"),
         ("sentinel://host:26379", "needs the name of the master"),
         ("sentinel://a;redis://b?master_name=m", "needs a host: sentinel://host:port"),
