@@ -91,7 +91,7 @@ format: setup ## Format the code and mend what the linter can
 
 .PHONY: docs
 docs: setup ## Write the pages that are generated
-	$(BIN)/python -m config.settings_table > docs/settings.md
+	$(BIN)/python -m tests.settings_page > docs/settings.md
 
 # The extra index options of this machine, if any, must not get into the files.
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -8,15 +8,26 @@ from typing import Any
 from kombu import Exchange, Queue
 from kombu.utils.scheduling import round_robin_cycle
 
-from config.queues import CONTROL, MAINTENANCE, all_queues
+from config.queues import CONTROL, all_queues, shard_of_queue
 from config.redis import RedisAddress, is_redis
 from config.settings import Settings
 
 # Seconds that a publication, or anything else outside a worker's own loop, may wait for the broker. A worker waits
 # longer: its loop has nothing else to do, and starting over costs it its place in every queue.
-PUBLISH_SECONDS = 2.0
+_PUBLISH_SECONDS = 2.0
 _CONSUME_SECONDS = 30.0
 _STALE_SECONDS = 30.0
+_PAUSES = {"interval_start": 0.0, "interval_step": 0.2}
+
+# Transport options of connections that publish and ask, over those in the configuration.
+PUBLISH_OPTIONS = {
+    "socket_connect_timeout": _PUBLISH_SECONDS,
+    "socket_timeout": _PUBLISH_SECONDS,
+    # Without a limit Kombu tries to connect for ever.
+    "max_retries": 1,
+    **_PAUSES,
+    "connect_retries_timeout": _PUBLISH_SECONDS,
+}
 
 
 class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
@@ -29,11 +40,19 @@ class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
 def celery_config(settings: Settings, broker_url: str, redis_url: str | None) -> dict[str, Any]:
     """All of Celery's settings that differ from its defaults."""
     tasks = Exchange("tidemark", type="direct", durable=True)
+    # RabbitMQ: one consumer at a time, the next one takes over. Redis ignores it.
+    one_consumer = {"x-single-active-consumer": True}
     broker = RedisAddress.parse(broker_url) if is_redis(broker_url) else None
+    intervals = {
+        "fan_out": settings.fan_out_interval,
+        "sweep": settings.sweep_interval,
+        "retain": settings.retention_interval,
+        "audit": settings.audit_interval,
+    }
     config: dict[str, Any] = {
         "broker_url": broker_url if broker is None else broker.celery_url,
         "task_queues": [
-            Queue(name, tasks, routing_key=name, queue_arguments=_queue_arguments(name))
+            Queue(name, tasks, routing_key=name, queue_arguments=None if shard_of_queue(name) is None else one_consumer)
             for name in all_queues(settings.shards)
         ],
         "task_default_queue": CONTROL,
@@ -65,13 +84,22 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         # No persistence: all entries are intervals, and running one early is harmless.
         "beat_scheduler": "celery.beat:Scheduler",
         "beat_max_loop_interval": min(5.0, settings.fan_out_interval),
-        "beat_schedule": _schedule(settings),
+        "beat_schedule": {
+            name: {
+                "task": f"tasks.{name}",
+                "schedule": interval,
+                # RabbitMQ drops a tick nobody took; on Redis beat publishes none into a long queue (tasks/programs.py).
+                # Celery's own `expires` compares two machines' clocks: half a minute apart, they drop every tick.
+                "options": {"expiration": max(interval, _STALE_SECONDS)},
+            }
+            for name, interval in intervals.items()
+        },
         # For `beat -S redbeat.RedBeatScheduler`: one of several beats runs. Its lock outlives it by seconds only. Its
         # URL is not here, where `inspect conf` and Flower would show the password: see `TidemarkApp.redbeat_conf`.
         "redbeat_lock_timeout": 10,
         "redbeat_key_prefix": "tidemark:beat:",
         # Who publishes learns soon that the broker is away; the next tick or sweep finds what was not published.
-        "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0.0, "interval_step": 0.2},
+        "task_publish_retry_policy": {"max_retries": 1, **_PAUSES},
     }
     if broker is not None:
         config["broker_transport_options"] = {
@@ -97,48 +125,11 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
             "result_backend_transport_options": {
                 **results.celery_options,
                 # Celery's default tries for 20 s, and then asks for a restart.
-                "retry_policy": {"max_retries": 2, "interval_start": 0.0, "interval_step": 0.2},
+                "retry_policy": {"max_retries": 2, **_PAUSES},
             },
-            "redis_socket_connect_timeout": PUBLISH_SECONDS,
-            "redis_socket_timeout": PUBLISH_SECONDS,
+            "redis_socket_connect_timeout": _PUBLISH_SECONDS,
+            "redis_socket_timeout": _PUBLISH_SECONDS,
             "redis_socket_keepalive": not results.path,
             "redis_backend_health_check_interval": 30,
         }
     return config
-
-
-def publish_options() -> dict[str, Any]:
-    """Transport options of connections that publish and ask, over those in the configuration."""
-    return {
-        "socket_connect_timeout": PUBLISH_SECONDS,
-        "socket_timeout": PUBLISH_SECONDS,
-        # Without a limit Kombu tries to connect for ever.
-        "max_retries": 1,
-        "interval_start": 0.0,
-        "interval_step": 0.2,
-        "connect_retries_timeout": PUBLISH_SECONDS,
-    }
-
-
-def _queue_arguments(name: str) -> dict[str, Any] | None:
-    # RabbitMQ: one consumer at a time, the next one takes over. Redis ignores it.
-    return None if name in {CONTROL, MAINTENANCE} else {"x-single-active-consumer": True}
-
-
-def _schedule(settings: Settings) -> dict[str, Any]:
-    intervals = {
-        "tasks.fan_out": settings.fan_out_interval,
-        "tasks.sweep": settings.sweep_interval,
-        "tasks.retain": settings.retention_interval,
-        "tasks.audit": settings.audit_interval,
-    }
-    return {
-        name.removeprefix("tasks."): {
-            "task": name,
-            "schedule": interval,
-            # RabbitMQ drops a tick nobody took; on Redis beat publishes none into a long queue (tasks/programs.py).
-            # Celery's own `expires` compares two machines' clocks: half a minute apart, they would drop every tick.
-            "options": {"expiration": max(interval, _STALE_SECONDS)},
-        }
-        for name, interval in intervals.items()
-    }

@@ -13,6 +13,9 @@ class TidemarkError(Exception):
 
     code: ClassVar[str | None] = None
 
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        cls.code = code
+
 
 class SettingsError(TidemarkError):
     """A `TIDEMARK_…` variable is missing or holds what it must not."""
@@ -22,70 +25,48 @@ class EmbeddedServerError(TidemarkError):
     """An embedded Postgres or Redis could not be started, or went away."""
 
 
-class InvalidCommitError(TidemarkError):
+class InvalidCommitError(TidemarkError, code="TM001"):
     """The arguments of a commit are malformed; nothing was written."""
 
-    code = "TM001"
 
-
-class CommitConflictError(TidemarkError):
+class CommitConflictError(TidemarkError, code="TM002"):
     """The object key is committed already, with other content."""
 
-    code = "TM002"
 
-
-class UnknownPartitionError(TidemarkError):
+class UnknownPartitionError(TidemarkError, code="TM003"):
     """No partition has this id."""
 
-    code = "TM003"
 
-
-class UnknownTopicError(TidemarkError):
+class UnknownTopicError(TidemarkError, code="TM004"):
     """No topic has this name."""
 
-    code = "TM004"
 
-
-class InvalidTopicError(TidemarkError):
+class InvalidTopicError(TidemarkError, code="TM005"):
     """A topic name or partition count breaks the rules for them."""
 
-    code = "TM005"
 
-
-class TopicExistsError(TidemarkError):
+class TopicExistsError(TidemarkError, code="TM006"):
     """A topic has this name already."""
 
-    code = "TM006"
 
-
-class OffsetOutOfRangeError(TidemarkError):
+class OffsetOutOfRangeError(TidemarkError, code="TM007"):
     """The offset lies below the partition's start offset or above its end offset."""
 
-    code = "TM007"
 
-
-class ForeignClusterError(TidemarkError):
+class ForeignClusterError(TidemarkError, code="TM008"):
     """The database was restored into another cluster, whose transaction ids mean nothing to the cursors."""
 
-    code = "TM008"
 
-
-class InvalidFetchError(TidemarkError):
+class InvalidFetchError(TidemarkError, code="TM009"):
     """A fetch limit is not positive."""
 
-    code = "TM009"
 
-
-class CommitTooLargeError(TidemarkError):
+class CommitTooLargeError(TidemarkError, code="TM010"):
     """A commit brings more batches than one call may; nothing was written."""
 
-    code = "TM010"
 
-
-class OffsetNotAvailableError(TidemarkError):
+class OffsetNotAvailableError(TidemarkError, code="TM011"):
     """A standby was asked for an offset that has not arrived there; the next attempt may succeed."""
-
-    code = "TM011"
 
 
 class SchemaVersionError(TidemarkError):

@@ -25,9 +25,9 @@ class SignOfLife:
 class Health:
     """What a sign of life says at the moment; `age` in seconds is None where there is no sign."""
 
-    alive: bool
-    ready: bool
-    age: float | None
+    alive: bool = False
+    ready: bool = False
+    age: float | None = None
     reason: str
 
 
@@ -37,13 +37,12 @@ def examine(file: Path) -> Health:
         age = max(0.0, time.time() - file.stat().st_mtime)
         sign = SignOfLife(**json.loads(file.read_text("utf-8")))
     except FileNotFoundError:
-        return Health(alive=False, ready=False, age=None, reason=f"{file} is not there: it does not run")
+        return Health(reason=f"{file} is not there: it does not run")
     except (ValueError, TypeError, OSError) as error:
-        return Health(alive=False, ready=False, age=None, reason=f"{file} cannot be read: {error}")
+        return Health(reason=f"{file} cannot be read: {error}")
     if age > sign.stale_after:
-        silence = f"{age:.0f} s, more than {sign.stale_after:.0f} s"
-        reason = f"no sign of life for {silence}: process {sign.pid} hangs or is gone"
-        return Health(alive=False, ready=False, age=age, reason=reason)
+        silence = f"no sign of life for {age:.0f} s, more than {sign.stale_after:.0f} s"
+        return Health(age=age, reason=f"{silence}: process {sign.pid} hangs or is gone")
     return Health(alive=True, ready=sign.ready, age=age, reason="ready" if sign.ready else "alive, not ready")
 
 

@@ -54,29 +54,20 @@ def partition_ids_of(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | Non
     return list(ids)
 
 
-class Router:
-    """An entry of Celery's `task_routes`."""
-
-    def __init__(self, shards: int) -> None:
-        self._shards = shards
-
-    def __call__(
-        self, name: str, args: Any, kwargs: Any, _options: Mapping[str, Any], **_: Any
-    ) -> dict[str, str] | None:
-        """Queue for a task of ours; None for others."""
-        if name == MATERIALIZE:
-            ids = partition_ids_of(args, kwargs)
-            shards = {shard_of(i, self._shards) for i in ids}
-            if len(shards) > 1:
-                raise InvalidJobError(
-                    f"{MATERIALIZE}: partition ids {ids[:10]} belong to {len(shards)} shards. One task serves one: "
-                    f"pass them apart, or use tasks.materialize_topic(topic)."
-                )
-            return _to(shard_queue(shards.pop()))
-        if name in _MAINTENANCE:
-            return _to(MAINTENANCE)
-        return _to(CONTROL) if name.startswith("tasks.") else None
-
-
-def _to(queue: str) -> dict[str, str]:
+def route(
+    shards: int, name: str, args: Any, kwargs: Any, _options: Mapping[str, Any], **_: Any
+) -> dict[str, str] | None:
+    """Queue for a task of ours; None for others. With `shards` filled in, an entry of Celery's `task_routes`."""
+    if not name.startswith("tasks."):
+        return None
+    queue = MAINTENANCE if name in _MAINTENANCE else CONTROL
+    if name == MATERIALIZE:
+        ids = partition_ids_of(args, kwargs)
+        found = {shard_of(i, shards) for i in ids}
+        if len(found) > 1:
+            raise InvalidJobError(
+                f"{MATERIALIZE}: partition ids {ids[:10]} belong to {len(found)} shards. One task serves one: "
+                f"pass them apart, or use tasks.materialize_topic(topic)."
+            )
+        queue = shard_queue(found.pop())
     return {"queue": queue, "routing_key": queue}

@@ -8,7 +8,6 @@ Each of them understands other URLs and other options; this is the one place tha
     sentinel://[user:password@]host:port[;sentinel://host:port…][/db]?master_name=NAME[&sentinel_password=…]
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -16,15 +15,10 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 if TYPE_CHECKING:
     from redis import Redis
 
-SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
-_PORTS = {"sentinel": 26_379}
 _TLS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
-_OPTIONS: dict[str, set[str]] = {
-    "redis": set(),
-    "rediss": _TLS,
-    "redis+socket": {"virtual_host"},
-    "sentinel": {"master_name", "sentinel_password"},
-}
+_SENTINEL = {"master_name", "sentinel_password"}
+_OPTIONS = {"redis": set[str](), "rediss": _TLS, "redis+socket": {"virtual_host"}, "sentinel": _SENTINEL}
+SCHEMES = tuple(_OPTIONS)
 _CERT_REQS = {"required", "optional", "none"}
 
 
@@ -48,12 +42,11 @@ class RedisAddress:
     @classmethod
     def parse(cls, url: str) -> Self:
         """Raises ValueError, without the password, for what is no such URL."""
-        first, *others = url.split(";")
-        parts = urlsplit(first)
+        hosts = [urlsplit(part) for part in url.split(";")]
+        # What follows the last sentinel counts for all of them.
+        parts, last = hosts[0], hosts[-1]
         if parts.scheme not in SCHEMES:
             raise ValueError(f"must start with {' or '.join(f'{scheme}://' for scheme in SCHEMES)}")
-        # What follows the last sentinel counts for all of them.
-        last = urlsplit(others[-1]) if others else parts
         options = dict(parse_qsl(last.query, keep_blank_values=True))
         if unknown := sorted(options.keys() - _OPTIONS[parts.scheme]):
             known = ", ".join(sorted(_OPTIONS[parts.scheme])) or "none"
@@ -69,15 +62,12 @@ class RedisAddress:
         if not number.isdecimal():
             # Not repeated: behind a / in a password that was not encoded stands the rest of it.
             raise ValueError("what stands behind the host is no database's number; encode / ? # @ : in a password")
-        hosts = []
-        for text in [] if path else [first, *others]:
-            host = urlsplit(text)
-            if host.scheme != parts.scheme or not host.hostname:
-                raise ValueError(f"needs a host: {parts.scheme}://host:port")
-            hosts.append((host.hostname, host.port or _PORTS.get(parts.scheme, 6_379)))
+        if not path and not all(host.scheme == parts.scheme and host.hostname for host in hosts):
+            raise ValueError(f"needs a host: {parts.scheme}://host:port")
+        port = 26_379 if parts.scheme == "sentinel" else 6_379
         return cls(
             scheme=parts.scheme,
-            hosts=tuple(hosts),
+            hosts=() if path else tuple((host.hostname or "", host.port or port) for host in hosts),
             path=path,
             db=int(number),
             username=unquote(parts.username) if parts.username else None,
@@ -100,11 +90,12 @@ class RedisAddress:
 
     @property
     def celery_url(self) -> str:
-        """For Celery's `broker_url` and `result_backend`."""
+        """For Celery's `broker_url` and `result_backend`; redis-py understands it, too, but for the other two kinds."""
         if self.path:
             return f"redis+socket://{self._login}{quote(self.path)}?virtual_host={self.db}"
-        query = f"?{urlencode(self._tls)}" if self.scheme == "rediss" else ""
-        hosts = [f"{_bracketed(host)}:{port}" for host, port in self.hosts]
+        # redis-py checks the certificate unless told not to; Celery insists on being told.
+        query = f"?{urlencode({'ssl_cert_reqs': 'required', **self.options})}" if self.scheme == "rediss" else ""
+        hosts = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts]
         return ";".join(f"{self.scheme}://{self._login}{host}/{self.db}{query}" for host in hosts)
 
     @property
@@ -113,10 +104,8 @@ class RedisAddress:
         if self.scheme != "sentinel":
             return {}
         password = self.options.get("sentinel_password")
-        return {
-            "master_name": self.options["master_name"],
-            "sentinel_kwargs": {"password": password} if password else {},
-        }
+        sentinel = {"password": password} if password else {}
+        return {"master_name": self.options["master_name"], "sentinel_kwargs": sentinel}
 
     def client(self, *, seconds: float) -> "Redis":
         """A client that gives up connecting, and waiting for an answer, after `seconds`; text in and out.
@@ -124,40 +113,23 @@ class RedisAddress:
         It is usable by several threads, and by a forked child. A command is tried a second time at once, for a
         connection that went stale.
         """
-        from redis import Redis, Sentinel, SSLConnection, UnixDomainSocketConnection  # noqa: PLC0415 - see below
-        from redis.backoff import NoBackoff  # noqa: PLC0415
-        from redis.connection import ConnectionPool  # noqa: PLC0415
-        from redis.retry import Retry  # noqa: PLC0415 - commands that need no Redis start faster without it
+        from redis import Redis, Sentinel  # noqa: PLC0415 - commands that need no Redis start faster without it
+        from redis.backoff import NoBackoff  # noqa: PLC0415 - as above
+        from redis.retry import Retry  # noqa: PLC0415 - as above
 
-        options: dict[str, Any] = {
-            "db": self.db,
-            "username": self.username,
-            "password": self.password,
-            "decode_responses": True,
-            "socket_timeout": seconds,
-            "retry": Retry(NoBackoff(), 1),
-            "health_check_interval": 30,
-        }
+        timeouts: dict[str, Any] = {"socket_timeout": seconds, "socket_connect_timeout": seconds}
+        retry = Retry(NoBackoff(), 1)
+        options = {**timeouts, "decode_responses": True, "retry": retry, "health_check_interval": 30}
         if self.path:
-            unix: Callable[..., Any] = UnixDomainSocketConnection
-            return Redis(connection_pool=ConnectionPool(connection_class=unix, path=self.path, **options))
-        options |= {"socket_connect_timeout": seconds, "socket_keepalive": True}
-        if self.scheme == "sentinel":
-            sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
-                self.hosts,
-                sentinel_kwargs={
-                    "password": self.options.get("sentinel_password"),
-                    "socket_timeout": seconds,
-                    "socket_connect_timeout": seconds,
-                },
-            )
-            found: Redis = sentinel.master_for(self.options["master_name"], **options)
-            return found
-        if self.scheme == "rediss":
-            check_hostname = self._tls.get("ssl_check_hostname", "true").lower() != "false"
-            options |= {"connection_class": SSLConnection, **self._tls, "ssl_check_hostname": check_hostname}
-        ((host, port),) = self.hosts
-        return Redis(connection_pool=ConnectionPool(host=host, port=port, **options))
+            return Redis.from_url(f"unix://{self._login}{quote(self.path)}?db={self.db}", **options)
+        options["socket_keepalive"] = True
+        if self.scheme != "sentinel":
+            return Redis.from_url(self.celery_url, **options)
+        watched = self.celery_options
+        sentinel: Any = Sentinel(self.hosts, sentinel_kwargs=watched["sentinel_kwargs"] | timeouts)  # type: ignore[no-untyped-call]
+        login = {"db": self.db, "username": self.username, "password": self.password}
+        found: Redis = sentinel.master_for(watched["master_name"], **login, **options)
+        return found
 
     @property
     def _login(self) -> str:
@@ -165,12 +137,3 @@ class RedisAddress:
             return ""
         password = "" if self.password is None else f":{quote(self.password, safe='')}"
         return f"{quote(self.username or '', safe='')}{password}@"
-
-    @property
-    def _tls(self) -> dict[str, str]:
-        # redis-py checks the certificate unless told not to; Celery insists on being told.
-        return {"ssl_cert_reqs": "required", **self.options}
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -1,6 +1,6 @@
 """All of Tidemark's settings: one frozen, validated object read from `TIDEMARK_…` environment variables.
 
-The field descriptions are the documentation; `docs/settings.md` is generated from them.
+`docs/settings.md` is generated from the fields, by `make docs`.
 """
 
 import os
@@ -35,183 +35,113 @@ _BROKER_SCHEMES = (*SCHEMES, "amqp", "amqps", "pyamqp")
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 
 
-def _default_data_dir() -> Path:
-    """A directory the servers' user can enter: root's home is closed to the user Postgres runs as."""
-    if os.geteuid() == 0:
-        return Path("/var/lib/tidemark")
-    return platformdirs.user_state_path("tidemark")
-
-
 class Settings(BaseSettings):
-    """Read once at start; immutable afterwards."""
+    """Read once at start; immutable afterwards. The text below each field is its row of `docs/settings.md`."""
 
     model_config = SettingsConfigDict(env_prefix="TIDEMARK_", frozen=True, extra="ignore")
 
-    database_url: str | None = Field(
-        None,
-        repr=False,
-        description="Postgres, as `postgresql://user:password@host:port/database`. Without it an embedded "
-        "PostgreSQL 18 runs in the data directory.",
-    )
-    broker_url: str | None = Field(
-        None,
-        repr=False,
-        description="Celery's broker, as `redis://…` or `amqp://…`. Without it an embedded Redis runs in the "
-        "data directory.",
-    )
-    redis_url: str | None = Field(
-        None,
-        repr=False,
-        description="Redis for results, queued-tokens, shard leases and metrics. Defaults to the broker where that is "
-        "a Redis; with RabbitMQ and without it none of these is kept.",
-    )
+    database_url: str | None = Field(None, repr=False)
+    """Postgres, as `postgresql://user:password@host:port/database`.
+    Without it an embedded PostgreSQL 18 runs in the data directory."""
+    broker_url: str | None = Field(None, repr=False)
+    """Celery's broker, as `redis://…` or `amqp://…`. Without it an embedded Redis runs in the data directory."""
+    redis_url: str | None = Field(None, repr=False)
+    """Redis for task results, marks of queued partitions, shard leases and metrics. The default is the broker, if
+    that is a Redis. With RabbitMQ and without this variable, none of these is kept."""
+    # Root's home is closed to the user that its embedded Postgres runs as.
     data_dir: Path = Field(
-        default_factory=_default_data_dir,
-        description="Where the embedded servers and beat keep their files.",
+        default_factory=lambda: platformdirs.user_state_path("tidemark") if os.geteuid() else Path("/var/lib/tidemark")
     )
+    """Directory of the embedded servers, the heartbeat files and Flower's generated password."""
 
-    shards: int = Field(
-        8,
-        ge=1,
-        le=1024,
-        description="Number of shard queues `materialize.<n>`. Every process must be given the same number.",
-    )
-    events_per_partition: int = Field(
-        20_000,
-        ge=1,
-        le=1_000_000,
-        description="At most so many events of one partition are materialized in one transaction.",
-    )
-    events_per_task: int = Field(
-        50_000,
-        ge=1,
-        le=10_000_000,
-        description="Thin partitions share a task up to so many events in all; a partition with more travels alone.",
-    )
-    partitions_per_task: int = Field(
-        2_000, ge=1, le=10_000, description="At most so many partitions share a task, and so a transaction."
-    )
-    strategy: Strategy = Field(
-        DEFAULT_STRATEGY,
-        description="How offsets are calculated: `window` or `incremental`. They are the same; see docs/benchmarks.md.",
-    )
-    candidate: Strategy | None = Field(
-        None, description="A strategy to try on a share of the partitions; `celery -A tasks compare` shows both sides."
-    )
-    candidate_percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
-        None, description="That share in percent, to two decimals. Growing it keeps the partitions chosen before."
-    )
-    batching: Batching = Field(
-        DEFAULT_BATCHING,
-        description="How many events a transaction takes. `adaptive`: as many as fit into the batch seconds. "
-        "`complete`: partitions to their end, one after the other. `fixed`: the events per partition. `collect`: as "
-        "`fixed`, after collecting commits for a while.",
-    )
-    batch_seconds: Annotated[float, Field(ge=0.005, le=10, allow_inf_nan=False)] = Field(
-        0.2, description="`adaptive` aims at transactions of this length; they hold their partitions' locks as long."
-    )
-    batch_events_min: int = Field(1_000, ge=1, le=1_000_000, description="`adaptive` does not plan for fewer events.")
-    batch_events_max: int = Field(
-        100_000,
-        ge=1,
-        le=10_000_000,
-        description="Nor for more; `complete` takes at most so many events in a transaction. Both take at least one of "
-        "each partition.",
-    )
-    collect_seconds: Annotated[float, Field(ge=0.001, le=30, allow_inf_nan=False)] = Field(
-        0.1,
-        description="`collect` materializes this long after a wake-up, so adds as much to the latency. Commits found "
-        "by the fan-out have been collected for its interval already.",
-    )
-    task_seconds: Seconds = Field(
-        5, description="A task that still has backlog after this time hands over to a fresh one."
-    )
+    shards: int = Field(8, ge=1, le=1024)
+    """Number of shard queues (`materialize.<n>`). It must be the same in every process."""
+    events_per_partition: int = Field(20_000, ge=1, le=1_000_000)
+    """With `fixed` and `collect` batching, a transaction materializes at most this many events of each partition."""
+    events_per_task: int = Field(50_000, ge=1, le=10_000_000)
+    """Partitions share a task up to this many pending events. A partition with more gets a task of its own."""
+    partitions_per_task: int = Field(2_000, ge=1, le=10_000)
+    """At most this many partitions share a task, and so a transaction."""
+    strategy: Strategy = DEFAULT_STRATEGY
+    """How offsets are calculated: `window` or `incremental`. Only their speed differs; see docs/benchmarks.md."""
+    candidate: Strategy | None = None
+    """Strategy to try on `TIDEMARK_CANDIDATE_PERCENT` of the partitions; `celery -A tasks compare` shows both sides."""
+    candidate_percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    """Percentage of partitions that use `TIDEMARK_CANDIDATE`, to two decimals. Growing it keeps those chosen before."""
+    batching: Batching = DEFAULT_BATCHING
+    """How many events a transaction takes. `adaptive`: as many as fit into `TIDEMARK_BATCH_SECONDS`. `complete`: all of
+    a partition, one partition after the other. `fixed`: at most `TIDEMARK_EVENTS_PER_PARTITION` of each partition.
+    `collect`: like `fixed`, after waiting `TIDEMARK_COLLECT_SECONDS` for more commits."""
+    batch_seconds: Annotated[float, Field(ge=0.005, le=10, allow_inf_nan=False)] = 0.2
+    """`adaptive` batching aims at transactions of this length. A transaction locks its partitions while it runs."""
+    batch_events_min: int = Field(1_000, ge=1, le=1_000_000)
+    """`adaptive` batching plans at least this many events for a transaction."""
+    batch_events_max: int = Field(100_000, ge=1, le=10_000_000)
+    """`adaptive` and `complete` batching plan at most this many events for a transaction, but at least one of each
+    partition in it."""
+    collect_seconds: Annotated[float, Field(ge=0.001, le=30, allow_inf_nan=False)] = 0.1
+    """`collect` batching materializes this long after a wake-up, which adds the same time to the latency. Commits that
+    the fan-out finds do not wait again: they were collected during its interval."""
+    task_seconds: Seconds = 5
+    """A task that still has backlog after this time hands it over to a new task."""
 
-    fan_out_interval: Seconds = Field(
-        0.5,
-        description="Beat looks for new commits this often; bounds the latency of commits nobody announced.",
-    )
-    sweep_interval: Seconds = Field(
-        30, description="Every partition is probed this often, to find what a lost message left behind."
-    )
-    retention_interval: Seconds = Field(60, description="Topics' retention limits are applied this often.")
-    audit_interval: Seconds = Field(600, description="The invariants are checked on a stretch of the log this often.")
-    maintenance_seconds: Seconds = Field(
-        5, description="A retention or audit task stops after this time and goes on at its next turn."
-    )
-    delete_batch: int = Field(
-        5_000,
-        ge=1,
-        le=1_000_000,
-        description="Retention deletes at most so many batches in one transaction.",
-    )
-    queued_seconds: Seconds = Field(
-        60,
-        description="A partition counts as queued at most this long; afterwards it may be queued a second time.",
-    )
+    fan_out_interval: Seconds = 0.5
+    """Beat looks for new commits at this interval. It bounds the latency of commits that nobody announced."""
+    sweep_interval: Seconds = 30
+    """Every partition is probed at this interval, to find what a lost message left behind."""
+    retention_interval: Seconds = 60
+    """The retention limits of topics are applied at this interval."""
+    audit_interval: Seconds = 600
+    """The invariants are checked on a part of the log at this interval."""
+    maintenance_seconds: Seconds = 5
+    """A retention or audit task stops after this time and continues at its next run."""
+    delete_batch: int = Field(5_000, ge=1, le=1_000_000)
+    """Retention deletes at most this many batches in one transaction."""
+    queued_seconds: Seconds = 60
+    """A partition counts as queued for at most this long. After that it may be queued a second time."""
 
-    pool_open: int = Field(25, ge=1, le=1000, description="At most so many database connections per process.")
-    pool_idle: int = Field(
-        10,
-        ge=0,
-        le=1000,
-        description="So many of them are kept when idle (never more than the process has threads for).",
-    )
-    pool_lifetime: Seconds = Field(3600, description="A connection is replaced after this time.")
-    pool_wait: Seconds = Field(10, description="Waiting for a free connection ends with an error after this time.")
+    pool_open: int = Field(25, ge=1, le=1000)
+    """A process has at most this many database connections."""
+    pool_idle: int = Field(10, ge=0, le=1000)
+    """A process keeps at most this many idle database connections, and never more than it has threads for."""
+    pool_lifetime: Seconds = 3600
+    """A database connection is replaced after this time."""
+    pool_wait: Seconds = 10
+    """Waiting for a free database connection fails after this time."""
 
-    lock_timeout: Seconds = Field(
-        1,
-        description="Postgres gives up waiting for a lock after this time. A task waits once, after all others.",
-    )
-    statement_timeout: Seconds = Field(60, description="Postgres cancels a statement after this time.")
-    transaction_timeout: Seconds = Field(120, description="Postgres (17 and later) ends a transaction after this time.")
-    retries: int = Field(
-        4, ge=0, le=20, description="A task repeats a transaction so often after a transient database error."
-    )
-    retry_seconds: Seconds = Field(
-        0.02, description="First pause before a repetition; it doubles each time, with jitter, up to 5 s."
-    )
+    lock_timeout: Seconds = 1
+    """Postgres gives up waiting for a lock after this time. A task waits for locked partitions once, at its end."""
+    statement_timeout: Seconds = 60
+    """Postgres cancels a statement after this time."""
+    transaction_timeout: Seconds = 120
+    """Postgres (17 and later) ends a transaction after this time."""
+    retries: int = Field(4, ge=0, le=20)
+    """After a transient database error, a task repeats a transaction at most this many times."""
+    retry_seconds: Seconds = 0.02
+    """Pause before a transaction is repeated for the first time. It doubles each time, with jitter, up to 5 s."""
 
-    lease_seconds: Annotated[float, Field(ge=2, le=3600)] = Field(
-        15,
-        description="Workers without `-Q` share the shards out among themselves; those of one that died are taken "
-        "over within this time.",
-    )
-    visibility_timeout: Annotated[int, Field(ge=10)] = Field(
-        300,
-        description="Redis hands a task to another worker when it was not finished after so many seconds.",
-    )
-    flower_auth: str | None = Field(
-        None,
-        repr=False,
-        pattern=r"^[^:]+:.{8,}$",
-        description="Flower's login, as `user:password` with 8 characters or more. Without it a password is made and "
-        "kept in the data directory.",
-    )
-    metrics_topics: int = Field(
-        200,
-        ge=1,
-        le=10_000,
-        description="At most so many topics have metrics of their own, the oldest ones; the others are summed up as "
-        "`(other)`.",
-    )
-    metrics_seconds: Seconds = Field(
-        5, description="The exporter reads Postgres, Redis and the broker at most this often, whoever asks it."
-    )
-    heartbeat_file: Path | None = Field(
-        None,
-        description="File by which `celery -A tasks health` tells that this program lives. Defaults to "
-        "`worker.heartbeat`, `beat.heartbeat` or `exporter.heartbeat` in the data directory; workers share theirs.",
-    )
-    tracing: bool = Field(
-        False,  # noqa: FBT003 - a default
-        description="Trace commit, fan-out and materialize with OpenTelemetry. Needs the extra `tracing`; the "
-        "`OTEL_…` variables say where spans go.",
-    )
-    log_format: Literal["console", "json"] = Field(
-        "console", description="One event a line, for people or for machines."
-    )
+    lease_seconds: Annotated[float, Field(ge=2, le=3600)] = 15
+    """Workers without `-Q` share the shards among themselves. When a worker dies, others take its shards over within
+    this time."""
+    visibility_timeout: int = Field(300, ge=10)
+    """Redis gives a task to a second worker when the first has not finished it after this time. It must be at least
+    twice a task's time limit: the longer of task seconds and maintenance seconds, plus pool wait, lock timeout,
+    statement timeout and 10 s."""
+    flower_auth: str | None = Field(None, repr=False, pattern=r"^[^:]+:.{8,}$")
+    """Flower's login, as `user:password` with a password of 8 characters or more. Without it a password is generated
+    and kept in the data directory."""
+    metrics_topics: int = Field(200, ge=1, le=10_000)
+    """At most this many topics, the oldest ones, have metrics of their own. All others are summed up as `(other)`."""
+    metrics_seconds: Seconds = 5
+    """The exporter reads Postgres, Redis and the broker at most once in this time, however often it is asked."""
+    heartbeat_file: Path | None = None
+    """File by which `celery -A tasks health` knows that this program lives. The default is `worker.heartbeat`,
+    `beat.heartbeat` or `exporter.heartbeat` in the data directory, where all workers share one file."""
+    tracing: bool = False
+    """Trace commit, fan-out and materialize with OpenTelemetry. It needs the extra `tracing`; the `OTEL_…` variables
+    say where spans go."""
+    log_format: Literal["console", "json"] = "console"
+    """Format of the log: `console` for people, `json` for machines. Both write one event a line."""
 
     @field_validator("database_url", "broker_url", "redis_url")
     @classmethod
@@ -239,26 +169,15 @@ class Settings(BaseSettings):
         if 2 * self.hard_time_limit > self.visibility_timeout:
             raise ValueError(
                 f"TIDEMARK_VISIBILITY_TIMEOUT ({self.visibility_timeout} s) is less than twice a task's time limit "
-                f"({self.hard_time_limit:g} s = task seconds + statement timeout + 10): Redis would hand a running "
-                f"task to a second worker"
+                f"({self.hard_time_limit:g} s = task seconds + pool wait + lock timeout + statement timeout + 10): "
+                f"Redis would hand a running task to a second worker"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_candidate(self) -> Self:
-        if self.candidate is None:
-            if self.candidate_percent:
-                raise ValueError("TIDEMARK_CANDIDATE_PERCENT needs TIDEMARK_CANDIDATE: a strategy to try")
-        elif self.candidate_percent is None:
-            raise ValueError(
-                "TIDEMARK_CANDIDATE needs TIDEMARK_CANDIDATE_PERCENT: the share of partitions to try it on"
-            )
-        elif self.candidate == self.strategy:
+        if self.candidate is None and self.candidate_percent:
+            raise ValueError("TIDEMARK_CANDIDATE_PERCENT needs TIDEMARK_CANDIDATE: a strategy to try")
+        if self.candidate is not None and self.candidate_percent is None:
+            raise ValueError("TIDEMARK_CANDIDATE needs TIDEMARK_CANDIDATE_PERCENT: its share of the partitions")
+        if self.candidate == self.strategy:
             raise ValueError(f"TIDEMARK_CANDIDATE ({self.candidate}) is TIDEMARK_STRATEGY: nothing to compare")
-        return self
-
-    @model_validator(mode="after")
-    def _batches_fit(self) -> Self:
         if self.batch_events_min > self.batch_events_max:
             raise ValueError(
                 f"TIDEMARK_BATCH_EVENTS_MIN ({self.batch_events_min}) is above TIDEMARK_BATCH_EVENTS_MAX "
@@ -273,8 +192,14 @@ class Settings(BaseSettings):
 
     @property
     def hard_time_limit(self) -> float:
-        """Seconds after which Celery kills a task: its own budget, one last statement and a margin."""
-        return max(self.task_seconds, self.maintenance_seconds) + self.statement_timeout + 10
+        """Seconds after which Celery kills a task: its own time, the last attempt begun in it, and a margin.
+
+        An attempt may wait for a connection and for a lock, and then take as long as a statement may. Celery enforces
+        the limit in a prefork pool only. Solo and threads pools have none: there the timeouts that are added up here
+        end each attempt with an error, and no repetition begins after the task's time.
+        """
+        attempt = self.pool_wait + self.lock_timeout + self.statement_timeout
+        return max(self.task_seconds, self.maintenance_seconds) + attempt + 10
 
     @property
     def overdue_seconds(self) -> float:

@@ -5,21 +5,21 @@ when an address is first needed, and connections open in the process that uses t
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from celery import Celery
 
 from config.errors import TidemarkError
-from config.queues import Router
+from config.queues import route
 from config.redis import RedisAddress, is_redis
 
 if TYPE_CHECKING:
     from redbeat.schedulers import RedBeatConfig
     from redis import Redis
 
-    from config.embedded import Lease
+    from config.embedded.keeper import Lease
     from config.settings import Settings
     from db.pool import Database
 
@@ -66,7 +66,7 @@ class TidemarkApp(Celery):
     # Both are held until the process ends: an embedded server stops after the last process that uses it.
     @cached_property
     def embedded_postgres(self) -> "Lease":
-        from config.embedded import attach  # noqa: PLC0415 - most installations have servers of their own
+        from config.embedded.keeper import attach  # noqa: PLC0415 - most installations have servers of their own
         from db.migrate import bring_up  # noqa: PLC0415 - Alembic would cost every program half a second
 
         lease = attach(self.settings.data_dir, "postgres")
@@ -75,7 +75,7 @@ class TidemarkApp(Celery):
 
     @cached_property
     def embedded_redis(self) -> "Lease":
-        from config.embedded import attach  # noqa: PLC0415 - as above
+        from config.embedded.keeper import attach  # noqa: PLC0415 - as above
 
         return attach(self.settings.data_dir, "redis")
 
@@ -119,9 +119,9 @@ class TidemarkApp(Celery):
     def connection_for_write(self, url: str | None = None, heartbeat: float | None = None, **options: Any) -> Any:
         """As Celery's; who publishes or asks gives up after seconds, where a worker's own loop waits longer."""
         if is_redis(self.broker_url):
-            from config.celery import publish_options  # noqa: PLC0415 - `--help` does without
+            from config.celery import PUBLISH_OPTIONS  # noqa: PLC0415 - `--help` does without
 
-            options["transport_options"] = {**publish_options(), **(options.get("transport_options") or {})}
+            options["transport_options"] = {**PUBLISH_OPTIONS, **(options.get("transport_options") or {})}
         return self._connection(url or self.conf.broker_write_url, heartbeat=heartbeat, **options)
 
     def prepare_config(self, c: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -137,7 +137,7 @@ class TidemarkApp(Celery):
                 # A mistake of the user's on the command line: a message, no traceback.
                 raise click.ClickException(str(error)) from error
             raise
-        ours |= {"task_routes": (Router(self.settings.shards),), "worker_consumer": self.consumer_cls}
+        ours |= {"task_routes": (partial(route, self.settings.shards),), "worker_consumer": self.consumer_cls}
         prepared: Mapping[str, Any] = super().prepare_config({**(c or {}), **ours})
         return prepared
 

@@ -14,8 +14,7 @@ from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 from redis import Redis
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
+from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect
 
 _TEMPLATE = "tidemark_template"
@@ -50,13 +49,13 @@ def _path_from(variable: str) -> Path | None:
 
 @pytest.fixture(scope="session")
 def postgres_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
-    with PostgresServer.start(server_directory / "postgres", bin_dir=postgres_bin, settings=_SETTINGS) as server:
+    with PostgresServer(server_directory / "postgres", bin_dir=postgres_bin, settings=_SETTINGS).start() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def redis_server(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
-    with RedisServer.start(server_directory / "redis", binary=redis_binary) as server:
+    with RedisServer(server_directory / "redis", binary=redis_binary).start() as server:
         yield server
 
 

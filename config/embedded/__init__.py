@@ -3,7 +3,3 @@
 Both come as wheels (extra `embedded`), run in the data directory without root, Docker or system packages, and
 are shared by every process that attaches to that directory. The last one to leave turns them off.
 """
-
-from config.embedded.lease import Lease, attach
-
-__all__ = ["Lease", "attach"]

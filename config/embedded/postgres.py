@@ -13,15 +13,14 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from types import MappingProxyType
+from typing import ClassVar
 from urllib.parse import quote
 
 import config
-from config.embedded.host import write_private
+from config.embedded.host import postgres_bin, write_private
 from config.embedded.server import EmbeddedServer
-from config.embedded.wheels import postgres_bin, runnable
 from config.errors import EmbeddedServerError
 
 _USER = "tidemark"
@@ -47,23 +46,14 @@ class PostgresServer(EmbeddedServer):
     start_seconds: ClassVar[float] = 120  # includes crash recovery
     stop_seconds: ClassVar[float] = 60  # includes a checkpoint
 
-    def __init__(self, directory: Path, bin_dir: Path | None = None, settings: Mapping[str, str] | None = None) -> None:
-        super().__init__(directory)
-        self._wanted_bin = bin_dir
-        self._settings = {**_SMALLER, **(settings or {})}
+    def __init__(
+        self, directory: Path, *, bin_dir: Path | None = None, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """`bin_dir` holds `postgres` and `initdb` (default: the wheel's); `settings` go before `postgresql.conf`."""
+        super().__init__(directory, (bin_dir or postgres_bin()) / self.program)
+        self._settings = {**_SMALLER, **settings}
         self._socket_link = self._directory / "socket"
         self._socket_directory: Path | None = None
-
-    @classmethod
-    def start(cls, directory: Path, *, bin_dir: Path | None = None, settings: Mapping[str, str] | None = None) -> Self:
-        """Return a server that accepts connections.
-
-        `bin_dir` holds `postgres` and `initdb` (default: those of the wheel); `settings` go before
-        `config/postgresql.conf`.
-        """
-        server = cls(directory, bin_dir, settings)
-        server.begin()
-        return server
 
     def url(self, database: str = _DATABASE) -> str:
         """Return a URL that libpq, psycopg and SQLAlchemy understand.
@@ -75,41 +65,25 @@ class PostgresServer(EmbeddedServer):
         host = quote(str(self._socket_directory), safe="")
         return f"postgresql://{_USER}@/{quote(database, safe='')}?host={host}&port=5432"
 
-    @cached_property
-    def _bin(self) -> Path:
-        program = (self._wanted_bin or postgres_bin()) / self.program
-        return runnable(program, self._account, self._directory).parent
-
-    def _prepare(self) -> None:
-        if self._data.exists():
-            self._check_version()
-        else:
-            self._initialize()
+    def _prepare(self) -> list[str | Path]:
+        (self._check_version if self._data.exists() else self._initialize)()
         self._socket_directory = self._find_socket_directory()
         # No process of this cluster is left, so these are stale; but the pid in them may be another process's by now
         # (or a zombie's, where nobody reaps orphans), and Postgres would refuse to start.
         for stale in (self._data / "postmaster.pid", *self._socket_directory.iterdir()):
             stale.unlink(missing_ok=True)
         self._write_settings()
-
-    def _command(self) -> list[str | Path]:
         # On the command line, which beats the files and ALTER SYSTEM: the URL and the `trust` above rest on them.
-        settings = {
-            "listen_addresses": "",
-            "port": "5432",
-            "unix_socket_directories": self._socket_directory,
-            "unix_socket_permissions": "0700",
-        }
-        return [self._bin / "postgres", "-D", self._data, *(f"--{name}={value}" for name, value in settings.items())]
+        socket = [f"--unix_socket_directories={self._socket_directory}", "--unix_socket_permissions=0700"]
+        return [self._binary, "-D", self._data, "--listen_addresses=", "--port=5432", *socket]
 
     def _is_ready(self, pid: int) -> bool:
         """Read what pg_ctl reads: no client library is needed, and a server in recovery is told from a ready one."""
-        try:
-            lines = (self._data / "postmaster.pid").read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return False
         # As src/include/utils/pidfile.h says, the first line is the pid and the last one, once it is there, the status.
-        return bool(lines) and lines[0] == str(pid) and lines[-1].strip() == "ready"
+        with suppress(FileNotFoundError):
+            lines = (self._data / "postmaster.pid").read_text(errors="replace").splitlines()
+            return bool(lines) and lines[0] == str(pid) and lines[-1].strip() == "ready"
+        return False
 
     def _clean_up(self) -> None:
         if self._socket_directory is not None:
@@ -124,11 +98,10 @@ class PostgresServer(EmbeddedServer):
                 f"{self._data} is not empty and no Postgres data directory: move it away, or choose another "
                 f"TIDEMARK_DATA_DIR"
             ) from None
-        printed = self._account.run([self._bin / "postgres", "--version"]).stdout
-        match = re.search(r"\d+", printed)
-        if match is None or match[0] != found:
+        printed = self._account.run([self._binary, "--version"]).stdout.strip()
+        if re.findall(r"\d+", printed)[:1] != [found]:
             raise EmbeddedServerError(
-                f"{self._data} was created by PostgreSQL {found}, and {self._bin / 'postgres'} is {printed.strip()}: "
+                f"{self._data} was created by PostgreSQL {found}, and {self._binary} is {printed}: "
                 f"dump and restore it with the old binaries, or choose another TIDEMARK_DATA_DIR"
             )
 
@@ -150,7 +123,7 @@ class PostgresServer(EmbeddedServer):
             ("", "initdb", "--pgdata=.", *options),
             (f"CREATE DATABASE {_DATABASE}\n", "postgres", *single),
         ):
-            done = self._account.run([self._bin / program, *arguments], directory=unfinished, stdin=stdin)
+            done = self._account.run([self._binary.with_name(program), *arguments], directory=unfinished, stdin=stdin)
             if done.returncode != 0:
                 raise EmbeddedServerError(f"{program} failed (exit code {done.returncode}):\n{done.stdout.strip()}")
         unfinished.rename(self._data)

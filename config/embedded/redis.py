@@ -9,13 +9,11 @@ import secrets
 import signal
 import socket
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from config.embedded.host import tail, write_private
+from config.embedded.host import redis_binary, write_private
 from config.embedded.server import EmbeddedServer
-from config.embedded.wheels import redis_binary, runnable
 from config.errors import EmbeddedServerError
 
 # Below the ports the kernel hands to outgoing connections (from 32768 on Linux, 49152 on macOS): one of those could
@@ -24,7 +22,6 @@ _FIRST_PORT, _PORTS = 20_000, 12_000
 _ATTEMPTS = 20
 _ANSWER_SECONDS = 0.3
 _HOST = "127.0.0.1"
-_TAKEN = "Address already in use"
 
 # `dir` is not among them: the server works in the directory it is started in, whatever characters its path has.
 _CONF = """\
@@ -51,47 +48,25 @@ class RedisServer(EmbeddedServer):
     start_seconds: ClassVar[float] = 60  # includes reading the append-only file
     stop_seconds: ClassVar[float] = 20
 
-    def __init__(self, directory: Path, binary: Path | None = None) -> None:
-        super().__init__(directory)
-        self._wanted_binary = binary
+    def __init__(self, directory: Path, *, binary: Path | None = None) -> None:
+        """`binary` is a `redis-server` (default: the wheel's)."""
+        super().__init__(directory, binary or redis_binary())
         self._conf = self._directory / "redis.conf"
         self._port = 0
         self._password = ""
-
-    @classmethod
-    def start(cls, directory: Path, *, binary: Path | None = None) -> Self:
-        """Return a server that answers, on the last run's port or else on a free one."""
-        server = cls(directory, binary)
-        server.begin()
-        return server
 
     @property
     def url(self) -> str:
         return f"redis://:{self._password}@{_HOST}:{self._port}/0"
 
-    @cached_property
-    def _binary(self) -> Path:
-        return runnable(self._wanted_binary or redis_binary(), self._account, self._directory)
-
-    def launch(self) -> None:
-        last_port, self._password = self._last_run()
-        ports = [last_port, *(_FIRST_PORT + secrets.randbelow(_PORTS) for _ in range(_ATTEMPTS))]
-        for self._port in filter(None, ports):
-            try:
-                return self._launch()
-            except EmbeddedServerError:
-                if _TAKEN not in tail(self._log):
-                    raise
-        raise EmbeddedServerError(f"Found no free port for Redis on {_HOST} in {_ATTEMPTS} attempts")
-
-    def _prepare(self) -> None:
+    def _prepare(self) -> list[str | Path]:
         if not self._data.exists():
             self._data.mkdir(0o700)
             self._account.take(self._data)
+        if not self._port:  # a restart keeps it, for the clients that know it
+            self._choose()
         text = _CONF.format(host=_HOST, port=self._port, password=self._password)
         write_private(self._conf, text, owner=self._account)
-
-    def _command(self) -> list[str | Path]:
         return [self._binary, self._conf]
 
     def _is_ready(self, pid: int) -> bool:
@@ -103,9 +78,15 @@ class RedisServer(EmbeddedServer):
             return b"+PONG" in b"".join(iter(lambda: connection.recv(4096), b""))
         return False
 
-    def _last_run(self) -> tuple[int | None, str]:
-        """Return the port and the password of the last run, or no port and a new password."""
+    def _choose(self) -> None:
+        """Take the password and the port of the last run, or else a new password and a free port."""
+        ports = [_FIRST_PORT + secrets.randbelow(_PORTS) for _ in range(_ATTEMPTS)]
+        self._password = secrets.token_urlsafe(24)
         with_values = r'^port (\d+)\nrequirepass "?([\w-]+)"?$'
         if self._conf.exists() and (found := re.search(with_values, self._conf.read_text("utf-8"), re.MULTILINE)):
-            return int(found[1]), found[2]
-        return None, secrets.token_urlsafe(24)
+            ports.insert(0, int(found[1]))
+            self._password = found[2]
+        for self._port in ports:
+            with suppress(OSError), socket.create_server((_HOST, self._port)):
+                return
+        raise EmbeddedServerError(f"Found no free port for Redis on {_HOST} in {_ATTEMPTS} attempts")

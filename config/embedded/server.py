@@ -12,12 +12,13 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import psutil
 
-from config.embedded.host import Account, FileLock, claim, open_log, tail
+from config.embedded.host import Account, FileLock, claim, open_log, runnable, tail
 from config.errors import EmbeddedServerError
 
 OWNER_LOCK = "owner.lock"
@@ -36,23 +37,25 @@ class EmbeddedServer(ABC):
     start_seconds: ClassVar[float]
     stop_seconds: ClassVar[float]
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, binary: Path) -> None:
         self._account = Account.for_servers()
         self._directory = claim(directory, self._account)
         self._data = self._directory / "data"
         self._log = self._directory / "server.log"
         self._owner = FileLock(self._directory / OWNER_LOCK)
+        self._located = binary
         self._process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
-    def _prepare(self) -> None:
-        """Make the data directory ready for a start, whatever the last run left."""
-
-    @abstractmethod
-    def _command(self) -> list[str | Path]: ...
+    def _prepare(self) -> list[str | Path]:
+        """Make the data directory ready for a start, whatever the last run left; return the command."""
 
     @abstractmethod
     def _is_ready(self, pid: int) -> bool: ...
+
+    @cached_property
+    def _binary(self) -> Path:
+        return runnable(self._located, self._account, self._directory)
 
     @property
     def pid(self) -> int:
@@ -69,19 +72,6 @@ class EmbeddedServer(ABC):
         if not self._owner.acquire(time.monotonic() + _LOCK_SECONDS):
             raise EmbeddedServerError(f"Another process runs {self.program} in {self._directory}")
 
-    def begin(self) -> None:
-        """Own and launch it, or leave nothing behind."""
-        self.own()
-        try:
-            self.launch()
-        except BaseException:
-            self.stop()
-            raise
-
-    def launch(self) -> None:
-        """Start it for the first time; on return it answers."""
-        self._launch()
-
     def stop(self) -> None:
         """Stop in order. Does nothing when it is stopped, or when another process owns the directory by now."""
         if not self._owner.try_acquire():
@@ -92,32 +82,23 @@ class EmbeddedServer(ABC):
             self._clean_up()
             self._owner.release()
 
-    def kill(self) -> None:
-        """Crash: SIGKILL to the server and all its children. `restart` or a new `start` recovers."""
-        if self._owner.held:  # otherwise what runs there is another owner's
-            self._kill_all()
-            self._owner.release()
-
     def restart(self) -> None:
         """Stop what still runs and start again, at the same URL (a Postgres after `stop`: at a new one)."""
         self.own()
         self._end()
-        self._launch()
+        self.launch()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _clean_up(self) -> None:  # noqa: B027 - most of it lies in the directory
+    def _clean_up(self) -> None:  # noqa: B027 - Redis has nothing there
         """Remove what lies outside the directory."""
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
+        """Start it; on return it answers."""
         self._kill_all()
-        self._prepare()
+        command = self._prepare()
         with open_log(self._log) as log:
-            self._process = self._account.spawn(self._command(), directory=self._data, log=log)
+            self._process = subprocess.Popen(
+                command, cwd=self._data, stdin=subprocess.DEVNULL, stdout=log, **self._account.how()
+            )
         try:
             self._await_ready(self._process)
         except BaseException:  # Ctrl-C as well: nobody else knows of the process yet

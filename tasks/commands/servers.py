@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import click
 
-from config.embedded import Lease
+from config.embedded.keeper import Lease
 from tasks.commands.base import app_of, command, echo_json, json_option
 
 _TICK = 0.5

@@ -27,8 +27,6 @@ from pytest_celery import (
     RedisTestBroker,
 )
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
 from tests.acceptance.nodes import LocalRedis, LocalWorker, ProcessContainer, Worker
@@ -38,6 +36,7 @@ from tests.demo.check import check
 from tests.demo.evidence import backlog, collect
 from tests.demo.ledger import Ledger
 from tests.demo.programs import Process, celery_argv, leaks
+from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until, with_password
 from tests.support_commands import new_app
 
@@ -56,7 +55,7 @@ FAST = {
     "TIDEMARK_LOCK_TIMEOUT": "12",
     "TIDEMARK_STATEMENT_TIMEOUT": "12",
     "TIDEMARK_TRANSACTION_TIMEOUT": "20",
-    "TIDEMARK_VISIBILITY_TIMEOUT": "60",
+    "TIDEMARK_VISIBILITY_TIMEOUT": "92",
 }
 READY_SECONDS = 30.0
 
@@ -241,13 +240,13 @@ def celery_setup(
 @pytest.fixture(scope="session")
 def crashable_postgres(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
     # With fsync and full page writes: a crash must lose nothing.
-    with PostgresServer.start(server_directory / "crashable-postgres", bin_dir=postgres_bin) as server:
+    with PostgresServer(server_directory / "crashable-postgres", bin_dir=postgres_bin).start() as server:
         yield server
 
 
 @pytest.fixture
 def crashable_redis(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
-    with RedisServer.start(server_directory / "crashable-redis", binary=redis_binary) as server:
+    with RedisServer(server_directory / "crashable-redis", binary=redis_binary).start() as server:
         yield server
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from config.embedded.wheels import postgres_bin
+from config.embedded.host import postgres_bin
 from tests.demo.programs import Process
 from tests.support import wait_until
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from config.embedded.redis import RedisServer
 from config.heartbeat import examine
 from tasks.app import TidemarkApp
 from tasks.health import INTERVAL
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.producers import commit_one
+from tests.servers import RedisServer
 from tests.support import wait_until
 
 # A beat is this old at most, on a machine that is busy with other things as well.

@@ -13,8 +13,6 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import PoolTimeout
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.migrate import upgrade
 from db.pool import Database
@@ -22,6 +20,7 @@ from tasks.app import TidemarkApp
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.nodes import Worker
 from tests.acceptance.producers import Producers, commit_one
+from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until
 
 # One worker per kind of pool, each with shards of its own (partition id modulo 4).
@@ -42,7 +41,7 @@ def place(crashable_postgres: PostgresServer, crashable_redis: RedisServer, tmp_
         database_url=crashable_postgres.url(name),
         broker_url=crashable_redis.url,
         directory=tmp_path,
-        settings={"TIDEMARK_QUEUED_SECONDS": "1", "TIDEMARK_VISIBILITY_TIMEOUT": "48"},
+        settings={"TIDEMARK_QUEUED_SECONDS": "1"},
     )
     with psycopg.connect(crashable_postgres.url(), autocommit=True) as admin:
         admin.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))

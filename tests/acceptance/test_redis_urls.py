@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from redis import Redis, RedisError
 
-from config.embedded import wheels
-from config.embedded.redis import RedisServer
+from config.embedded import host
 from config.redis import RedisAddress
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
+from tests.servers import RedisServer
 from tests.support import wait_until
 
 # Made for these tests, for 127.0.0.1 and for a hundred years; it guards nothing.
@@ -58,7 +58,7 @@ class Servers:
 
 @pytest.fixture
 def servers(tmp_path: Path, redis_binary: Path | None) -> Iterator[Servers]:
-    made = Servers(tmp_path, redis_binary or wheels.redis_binary())
+    made = Servers(tmp_path, redis_binary or host.redis_binary())
     yield made
     made.close()
 

@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-from config.embedded.redis import RedisServer
 from config.errors import InvalidCommitError
 from tasks.app import TidemarkApp
 from tasks.background import Background
@@ -17,6 +16,7 @@ from tasks.hints import Hints
 from tasks.observers import observers, worker_metrics
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
+from tests.servers import RedisServer
 
 
 def commit(app: TidemarkApp, log: Log, key: str, partition: int) -> int:

@@ -24,7 +24,6 @@ import psutil
 import psycopg
 from redis import Redis
 
-from config.embedded.redis import RedisServer
 from db import discover
 from db.commit import commit_object
 from db.materialize import materialize
@@ -32,6 +31,7 @@ from db.retention import retain
 from tests.benchmarks.cold import Backlog, drain, shares
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, load, wal_position
+from tests.servers import RedisServer
 
 try:
     from tests.demo.programs import Process, celery_argv
@@ -273,7 +273,7 @@ def _fleet(url: str, workers: int) -> Iterator[dict[str, list[int]]]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-sustained-")))
         directory.chmod(0o711)
-        redis = stack.enter_context(RedisServer.start(directory / "redis"))
+        redis = stack.enter_context(RedisServer(directory / "redis").start())
         env = {
             "TIDEMARK_DATABASE_URL": url,
             "TIDEMARK_BROKER_URL": redis.url,

@@ -20,8 +20,6 @@ from typing import Any
 
 import psycopg
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from db.commit import commit_object
 from db.discover import sweep
 from db.materialize import materialize
@@ -29,6 +27,7 @@ from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
 from tasks.dispatch import commit_and_wake
 from tests.demo.programs import Programs
+from tests.servers import PostgresServer, RedisServer
 from tests.support_commands import app_for
 
 PARTITIONS = 16
@@ -85,8 +84,8 @@ def percentile(values: list[float], percent: int) -> float:
 def run(samples: int, stack: ExitStack) -> dict[str, list[float]]:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-latency-")))
     directory.chmod(0o711)
-    postgres = stack.enter_context(PostgresServer.start(directory / "postgres"))
-    redis = stack.enter_context(RedisServer.start(directory / "redis"))
+    postgres = stack.enter_context(PostgresServer(directory / "postgres").start())
+    redis = stack.enter_context(RedisServer(directory / "redis").start())
     with psycopg.connect(postgres.url(), autocommit=True) as admin:
         admin.execute("create database polled")
     for url in (postgres.url(), postgres.url("polled")):

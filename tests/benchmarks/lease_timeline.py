@@ -19,13 +19,12 @@ from typing import Any, Protocol
 import psycopg
 from redis import Redis
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from db.commit import Batch, commit_batches
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
 from tasks.membership import read_programs, redis_time
 from tests.demo.programs import Process, Programs
+from tests.servers import PostgresServer, RedisServer
 
 SHARDS = 8
 _ENDS = "select partition_id, end_offset from tidemark.named_partitions"
@@ -189,8 +188,8 @@ def main() -> None:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-timeline-")))
         directory.chmod(0o711)
-        postgres = stack.enter_context(PostgresServer.start(directory / "postgres"))
-        redis = stack.enter_context(RedisServer.start(directory / "redis"))
+        postgres = stack.enter_context(PostgresServer(directory / "postgres").start())
+        redis = stack.enter_context(RedisServer(directory / "redis").start())
         upgrade(postgres.url())
         env = {
             "TIDEMARK_DATABASE_URL": postgres.url(),

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from config.embedded.postgres import PostgresServer
 from db.migrate import upgrade
+from tests.servers import PostgresServer
 
 # What a machine that serves nothing else would give it; the embedded default is made for small ones. Checkpoints would
 # fall into one arm or the other by chance: the benchmark makes them itself, before each measurement.
@@ -29,7 +29,7 @@ def running_server(settings: Mapping[str, str] | None = None) -> Iterator[str]:
     directory = Path(tempfile.mkdtemp(prefix="tidemark-bench-"))
     directory.chmod(0o755)
     try:
-        with PostgresServer.start(directory / "postgres", settings={**SETTINGS, **(settings or {})}) as server:
+        with PostgresServer(directory / "postgres", settings={**SETTINGS, **(settings or {})}).start() as server:
             upgrade(server.url())
             yield server.url()
     finally:

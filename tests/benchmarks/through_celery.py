@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import psycopg
 
-from config.embedded.redis import RedisServer
 from config.queues import shard_of_queue
 from tasks.app import TidemarkApp
 from tasks.dispatch import fan_out
@@ -30,6 +29,7 @@ from tests.benchmarks.plan import Measurement, compared, seconds_for
 from tests.benchmarks.server import running_server
 from tests.benchmarks.tables import fresh, list_objects, load, placed
 from tests.demo.programs import Programs
+from tests.servers import RedisServer
 from tests.support_commands import app_for
 
 _WORKERS = 2
@@ -82,7 +82,7 @@ class Rig:
         url = stack.enter_context(running_server())
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-celery-")))
         directory.chmod(0o711)
-        redis = stack.enter_context(RedisServer.start(directory / "redis"))
+        redis = stack.enter_context(RedisServer(directory / "redis").start())
         self.conn: psycopg.Connection[Any] = stack.enter_context(psycopg.connect(url, autocommit=True))
         self.crew = stack.enter_context(Crew(url, _WORKERS))
         self._app = stack.enter_context(app_for(url, redis.url, data_dir=directory))

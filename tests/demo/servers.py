@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from config.embedded.host import tail
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
-from config.embedded.server import EmbeddedServer
 from tests.demo.interrupts import Interrupts
 from tests.demo.plan import Places, Plan
 from tests.demo.producer import THREADS
 from tests.demo.programs import DemoError
+from tests.servers import OwnServer, PostgresServer, RedisServer
 
 # Observers, Flower's and a psql; and what a cluster keeps for superusers.
 _OTHER_CONNECTIONS = 60
@@ -22,11 +20,11 @@ class Servers:
     """Addresses of both servers, and the watch over those that are ours."""
 
     def __init__(self, plan: Plan, directory: Path, interrupts: Interrupts, stack: ExitStack) -> None:
-        self._embedded: dict[Path, EmbeddedServer] = {}
+        self._embedded: dict[Path, OwnServer] = {}
 
-        def start(name: str, starter: Callable[..., EmbeddedServer], **options: Any) -> Any:
+        def start(name: str, kind: Callable[..., OwnServer], **options: Any) -> Any:
             with interrupts.held():
-                server = stack.enter_context(starter(directory / name, **options))
+                server = stack.enter_context(kind(directory / name, **options).start())
             self._embedded[directory / name] = server
             return server
 
@@ -34,10 +32,10 @@ class Servers:
             # A producer's thread may need a second connection, to repeat itself at once.
             connections = _OTHER_CONNECTIONS + 2 * plan.workers + 2 * THREADS * plan.producers
             settings = {"max_connections": str(connections)}
-            self.database_url: str = start("postgres", PostgresServer.start, settings=settings).url()
+            self.database_url: str = start("postgres", PostgresServer, settings=settings).url()
         else:
             self.database_url = plan.database_url
-        self.broker_url: str = plan.broker_url or start("redis", RedisServer.start).url
+        self.broker_url: str = plan.broker_url or start("redis", RedisServer).url
 
     def require_running(self) -> None:
         """Raise DemoError if an embedded server died."""

@@ -23,8 +23,6 @@ import psycopg
 import pytest
 from psycopg import Connection, sql
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from config.queues import all_queues
 from db.commit import commit_object
 from db.materialize import materialize
@@ -43,6 +41,7 @@ from tasks.commands.top import top
 from tasks.commands.topics import topics
 from tasks.commands.workers import workers
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until
 from tests.support_commands import COLUMNS, Cli, app_for
 

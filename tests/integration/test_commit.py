@@ -10,7 +10,6 @@ import pytest
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow, dict_row
 
-from config.embedded.postgres import PostgresServer
 from config.errors import (
     CommitConflictError,
     CommitTooLargeError,
@@ -21,6 +20,7 @@ from config.errors import (
 from db.commit import Batch, commit_batches, commit_object
 from db.materialize import materialize
 from db.topics import PartitionIds, create_topic, partition_ids
+from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
 INT4_MAX = 2**31 - 1

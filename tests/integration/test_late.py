@@ -11,12 +11,12 @@ import pytest
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
 from config.settings import STRATEGIES, Strategy
 from db.commit import commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect
 
 RUN = 64

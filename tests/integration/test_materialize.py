@@ -12,7 +12,6 @@ from psycopg import Connection, IsolationLevel, errors
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow, dict_row
 
-from config.embedded.postgres import PostgresServer
 from config.errors import TidemarkError, UnknownPartitionError
 from db.arrays import Int4Array
 from db.commit import commit_object
@@ -20,6 +19,7 @@ from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
 from db.statements import run, statement
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
 
@@ -368,11 +368,11 @@ def test_in_flight_is_bounded_by_the_open_transactions(
 @pytest.fixture(scope="module")
 def two_phase_url(server_directory: Path, postgres_bin: Path | None) -> Iterator[str]:
     """A server which allows prepared transactions; by default none does."""
-    with PostgresServer.start(
+    with PostgresServer(
         server_directory / "two-phase",
         bin_dir=postgres_bin,
         settings={"max_prepared_transactions": "210", "fsync": "off"},
-    ) as server:
+    ).start() as server:
         upgrade(server.url())
         yield server.url()
 

@@ -14,7 +14,6 @@ import pytest
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
 from config.settings import DEFAULT_STRATEGY, STRATEGIES, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
@@ -22,6 +21,7 @@ from db.materialize import materialize
 from db.statements import run, statement
 from db.topics import create_topic
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect
 
 STATISTICS = ["empty", "typical", "skewed"]

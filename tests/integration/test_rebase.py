@@ -13,8 +13,7 @@ import pytest
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
+from config.embedded.host import postgres_bin as wheel_bin
 from config.errors import ForeignClusterError, TransientDatabaseError
 from db.audit import audit
 from db.discover import find_committed, save_fan_out, sweep
@@ -25,6 +24,7 @@ from db.statements import run
 from db.topics import create_topic, partition_ids
 from tests.integration import conftest
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
 OTHER_CLUSTER = 4711
@@ -277,7 +277,7 @@ def test_a_transaction_older_than_the_rebase(connect: Connect, conn: Connection[
 
 @pytest.fixture
 def second_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
-    with PostgresServer.start(server_directory / "second", bin_dir=postgres_bin, settings={"fsync": "off"}) as server:
+    with PostgresServer(server_directory / "second", bin_dir=postgres_bin, settings={"fsync": "off"}).start() as server:
         yield server
 
 

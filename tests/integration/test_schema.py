@@ -11,7 +11,6 @@ import pytest
 from psycopg import Connection, errors, sql
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
 from config.errors import SchemaVersionError, TransientDatabaseError
 from config.settings import Settings
 from db.commit import commit_object
@@ -19,6 +18,7 @@ from db.doctor import checks
 from db.migrate import _LOCK_KEY, require_current, upgrade, wanted_version
 from db.topics import create_topic, partition_ids
 from db.translate import _BY_CONSTRAINT
+from tests.servers import PostgresServer
 
 # Everything a table is made of, as the server itself prints it.
 CATALOGS = {

@@ -12,10 +12,8 @@ import pytest
 from psycopg import Connection, errors
 from psycopg.rows import TupleRow
 
-from config.embedded.host import Account
-from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
-from config.embedded.wheels import runnable
+from config.embedded.host import Account, runnable
+from config.embedded.host import postgres_bin as wheel_bin
 from config.errors import OffsetNotAvailableError, OffsetOutOfRangeError
 from db.commit import Batch, commit_batches, commit_object
 from db.fetch import fetch_batches
@@ -26,6 +24,7 @@ from tests.demo.check import check
 from tests.demo.evidence import collect
 from tests.demo.ledger import Ledger, Outcome, Reading, commit_noted, note
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import wait_until
 
 SETTINGS = {"autovacuum": "off", "wal_receiver_status_interval": "1s"}
@@ -55,7 +54,7 @@ def copied(primary: PostgresServer, directory: Path, bin_dir: Path | None) -> St
     source = f"{primary.url()}&application_name=mirror"
     done = account.run([backup, "-D", data, "-d", source, "--checkpoint=fast", "--no-sync", "-R", "-X", "stream"])
     assert done.returncode == 0, done.stdout
-    return Standby.start(directory, bin_dir=bin_dir, settings=SETTINGS)
+    return Standby(directory, bin_dir=bin_dir, settings=SETTINGS).start()
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def servers(server_directory: Path, postgres_bin: Path | None) -> Iterator[tuple
     with ExitStack() as stack:
         name = f"primary-{time.monotonic_ns()}"
         primary = stack.enter_context(
-            PostgresServer.start(server_directory / name, bin_dir=postgres_bin, settings=SETTINGS)
+            PostgresServer(server_directory / name, bin_dir=postgres_bin, settings=SETTINGS).start()
         )
         upgrade(primary.url())
         standby = stack.enter_context(copied(primary, server_directory / f"{name}-mirror", postgres_bin))

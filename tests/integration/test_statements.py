@@ -12,8 +12,7 @@ import pytest
 from psycopg import sql
 
 import db
-from config.embedded.postgres import PostgresServer
-from config.embedded.wheels import postgres_bin as wheel_bin
+from config.embedded.host import postgres_bin as wheel_bin
 from db.audit import audit
 from db.commit import commit_object
 from db.discover import find_committed, save_fan_out, sweep
@@ -26,6 +25,7 @@ from db.retention import retain
 from db.statements import routine_files, statement, statements
 from db.status import describe_partitions, describe_topics, find_partition, read_offsets, records_to_audit
 from db.topics import PartitionIds, create_topic, highest_partition_id, names_of, partition_ids, set_retention
+from tests.servers import PostgresServer
 from tests.support import Connect
 from tests.support_hints import GROWING, HINTED, phrases, scans, split, with_a_hint
 

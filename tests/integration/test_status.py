@@ -21,8 +21,6 @@ from psycopg.pq import ExecStatus, PGconn
 from redis import Redis
 from rich.console import Console
 
-from config.embedded.postgres import PostgresServer
-from config.embedded.redis import RedisServer
 from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
@@ -34,6 +32,7 @@ from tasks.commands.top import Curves, top
 from tasks.membership import KEY, Program
 from tasks.observers import worker_metrics
 from tests.integration.conftest import commit, make_topic
+from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
 
@@ -249,7 +248,7 @@ def test_redis_that_hangs_or_is_away(
 ) -> None:
     """Postgres' side is shown all the same, within a second more, and the cause is named."""
     commit(conn, "a", ids)
-    with RedisServer.start(server_directory / "stopped", binary=redis_binary) as server:
+    with RedisServer(server_directory / "stopped", binary=redis_binary).start() as server:
         with Redis.from_url(server.url) as redis:
             pid = int(redis.info("server")["process_id"])
         with app_for(database_url, server.url) as app:
@@ -456,7 +455,7 @@ def test_curves_of_lag_and_rate(cli: Cli, conn: Connection[Any], ids: list[int])
 @pytest.fixture(scope="module")
 def own_server(server_directory: Path, postgres_bin: Path | None) -> Iterator[PostgresServer]:
     settings = {"max_prepared_transactions": "5", "wal_level": "logical", "max_wal_senders": "2", "fsync": "off"}
-    with PostgresServer.start(server_directory / "holders", bin_dir=postgres_bin, settings=settings) as server:
+    with PostgresServer(server_directory / "holders", bin_dir=postgres_bin, settings=settings).start() as server:
         upgrade(server.url())
         yield server
 

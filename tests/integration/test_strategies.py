@@ -10,12 +10,12 @@ import pytest
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
-from config.embedded.postgres import PostgresServer
 from config.settings import STRATEGIES, Strategy
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
 from tests.integration.conftest import make_topic
+from tests.servers import PostgresServer
 from tests.support import Connect
 
 PARTITIONS = 3
@@ -25,7 +25,7 @@ PARTITIONS = 3
 def database_url(server_directory: Path, postgres_bin: Path | None) -> Iterator[str]:
     """A server on which nothing else takes a transaction id, as autovacuum would."""
     settings = {"fsync": "off", "autovacuum": "off"}
-    with PostgresServer.start(server_directory / "strategies", bin_dir=postgres_bin, settings=settings) as server:
+    with PostgresServer(server_directory / "strategies", bin_dir=postgres_bin, settings=settings).start() as server:
         upgrade(server.url())
         yield server.url()
 

@@ -45,7 +45,7 @@ print(json.dumps({name: [before[name], after[name]] for name in before if before
 
 def modules() -> list[str]:
     """Every module of ours but those that are programs of their own, or that Celery's programs load."""
-    programs = {"config.embedded.keeper", "config.settings_table", "db.migrations.env", "tasks.tracing"}
+    programs = {"db.migrations.env", "tasks.tracing"}
     # What answers `inspect shards` is a worker's and the command line's.
     loaded = {"tasks.programs", "tasks.inspection"}
     found = [

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from config.errors import InvalidJobError
-from config.queues import Router, all_queues, shard_of, shard_of_queue, shard_queue
+from config.queues import all_queues, route, shard_of, shard_of_queue, shard_queue
 
 
 def queue_for(name: str, *args: Any, **kwargs: Any) -> str | None:
     # Celery passes positional arguments, keyword arguments, options, and the task by keyword.
-    route = Router(8)(name, args, kwargs, {}, task=None)
-    return None if route is None else route["queue"]
+    found = route(8, name, args, kwargs, {}, task=None)
+    return None if found is None else found["queue"]
 
 
 @pytest.mark.parametrize("partition_id", [1, 7, 8, 9, 2**31 - 1])

@@ -79,10 +79,24 @@ def test_a_lock_wait_that_the_statement_timeout_would_cancel(environment: pytest
         load_settings()
 
 
-def test_a_visibility_timeout_below_the_task_limit(environment: pytest.MonkeyPatch) -> None:
-    environment.setenv("TIDEMARK_TASK_SECONDS", "200")
+@pytest.mark.parametrize(
+    "name", ["TASK_SECONDS", "MAINTENANCE_SECONDS", "POOL_WAIT", "LOCK_TIMEOUT", "STATEMENT_TIMEOUT"]
+)
+def test_a_task_that_redis_would_hand_out_twice(name: str, environment: pytest.MonkeyPatch) -> None:
+    """Whichever part of its longest time is too long for the visibility timeout."""
+    environment.setenv("TIDEMARK_STATEMENT_TIMEOUT", "100")
+    environment.setenv("TIDEMARK_VISIBILITY_TIMEOUT", "260")
+    load_settings()
+    environment.setenv(f"TIDEMARK_{name}", "110" if name == "STATEMENT_TIMEOUT" else "30")
     with pytest.raises(SettingsError, match="TIDEMARK_VISIBILITY_TIMEOUT"):
         load_settings()
+
+
+def test_the_time_limit_outlasts_the_last_attempt() -> None:
+    """Begun as the task's time ends, it may wait for a connection and a lock, and then run one statement."""
+    settings = Settings(task_seconds=7, pool_wait=11, lock_timeout=13, statement_timeout=17)
+    assert settings.hard_time_limit > 7 + 11 + 13 + 17
+    assert Settings(maintenance_seconds=9).hard_time_limit == Settings(task_seconds=9).hard_time_limit
 
 
 @pytest.mark.parametrize(

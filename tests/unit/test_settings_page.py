@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from config.settings import Settings
-from config.settings_table import settings_table
+from tests.settings_page import descriptions, settings_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 
 def test_the_page_is_the_one_generated_from_the_settings() -> None:
-    assert settings_table() == PAGE.read_text("utf-8"), "run: make docs"
+    assert settings_page() == PAGE.read_text("utf-8"), "run: make docs"
 
 
 def test_every_setting_is_described() -> None:
-    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+    assert [*descriptions()] == [*Settings.model_fields]
