@@ -77,7 +77,7 @@ test-docker: setup ## The acceptance tests over containers (needs a Docker engin
 	$(PYTEST) -m docker tests/docker $(ARGS)
 
 .PHONY: test-upstream
-test-upstream: setup ## Whether the defect of Celery's that tasks/recovery.py mends is still there
+test-upstream: setup ## Whether the defect of Celery that tasks/programs.py works around is still there
 	$(PYTEST) -m upstream tests/acceptance $(ARGS)
 
 .PHONY: bench
@@ -85,7 +85,7 @@ bench: setup ## Measure everything against the seed's system (ARGS=--quick for 3
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 .PHONY: format
-format: setup ## Format the code and mend what the linter can
+format: setup ## Format the code and repair what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

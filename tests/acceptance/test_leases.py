@@ -33,7 +33,7 @@ def place(database_url: str, celery_broker_cluster: CeleryBrokerCluster, tmp_pat
 
 
 def inspected(start: Programs, workers: int) -> dict[str, Any]:
-    """What `inspect shards` answers by worker name, once so many workers do."""
+    """What `inspect shards` answers by worker name, once that many workers do."""
 
     def all_workers_answer() -> dict[str, Any] | None:
         replies: dict[str, Any] = start.app.control.inspect(timeout=5, limit=workers)._request("shards") or {}

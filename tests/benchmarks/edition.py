@@ -213,7 +213,7 @@ def fanned_out(conn: Conn, partitions: int) -> dict[str, float]:
 
 
 def beside_writers(conn: Conn, partitions: int, writers: int, *, others: bool) -> dict[str, float]:
-    """Passes over all partitions while so many transactions are open.
+    """Passes over all partitions while that many transactions are open.
 
     With `others` they are other ones at each pass: producers, each of which has committed a batch by the next one.
     """
@@ -269,7 +269,7 @@ def _cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def _fleet(url: str, workers: int) -> Iterator[dict[str, list[int]]]:
-    """Redis, beat and so many workers, which have shared the shards; yields the pids by kind."""
+    """Redis, beat and that many workers, which have shared the shards; yields the pids by kind."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidemark-sustained-")))
         directory.chmod(0o711)
@@ -303,7 +303,7 @@ def _fleet(url: str, workers: int) -> Iterator[dict[str, list[int]]]:
 def sustained(
     conn: Conn, url: str, partitions: int, batches: int, producers: int, seconds: float, workers: int
 ) -> dict[str, Any]:
-    """Producers for so many seconds beside the workers, until all has its offsets; without workers, producers alone."""
+    """Producers for that many seconds beside the workers, until all has its offsets; without workers, producers alone."""
     fresh(conn, partitions)
     with ExitStack() as stack:
         pids = stack.enter_context(_fleet(url, workers)) if workers else {}

@@ -122,7 +122,7 @@ class Watch:
 
 
 def balanced(watch: Watch, workers: int) -> Callable[[], bool]:
-    """Whether so many workers own all shards, in shares that differ by one at most."""
+    """Whether that many workers own all shards, in shares that differ by one at most."""
 
     def all_shards_are_owned_in_fair_shares() -> bool:
         owners = list(watch.owners().values())

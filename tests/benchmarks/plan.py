@@ -28,7 +28,7 @@ class Measurement:
 
 
 def seconds_for(events: int) -> float:
-    """What a run of so many events takes with everything around it: a guess, for the estimate of the rest alone."""
+    """What a run of that many events takes with everything around it: a guess, for the estimate of the rest alone."""
     return 0.3 + events / 110_000
 
 

@@ -11,7 +11,7 @@ def content(key: str, index: int, length: int) -> bytes:
 
 
 def upload(directory: Path, key: str, lengths: Sequence[int]) -> None:
-    """Write an object of so many batches, one behind the other."""
+    """Write an object of that many batches, one behind the other."""
     path = directory / key
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(content(key, index, length) for index, length in enumerate(lengths)))

@@ -596,7 +596,7 @@ def test_the_planner_settings_end_with_the_transaction(conn: Connection[TupleRow
 
 
 def test_a_transaction_takes_two_round_trips(conn: Connection[TupleRow], ids: list[int], tmp_path: Path) -> None:
-    """A small transaction consists of little else; and nothing is planned anew, whatever was committed meanwhile."""
+    """A small transaction consists of little else; and nothing is planned again, whatever was committed meanwhile."""
     materialize(conn, ids)
     commit(conn, "a", ids)
     with (tmp_path / "trace").open("wb") as file:
