@@ -47,18 +47,14 @@ class Membership:
         self._hints = app.once(Hints)
         self._shards = app.settings.shards
         self._me: Program | None = None
-        self._id = ""
+        self.id = ""
         self._renewed = -RENEW_SECONDS
 
     def enter(self, name: str, **facts: Any) -> None:
         """Begin; the next renewal tells the others."""
         self._me = Program(name=name, host=socket.gethostname(), shards=self._shards, **facts)
         # Names may be given twice; what they stand for counts twice, too.
-        self._id = f"{name}/{uuid4().hex[:8]}"
-
-    @property
-    def id(self) -> str:
-        return self._id
+        self.id = f"{name}/{uuid4().hex[:8]}"
 
     def renew(self, **facts: Any) -> Mapping[str, Program] | None:
         """Say that this process lives, and what is new; returns all who live, None where Redis does not answer."""
@@ -76,7 +72,7 @@ class Membership:
     def leave(self) -> None:
         """End; the others need not wait."""
         if self._me is not None:
-            self._hints.ask(lambda redis: redis.hdel(KEY, self._id), 0)
+            self._hints.ask(lambda redis: redis.hdel(KEY, self.id), 0)
             self._me = None
 
     def _exchange(self, redis: "Redis") -> Mapping[str, Program]:
@@ -84,7 +80,7 @@ class Membership:
         assert self._me is not None  # noqa: S101 - `renew` looked
         self._me = replace(self._me, since=self._me.since or now, seen=now)
         with redis.pipeline() as pipeline:
-            pipeline.hset(KEY, self._id, json.dumps(asdict(self._me)))
+            pipeline.hset(KEY, self.id, json.dumps(asdict(self._me)))
             pipeline.hgetall(KEY)
             entries = read_entries(pipeline.execute()[-1])
         if dead := [name for name, entry in entries.items() if entry.seen < now - GONE_SECONDS]:

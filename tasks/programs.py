@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from traceback import walk_tb
 from typing import Any
 
 import celery.apps.beat
@@ -20,14 +21,7 @@ from config.redis import RedisAddress, is_redis
 from tasks import inspection  # noqa: F401 - a command that the worker answers
 from tasks.app import TidemarkApp
 from tasks.dispatch import tracing_of
-from tasks.health import (
-    BEAT_SILENCE,
-    ConnectionSignOfLife,
-    Heartbeat,
-    WorkerSignOfLife,
-    heartbeat_file,
-    watch_beat,
-)
+from tasks.health import BEAT_SILENCE, WORKER_SILENCE, Heartbeat, heartbeat_file, solo_silence
 from tasks.leases import ShardLeases
 from tasks.membership import Membership
 
@@ -41,6 +35,8 @@ class Worker(celery.apps.worker.Worker):
     """A worker without `-Q` leases its shards (tasks/leases.py); every worker shows a sign of life."""
 
     app: TidemarkApp
+    # Made by the consumer, after the pool has forked.
+    heartbeat: Heartbeat
     leases_shards = False
 
     def on_before_init(self, quiet: bool = False, **options: Any) -> None:  # noqa: FBT001, FBT002 - Celery's
@@ -49,8 +45,7 @@ class Worker(celery.apps.worker.Worker):
         app = self.app
         tracing_of(app)
         self.leases_shards = app.redis_url is not None and not _has_queues(options)
-        app.steps["worker"].add(WorkerSignOfLife)
-        app.steps["consumer"] |= {ConnectionSignOfLife, ShardLeases}
+        app.steps["consumer"].add(ShardLeases)
         for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
             signal.connect(self._close_connections, weak=False)
 
@@ -73,9 +68,12 @@ class Worker(celery.apps.worker.Worker):
         """Celery's last hook: the worker consumes."""
         super().on_consumer_ready(consumer)
         say_ready(f"{self.hostname} is ready")
-        heartbeat: Heartbeat | None = getattr(self, "sign_of_life", None)
-        if heartbeat is not None:
-            heartbeat.set_ready(ready=True)
+        self.heartbeat.set_ready(ready=True)
+
+    def on_close(self) -> None:
+        """Celery's hook: the worker stops, and may wait for its last tasks."""
+        super().on_close()
+        self.heartbeat.set_ready(ready=False)
 
     def _close_connections(self, **_: Any) -> None:
         if "database" in vars(self.app):
@@ -90,7 +88,7 @@ def _has_queues(options: Mapping[str, Any]) -> bool:
 
 
 class Consumer(CeleryConsumer):
-    """Survives the loss of Redis where Celery 5.7's does not.
+    """Shows a sign of life, and survives the loss of Redis where Celery 5.7's does not.
 
     While a late-acknowledging task runs and Redis goes away, the event loop meets a connection that was torn down
     already and dies with `AttributeError: 'NoneType' object has no attribute …`, which ends the worker. Raised as a
@@ -101,26 +99,32 @@ class Consumer(CeleryConsumer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        celerys_loop = self.loop
+        self._celerys_loop, self.loop = self.loop, self._loop
 
-        def loop(*arguments: Any, **options: Any) -> Any:
-            try:
-                return celerys_loop(*arguments, **options)
-            except AttributeError as error:
-                # Anybody else's AttributeError is a defect, and starting over would only hide it.
-                if not _raised_in(error, "kombu", "redis"):
-                    raise
-                raise ConnectionError(f"the connection to the broker was torn down: {error}") from error
+    def start(self) -> None:
+        """Called once, when the pool is there; goes on until the worker stops."""
+        settings = self.app.settings
+        solo = self.controller.pool_cls.__module__ == "celery.concurrency.solo"
+        heartbeat = Heartbeat(
+            heartbeat_file(settings, "worker"), "worker", stale_after=solo_silence(settings) if solo else WORKER_SILENCE
+        )
+        self.controller.heartbeat = heartbeat
+        heartbeat.wait()
+        super().start()
 
-        self.loop = loop
+    def _loop(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return self._celerys_loop(*arguments, **options)
+        except AttributeError as error:
+            # Anybody else's AttributeError is a defect, and starting over would only hide it.
+            if not _raised_in(error, "kombu", "redis"):
+                raise
+            raise ConnectionError(f"the connection to the broker was torn down: {error}") from error
 
 
 def _raised_in(error: BaseException, *packages: str) -> bool:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    name = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
-    return name.partition(".")[0] in packages
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in packages
 
 
 class _Service(celery.beat.Service):
@@ -130,7 +134,8 @@ class _Service(celery.beat.Service):
         """Celery's hook; `lazy` for the banner only."""
         scheduler = super().get_scheduler(lazy=lazy, **options)
         if not lazy:
-            watch(scheduler, self.app)
+            file = heartbeat_file(self.app.settings, "beat")
+            watch(scheduler, self.app, Heartbeat(file, "beat", stale_after=BEAT_SILENCE))
         return scheduler
 
 
@@ -146,14 +151,14 @@ def say_ready(what: str) -> None:
         print(what, file=sys.stderr, flush=True)  # noqa: T201 - below the banner, which Celery prints
 
 
-def watch(scheduler: Any, app: TidemarkApp) -> None:
-    """Watch a scheduler's ticks and publications."""
-    watch_beat(scheduler, Heartbeat(heartbeat_file(app.settings, "beat"), "beat", stale_after=BEAT_SILENCE))
+def watch(scheduler: Any, app: TidemarkApp, heartbeat: Heartbeat) -> None:
+    """Watch a scheduler's ticks and publications; until the first tick is over, it may wait for the broker."""
     membership = app.once(Membership)
     membership.enter(f"beat@{socket.gethostname()}", program="beat", pid=os.getpid())
     broker = RedisAddress.parse(app.broker_url).client(seconds=1) if is_redis(app.broker_url) else None
     tick, publish = scheduler.tick, scheduler.apply_async
     ready = False
+    heartbeat.wait()
 
     def ticking(*arguments: Any, **options: Any) -> Any:
         nonlocal ready
@@ -162,10 +167,13 @@ def watch(scheduler: Any, app: TidemarkApp) -> None:
             ready = True
             log.info("beat is ready")
             say_ready("beat is ready")
+            heartbeat.set_ready(ready=True)
+        heartbeat.resume()
         membership.renew_when_due()
         return pause
 
     def publishing(entry: Any, *arguments: Any, **options: Any) -> Any:
+        heartbeat.tick()
         if broker is not None and _waiting(broker, app, entry.task) >= _TICKS_WAITING:
             log.warning("nobody takes the ticks from their queue: not adding one", extra={"scheduled": entry.task})
             return None
