@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, permutations
 from math import ceil, exp, log, log2
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from redis import Redis
 
@@ -26,7 +26,7 @@ from config.errors import SettingsError
 from config.settings import STRATEGIES, Settings, Strategy
 from db.materialize import MaterializationMetrics
 from tasks.metrics import WorkerMetrics
-from tasks.rollout import Side
+from tasks.rollout import Observer, Side
 
 # Fewer say little about a variance.
 PAIRS_AT_LEAST = 30
@@ -41,7 +41,7 @@ def _key(current: Strategy, candidate: Strategy, side: Strategy) -> str:
     return f"tidemark:compare:{current}>{candidate}:{side}"
 
 
-class DrainComparison:
+class DrainComparison(Observer):
     """Notes what each compared side of a drain took: one of its observers."""
 
     def __init__(self, metrics: WorkerMetrics, settings: Settings) -> None:
@@ -58,19 +58,12 @@ class DrainComparison:
         """Note that an attempt failed."""
         self._note(side, _FAILED)
 
-    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        """Nothing: the attempt that failed was noted."""
-
-    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
-        """Nothing: its transactions were noted."""
-
     def _note(self, side: Side, what: str) -> None:
         if side.compared and self._settings.candidate is not None:
             self._metrics.sample(_key(self._settings.strategy, self._settings.candidate, side.strategy), what)
 
 
-@dataclass(frozen=True, slots=True)
-class Transaction:
+class Transaction(NamedTuple):
     """One that was noted; times are microseconds."""
 
     events: int

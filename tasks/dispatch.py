@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from itertools import chain
 from time import monotonic
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -93,20 +94,8 @@ def publish(app: TidemarkApp, partition_ids: Sequence[int], *, at_once: bool = F
 def dispatch(app: TidemarkApp, conn: psycopg.Connection[Any], pending: Sequence[Pending]) -> int:
     """Publish materialize tasks for partitions that are not queued yet; returns the number of tasks."""
     free = set(app.once(QueuedTokens).acquire([p.partition_id for p in pending]))
-    if not free:
-        return 0
-    groups = group((p for p in pending if p.partition_id in free), app.settings)
-    try:
-        app.once(PartitionNames).learn(conn, free)
-        with app.producer_or_acquire() as producer, producer.batch():
-            for ids in groups:
-                # Whatever found them has collected commits since it last looked.
-                publish(app, ids, at_once=True, producer=producer)
-    except BaseException:
-        # Or the next tick would take them for queued.
-        app.once(QueuedTokens).release(free)
-        raise
-    return len(groups)
+    # Whatever found them has collected commits since it last looked.
+    return _publish(app, group((p for p in pending if p.partition_id in free), app.settings), at_once=True, conn=conn)
 
 
 def hand_over(app: TidemarkApp, partition_ids: Sequence[int], *, queued: bool = False) -> int:
@@ -115,14 +104,25 @@ def hand_over(app: TidemarkApp, partition_ids: Sequence[int], *, queued: bool = 
     `queued`: it holds the partitions' tokens already; else those that somebody has queued meanwhile are left out.
     Grouped by the shards of now: the task may have been published with another number of them.
     """
-    tokens = app.once(QueuedTokens)
-    left = list(partition_ids) if queued else tokens.acquire(partition_ids)
-    groups = group_ids(left, app.settings)
+    left = partition_ids if queued else app.once(QueuedTokens).acquire(partition_ids)
+    return _publish(app, group_ids(left, app.settings), at_once=True)
+
+
+def _publish(
+    app: TidemarkApp, groups: list[list[int]], *, at_once: bool, conn: psycopg.Connection[Any] | None = None
+) -> int:
+    """Publish a task for each group of partitions, which have their tokens; returns the number of tasks."""
+    if not groups:
+        return 0
     try:
-        for ids in groups:
-            publish(app, ids, at_once=True)
+        if conn is not None:
+            app.once(PartitionNames).learn(conn, chain(*groups))
+        with app.producer_or_acquire() as producer, producer.batch():
+            for ids in groups:
+                publish(app, ids, at_once=at_once, producer=producer)
     except BaseException:
-        tokens.release(left)
+        # Or the next tick would take them for queued.
+        app.once(QueuedTokens).release(chain(*groups))
         raise
     return len(groups)
 
@@ -138,18 +138,16 @@ def fan_out(app: TidemarkApp, *, commits_at_most: int = 50_000) -> dict[str, int
             found = find_committed(conn, limit=commits_at_most)
             if found.commits == 0:
                 return {"commits": 0, "partitions": 0, "tasks": 0}
-            partitions: tuple[Pending, ...] = found.partitions
+            partitions = found.partitions
             if not found.complete:
                 # After a long pause; reading every partition is cheaper than that many commits.
                 log.info("too many new commits, sweeping all partitions", extra={"commits": found.commits})
                 partitions = tuple(sweep_partitions(conn))
             tasks = dispatch(app, conn, partitions)
             save_fan_out(conn, found)
-        log.info(
-            "fanned out",
-            extra={"commits": found.commits, "partitions": len(partitions), "tasks_published": tasks},
-        )
-        return {"commits": found.commits, "partitions": len(partitions), "tasks": tasks}
+        done = {"commits": found.commits, "partitions": len(partitions)}
+        log.info("fanned out", extra={**done, "tasks_published": tasks})
+        return {**done, "tasks": tasks}
 
     return with_retries(app.settings, once, until=monotonic() + app.settings.maintenance_seconds)
 
@@ -174,8 +172,7 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
     Whoever asks by name wants it now: tokens are not looked at. Raises UnknownTopicError and UnknownPartitionError.
     """
     # Whoever calls a task by hand may pass anything.
-    given: tuple[object, object] = (topic, partition)
-    if type(given[0]) is not str or type(given[1]) not in {int, NoneType}:
+    if (type(topic), type(partition)) not in {(str, int), (str, NoneType)}:
         raise InvalidJobError(f"a job takes a topic name and a partition number, not {topic!r} and {partition!r}")
 
     def look_up() -> list[int]:
@@ -187,9 +184,8 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
     ids = with_retries(app.settings, look_up, until=monotonic() + app.settings.task_seconds)
     if partition is not None:
         if not 0 <= partition < len(ids):
-            raise UnknownPartitionError(
-                f"topic {topic!r} has no partition {partition}; it has partitions 0 to {len(ids) - 1}"
-            )
+            there = f"it has partitions 0 to {len(ids) - 1}"
+            raise UnknownPartitionError(f"topic {topic!r} has no partition {partition}; {there}")
         ids = [ids[partition]]
     with app.producer_or_acquire() as producer:
         return [publish(app, g, at_once=True, producer=producer, **options).id for g in group_ids(ids, app.settings)]
@@ -204,19 +200,12 @@ def wake(app: TidemarkApp, partition_ids: Iterable[int]) -> None:
     Published by a thread, only for partitions that wait in no queue yet: a token that exists belongs to a task that has
     read nothing so far, and so will see the commit.
     """
-    ids = sorted(set(partition_ids))
-    app.once(Background).submit(copy_context().run, _wake, app, ids)
+    app.once(Background).submit(copy_context().run, _wake, app, sorted(set(partition_ids)))
 
 
 def _wake(app: TidemarkApp, partition_ids: list[int]) -> None:
-    tokens = app.once(QueuedTokens)
-    free = tokens.acquire(partition_ids)
-    try:
-        for ids in group_ids(free, app.settings):
-            publish(app, ids)
-    except BaseException:
-        tokens.release(free)
-        raise
+    free = app.once(QueuedTokens).acquire(partition_ids)
+    _publish(app, group_ids(free, app.settings), at_once=False)
 
 
 def commit_and_wake(
@@ -240,9 +229,8 @@ def commit_and_wake(
             f"use commit_object, and wake(app, partition_ids) after it has committed."
         )
     with committing(app, object_key, partition_ids):
-        object_id = commit_object(
-            conn, object_key, partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps
-        )
+        arrays = (partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps)
+        object_id = commit_object(conn, object_key, *arrays)
         wake(app, partition_ids)
     return object_id
 

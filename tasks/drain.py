@@ -6,46 +6,30 @@ One loop. Who wants to know what happens in it (metrics, a comparison of strateg
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from config.errors import TransientDatabaseError
 from config.queues import partition_ids_of, shard_of
-from config.settings import Strategy
+from config.settings import STRATEGIES, Strategy
 from db.materialize import MaterializationMetrics, materialize
 from db.translate import would_meet_all
 from tasks.app import TidemarkApp
-from tasks.batching import Controller, make_controllers
+from tasks.batching import Controller, make_controller
 from tasks.dispatch import hand_over
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
-from tasks.rollout import Side, split
+from tasks.rollout import Observer, Side, split
 from tasks.tokens import QueuedTokens
 
 # That many fail and none works: the fault is not the partitions'.
 _HOPELESS = 5
 
 
-class Observer(Protocol):
-    """Hears of everything that happens to a task's partitions."""
-
-    def transaction(self, side: Side, done: MaterializationMetrics) -> None:
-        """Hear of one that committed; `done.moved` has each partition's share."""
-
-    def failed(self, side: Side, error: BaseException) -> None:
-        """Hear of an attempt that failed."""
-
-    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        """Hear of partitions that this task gives up."""
-
-    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
-        """Hear what the task did in all."""
-
-
 def controllers(app: TidemarkApp) -> Mapping[Strategy, Controller]:
-    """How much a process takes in one transaction; for `app.once`."""
-    return make_controllers(app.settings)
+    """One for each strategy: they differ in speed, so in what fits into a time. For `app.once`."""
+    return {strategy: make_controller(app.settings) for strategy in STRATEGIES}
 
 
 def serve(app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Observer] = ()) -> dict[str, Any]:
@@ -119,13 +103,10 @@ class _Side:
         return replace(self._total, backlog_partition_ids=tuple(i for ids, _ in self._groups for i in ids))
 
     def _take(self, ids: list[int], *, again: bool, wait: bool) -> None:
-        def work() -> MaterializationMetrics:
-            return self._transaction(ids, again=again, wait=wait)
-
+        work = partial(self._transaction, ids, again=again, wait=wait)
+        settings = self._app.settings
         try:
-            done = with_retries(
-                self._app.settings, work, until=self._until, on_error=self._failed, retry=would_meet_all
-            )
+            done = with_retries(settings, work, until=self._until, on_error=self._failed, retry=would_meet_all)
         except TransientDatabaseError:
             # Its attempts were counted one by one.
             raise
@@ -136,7 +117,10 @@ class _Side:
             if len(ids) > 1 and not wait:
                 half = len(ids) // 2
                 self._groups.extendleft([(ids[half:], again), (ids[:half], again)])
-            elif self._is_hopeless():
+            elif self._total.transactions == 0 and (
+                not self._groups or len(self._total.stuck_partition_ids) >= _HOPELESS
+            ):
+                # Nothing worked, and nothing is left or enough has failed.
                 raise
             else:
                 for observer in self._observers:
@@ -148,23 +132,13 @@ class _Side:
             if done.backlog_partition_ids:
                 self._groups.append((list(done.backlog_partition_ids), True))
 
-    def _is_hopeless(self) -> bool:
-        """Whether to end as a failure: nothing worked, and nothing is left or enough has failed."""
-        nothing_else = not self._groups or len(self._total.stuck_partition_ids) >= _HOPELESS
-        return self._total.transactions == 0 and nothing_else
-
     def _transaction(self, ids: list[int], *, again: bool, wait: bool) -> MaterializationMetrics:
         # Planned for each attempt: the controller has heard of the one before.
         plan = self._controller.plan(ids, again=again)
         with self._app.database.connection() as conn:
             self._app.once(PartitionNames).learn(conn, plan.partition_ids)
-            done = materialize(
-                conn,
-                plan.partition_ids,
-                events_per_partition=plan.events_per_partition,
-                strategy=self._side.strategy,
-                wait=wait,
-            )
+            limit, strategy = plan.events_per_partition, self._side.strategy
+            done = materialize(conn, plan.partition_ids, events_per_partition=limit, strategy=strategy, wait=wait)
         self._controller.done(done)
         for observer in self._observers:
             observer.transaction(self._side, done)

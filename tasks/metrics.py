@@ -9,17 +9,16 @@ How much is kept is bounded: topics get series of their own up to a limit, first
 beyond it. Every other label comes from a fixed set.
 """
 
-import logging
 import os
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from random import choices, randrange
 from threading import Lock
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import psycopg
 from redis import Redis
@@ -29,13 +28,7 @@ from db.materialize import RUN_BYTES, MaterializationMetrics, Moved
 from db.translate import TRANSIENT
 from tasks.hints import Hints
 from tasks.names import PartitionNames
-from tasks.rollout import Side
-
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+from tasks.rollout import Observer, Side
 
 KEY = "tidemark:metrics"
 TOPICS_KEY = "tidemark:metrics:topics"
@@ -51,11 +44,10 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 MICROSECONDS = 1_000_000
 
 # All sums in one command, so all of them or none arrive. KEYS: the hash, and the topics with series of their own.
-# ARGV: how many such topics there may be, how many sums follow; of each sum what stands before its topic, the topic (or
-# nothing), what stands behind it, and the amount; then names and values to set.
+# ARGV: how many such topics there may be; then of each sum what stands before its topic, the topic (or nothing), what
+# stands behind it, and the amount.
 _SEND = """
-local values = 3 + 4 * ARGV[2]
-for i = 3, values - 1, 4 do
+for i = 2, #ARGV, 4 do
     local topic = ARGV[i + 1]
     if topic ~= '' and redis.call('SISMEMBER', KEYS[2], topic) == 0 then
         if redis.call('SCARD', KEYS[2]) < tonumber(ARGV[1]) then
@@ -66,9 +58,6 @@ for i = 3, values - 1, 4 do
     end
     redis.call('HINCRBY', KEYS[1], ARGV[i] .. topic .. ARGV[i + 2], ARGV[i + 3])
 end
-for i = values, #ARGV, 2 do
-    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
-end
 """
 
 # Samples of a kind, of all workers together; a process that cannot send keeps no more of them either.
@@ -77,7 +66,6 @@ SAMPLES = 5_000
 _STUCK = 20
 _WHY = 300
 _STUCK_SECONDS = 3600
-_PAUSE_SECONDS = 10.0
 _AGES_SECONDS = 1.0
 _KINDS = frozenset(
     {"OperationalError", "InterfaceError"}
@@ -86,8 +74,7 @@ _KINDS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """A metric whose values are in Redis: `name` without Tidemark's prefix and without `_total`."""
 
     name: str
@@ -155,18 +142,17 @@ _RESULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(slots=True)
 class _Unsent:
-    added: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
-    kept: dict[tuple[str, ...], float] = field(default_factory=dict)
-    samples: dict[str, deque[str]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
-    stuck: dict[str, str] = field(default_factory=dict)
+    added: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    # By the hash they are for.
+    kept: defaultdict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    samples: defaultdict[str, deque[str]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
 
     def merge(self, later: "_Unsent") -> None:
-        for labels, amount in later.added.items():
-            self.added[labels] += amount
-        self.kept |= later.kept
-        for key, values in later.samples.items():
-            self.samples[key].extend(values)
-        self.stuck |= later.stuck
+        self.added.update(later.added)
+        for key, values in later.kept.items():
+            self.kept[key] |= values
+        for key, samples in later.samples.items():
+            self.samples[key].extend(samples)
 
 
 class WorkerMetrics:
@@ -198,7 +184,7 @@ class WorkerMetrics:
     def keep(self, name: str, *labels: str, value: float) -> None:
         """Set a value instead of adding to it."""
         with self._mine():
-            self._unsent.kept[name, *labels] = value
+            self._unsent.kept[KEY]["|".join((name, *labels))] = str(value)
 
     def sample(self, key: str, value: str) -> None:
         """Append to a list in Redis, which keeps the newest `SAMPLES` of all workers."""
@@ -208,7 +194,7 @@ class WorkerMetrics:
     def stuck(self, names: Sequence[str], why: str) -> None:
         """Keep for `status` why partitions cannot be materialized."""
         with self._mine():
-            self._unsent.stuck.update({name: f"{time():.0f} {why[:_WHY]}" for name in names[:_STUCK]})
+            self._unsent.kept[STUCK_KEY] |= {name: f"{time():.0f} {why[:_WHY]}" for name in names[:_STUCK]}
 
     def task_ended(self, name: str, state: str, seconds: float, retval: object) -> None:
         """Count a task: its outcome, its time, and what its result says."""
@@ -239,25 +225,21 @@ class WorkerMetrics:
                 self._unsent = unsent
 
     def _send(self, redis: Redis, unsent: _Unsent) -> bool:
-        arguments: list[str | int | float] = [self._topics, len(unsent.added)]
+        sums: list[str | int] = []
         for (name, *labels), amount in unsent.added.items():
             if name in _TOPIC_FAMILIES and labels[0] not in {OTHER, SEVERAL}:
-                arguments += [f"{name}|", labels[0], "".join(f"|{label}" for label in labels[1:]), amount]
+                sums += [f"{name}|", labels[0], "".join(f"|{label}" for label in labels[1:]), amount]
             else:
-                arguments += ["|".join([name, *labels]), "", "", amount]
-        for labels_, value in unsent.kept.items():
-            arguments += ["|".join(labels_), str(value)]
-        if not unsent.samples and not unsent.stuck:
-            redis.eval(_SEND, 2, KEY, TOPICS_KEY, *arguments)
-            return True
-        with redis.pipeline(transaction=True) as pipeline:
-            pipeline.eval(_SEND, 2, KEY, TOPICS_KEY, *arguments)
-            for key, values in unsent.samples.items():
-                pipeline.rpush(key, *values)
-                pipeline.ltrim(key, -SAMPLES, -1)
-            if unsent.stuck:
-                pipeline.hset(STUCK_KEY, mapping=dict[Any, Any](unsent.stuck))
+                sums += ["|".join([name, *labels]), "", "", amount]
+        with redis.pipeline() as pipeline:
+            pipeline.eval(_SEND, 2, KEY, TOPICS_KEY, self._topics, *sums)
+            for key, values in unsent.kept.items():
+                pipeline.hset(key, mapping=dict[Any, Any](values))
+            if STUCK_KEY in unsent.kept:
                 pipeline.expire(STUCK_KEY, _STUCK_SECONDS)
+            for key, samples in unsent.samples.items():
+                pipeline.rpush(key, *samples)
+                pipeline.ltrim(key, -SAMPLES, -1)
             pipeline.execute()
         return True
 
@@ -271,7 +253,7 @@ class WorkerMetrics:
 AgesOf = Callable[[int, int], Sequence[float]]
 
 
-class DrainMetrics:
+class DrainMetrics(Observer):
     """Counts what a drain does: one of its observers.
 
     `ages_of` reads how long ago the events of a run were committed, in seconds: of a partition, the run that has so
@@ -323,9 +305,6 @@ class DrainMetrics:
         why = f"{type(error).__name__}: {str(error).strip()}"
         self._metrics.add("materialize_stuck", amount=len(partition_ids))
         self._metrics.stuck([self._names.describe([i]) for i in partition_ids], why)
-
-    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
-        """Nothing to count: its transactions were."""
 
 
 def read(redis: Redis) -> dict[str, str]:

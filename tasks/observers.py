@@ -14,11 +14,10 @@ from db.materialize import MaterializationMetrics, ages_of_run
 from tasks.app import TidemarkApp
 from tasks.compare import DrainComparison
 from tasks.dispatch import tracing_of
-from tasks.drain import Observer
 from tasks.hints import Hints
 from tasks.metrics import DrainMetrics, WorkerMetrics
 from tasks.names import PartitionNames
-from tasks.rollout import Side
+from tasks.rollout import Observer
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +31,15 @@ class Job(Task):
         """Run the task. Celery has prepared the request; `run` is all that is left."""
         app: TidemarkApp = self.app
         tracing_of(app)
-        began = perf_counter()
-        state, result = "FAILURE", None
+        began, state, result = perf_counter(), "FAILURE", None
         with structlog.contextvars.bound_contextvars(task=self.name, task_id=self.request.id):
             try:
                 result = self.run(*args, **kwargs)
                 state = "SUCCESS"
-            except Retry:
-                state = "RETRY"
-                raise
-            except Ignore:
-                state = "IGNORED"
-                raise
-            else:
                 return result
+            except (Retry, Ignore) as how:
+                state = "RETRY" if isinstance(how, Retry) else "IGNORED"
+                raise
             finally:
                 metrics = app.once(worker_metrics)
                 metrics.task_ended(self.name, state, perf_counter() - began, result)
@@ -69,26 +63,18 @@ def _observers(app: TidemarkApp) -> tuple[Observer, ...]:
         with app.database.connection() as conn:
             return ages_of_run(conn, partition_id, newer)
 
-    metrics = app.once(worker_metrics)
-    return (
-        DrainMetrics(metrics, app.once(PartitionNames), ages_of),
-        DrainComparison(metrics, app.settings),
-        DrainLog(app),
-    )
+    metrics, names = app.once(worker_metrics), app.once(PartitionNames)
+    return DrainMetrics(metrics, names, ages_of), DrainComparison(metrics, app.settings), DrainLog(app)
 
 
-class DrainLog:
+class DrainLog(Observer):
     """Logs what a task did, for those who have to find out why something lags."""
 
     def __init__(self, app: TidemarkApp) -> None:
         self._shards = app.settings.shards
         self._names = app.once(PartitionNames)
 
-    def transaction(self, side: Side, done: MaterializationMetrics) -> None:
-        """The task's one line says it."""
-
-    def failed(self, side: Side, error: BaseException) -> None:
-        """`with_retries` says it, or `stuck`, or the task fails with it."""
+    # A transaction that fails is said by `with_retries`, or as stuck, or the task fails with it.
 
     def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
         """Report partitions by name."""
@@ -103,11 +89,8 @@ class DrainLog:
 
     def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
         """One line for a task that did something."""
-        if total.events_processed == 0:
-            return
-        log.info(
-            "materialized",
-            extra={
+        if total.events_processed:
+            fields = {
                 "shard": shard_of(partition_ids[0], self._shards),
                 "partitions": self._names.describe(partition_ids),
                 "events": total.events_processed,
@@ -119,5 +102,5 @@ class DrainLog:
                 "errors": total.errors,
                 "strategy": total.strategy,
                 "batch_events": total.batch_events,
-            },
-        )
+            }
+            log.info("materialized", extra=fields)

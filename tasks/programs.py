@@ -35,7 +35,6 @@ class Worker(celery.apps.worker.Worker):
     """A worker without `-Q` leases its shards (tasks/leases.py); every worker shows a sign of life."""
 
     app: TidemarkApp
-    # Made by the consumer, after the pool has forked.
     heartbeat: Heartbeat
     leases_shards = False
 
@@ -63,6 +62,14 @@ class Worker(celery.apps.worker.Worker):
             return text
         shards = f"and its share of {self.app.settings.shards} shards, materialize.0 and up"
         return f"{text.rstrip()}\n                ({shards}; see: celery -A tasks inspect shards)\n"
+
+    def live(self) -> None:
+        """Begin to show a sign of life."""
+        settings = self.app.settings
+        solo = self.pool_cls.__module__ == "celery.concurrency.solo"
+        silence = solo_silence(settings) if solo else WORKER_SILENCE
+        self.heartbeat = Heartbeat(heartbeat_file(settings, "worker"), "worker", stale_after=silence)
+        self.heartbeat.wait()
 
     def on_consumer_ready(self, consumer: Any) -> None:
         """Celery's last hook: the worker consumes."""
@@ -102,14 +109,9 @@ class Consumer(CeleryConsumer):
         self._celerys_loop, self.loop = self.loop, self._loop
 
     def start(self) -> None:
-        """Called once, when the pool is there; goes on until the worker stops."""
-        settings = self.app.settings
-        solo = self.controller.pool_cls.__module__ == "celery.concurrency.solo"
-        heartbeat = Heartbeat(
-            heartbeat_file(settings, "worker"), "worker", stale_after=solo_silence(settings) if solo else WORKER_SILENCE
-        )
-        self.controller.heartbeat = heartbeat
-        heartbeat.wait()
+        """Called once, when the pool has forked; goes on until the worker stops."""
+        if isinstance(self.controller, Worker):
+            self.controller.live()
         super().start()
 
     def _loop(self, *arguments: Any, **options: Any) -> Any:

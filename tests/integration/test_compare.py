@@ -17,8 +17,9 @@ from tasks.app import TidemarkApp
 from tasks.commands.compare import compare
 from tasks.compare import PAIRS_AT_LEAST, Comparison, DrainComparison
 from tasks.observers import worker_metrics
-from tasks.rollout import Side, strategy_of
+from tasks.rollout import Side
 from tests.integration.conftest import MakeApp, make_topic
+from tests.support import strategy_of
 from tests.support_commands import Cli, app_for, drain
 
 ROLLOUT: dict[str, Any] = {"strategy": "window", "candidate": "incremental", "candidate_percent": 50}

@@ -16,9 +16,8 @@ from tasks.batching import Adaptive
 from tasks.dispatch import publish, wake
 from tasks.drain import controllers, serve
 from tasks.observers import observers
-from tasks.rollout import strategy_of
 from tests.integration.conftest import MakeApp, make_topic
-from tests.support import Connect
+from tests.support import Connect, strategy_of
 from tests.support_commands import drain
 
 PARTITIONS = 24
