@@ -115,7 +115,6 @@ class Adaptive(Controller):
 
 
 def make_controller(settings: Settings) -> Controller:
-    """The controller of `TIDEMARK_BATCHING`."""
     if settings.batching == "adaptive":
         return Adaptive(
             target=settings.batch_seconds,

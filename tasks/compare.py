@@ -55,7 +55,6 @@ class DrainComparison(Observer):
         self._note(side, f"{done.events_processed} {done.partitions_processed} {took} {wait}")
 
     def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
-        """Note that an attempt failed."""
         self._note(side, _FAILED)
 
     def _note(self, side: Side, what: str) -> None:
@@ -135,7 +134,6 @@ class Comparison:
 
     @property
     def words(self) -> str:
-        """The verdict for people."""
         ours, theirs = self.current.strategy, self.candidate.strategy
         needed, there = self.transactions_needed, self.candidate.transactions
         more = f"{theirs} has {there:,} transactions"

@@ -30,9 +30,9 @@ from db.discover import sweep as sweep_partitions
 from db.topics import partition_ids as ids_of_topic
 from tasks.app import TidemarkApp
 from tasks.background import Background
+from tasks.hints import QueuedTokens
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
-from tasks.tokens import QueuedTokens
 
 if TYPE_CHECKING:
     from tasks.tracing import Tracing

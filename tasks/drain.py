@@ -3,6 +3,7 @@
 One loop. Who wants to know what happens in it (metrics, a comparison of strategies, the log) is an observer.
 """
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,15 +14,19 @@ from typing import Any
 from config.errors import TransientDatabaseError
 from config.queues import partition_ids_of, shard_of
 from config.settings import STRATEGIES, Strategy
-from db.materialize import MaterializationMetrics, materialize
+from db.materialize import MaterializationMetrics, ages_of_run, materialize
 from db.translate import would_meet_all
 from tasks.app import TidemarkApp
 from tasks.batching import Controller, make_controller
+from tasks.compare import DrainComparison
 from tasks.dispatch import hand_over
+from tasks.hints import QueuedTokens
+from tasks.metrics import DrainMetrics, worker_metrics
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
 from tasks.rollout import Observer, Side, split
-from tasks.tokens import QueuedTokens
+
+log = logging.getLogger(__name__)
 
 # That many fail and none works: the fault is not the partitions'.
 _HOPELESS = 5
@@ -69,7 +74,6 @@ def drain(
 
 
 def together(sides: Sequence[MaterializationMetrics]) -> MaterializationMetrics:
-    """What all sides of a task did."""
     return reduce(MaterializationMetrics.beside, sides)
 
 
@@ -152,3 +156,54 @@ class _Side:
         self._controller.failed()
         for observer in self._observers:
             observer.failed(self._side, error)
+
+
+def observers(app: TidemarkApp) -> tuple[Observer, ...]:
+    """Everybody who wants to know what a task's partitions go through; one set for each app."""
+    return app.once(_observers)
+
+
+def _observers(app: TidemarkApp) -> tuple[Observer, ...]:
+    def ages_of(partition_id: int, newer: int) -> list[float]:
+        with app.database.connection() as conn:
+            return ages_of_run(conn, partition_id, newer)
+
+    metrics, names = app.once(worker_metrics), app.once(PartitionNames)
+    return DrainMetrics(metrics, names, ages_of), DrainComparison(metrics, app.settings), DrainLog(app)
+
+
+class DrainLog(Observer):
+    """Logs what a task did, for those who have to find out why something lags."""
+
+    def __init__(self, app: TidemarkApp) -> None:
+        self._shards = app.settings.shards
+        self._names = app.once(PartitionNames)
+
+    # A transaction that fails is said by `with_retries`, or as stuck, or the task fails with it.
+
+    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
+        log.error(
+            "partitions cannot be materialized",
+            extra={
+                "partitions": self._names.describe(partition_ids),
+                "error": f"{type(error).__name__}: {str(error).strip()}",
+                "next": "each sweep tries again",
+            },
+        )
+
+    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
+        if total.events_processed:
+            fields = {
+                "shard": shard_of(partition_ids[0], self._shards),
+                "partitions": self._names.describe(partition_ids),
+                "events": total.events_processed,
+                "records": total.records,
+                "ms": round(total.processing_time_ms, 1),
+                "lock_wait_ms": round(total.lock_wait_time_ms, 1),
+                "backlog_partitions": len(total.backlog_partition_ids),
+                "stuck_partitions": len(total.stuck_partition_ids),
+                "errors": total.errors,
+                "strategy": total.strategy,
+                "batch_events": total.batch_events,
+            }
+            log.info("materialized", extra=fields)

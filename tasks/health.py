@@ -41,7 +41,6 @@ EXPORTER_SILENCE = 30.0
 
 
 def heartbeat_file(settings: Settings, program: Program) -> Path:
-    """Where a program leaves its sign of life."""
     return settings.heartbeat_file or settings.data_dir / f"{program}.heartbeat"
 
 
@@ -52,8 +51,6 @@ def solo_silence(settings: Settings) -> float:
 
 
 class Heartbeat:
-    """This process's sign of life."""
-
     def __init__(self, file: Path, program: Program, *, stale_after: float) -> None:
         self._file = file
         self._sign = SignOfLife(pid=os.getpid(), program=program, ready=False, stale_after=stale_after)
@@ -89,7 +86,6 @@ class Heartbeat:
         self.tick()
 
     def end(self) -> None:
-        """Nothing lives here any more."""
         self._ended.set()
         # A forked child's end is not ours.
         if os.getpid() == self._sign.pid:

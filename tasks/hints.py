@@ -3,15 +3,29 @@
 Whoever asks goes on without an answer. A Redis that hangs is the worst case: each question would wait for its
 time-out. So time-outs are short, and after a failure nothing is asked for some seconds: while Redis is away a task
 loses half a second now and then, and no more.
+
+Tokens are for partitions that wait in a queue, so that they are not queued again. A lost token means a task too many,
+and one that outlived its task expires. Set before a task is published, dropped when the task starts, and before it
+reads: a commit it does not see is queued again. A queue that was purged leaves its tokens. So a token that is some
+seconds old counts for nothing where its shard's queue is empty. It may belong to a task that a worker holds and has
+not begun; then one task is queued too many.
+
+Which programs live: each worker and beat has an entry in one hash, which it renews each second. Time is Redis' own: no
+program compares its clock with another's.
 """
 
+import json
 import logging
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from time import monotonic
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 from redis import RedisError
 
+from config.queues import shard_queue
 from tasks.app import TidemarkApp
 
 if TYPE_CHECKING:
@@ -60,3 +74,166 @@ class Hints:
                 )
         elif was_away:
             log.warning("Redis answers again")
+
+
+# --- Tokens
+
+# One command for many partitions: a command each costs this process more than finding them costs the database. Returns
+# the indexes of those that had no token, counted from 1. Queue by queue its length is asked for once.
+_SET_FREE = """
+local ttl, shards, prefix, fresh = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local free, length = {}, {}
+for i, key in ipairs(KEYS) do
+    local taken = not redis.call('set', key, '1', 'nx', 'px', ttl)
+    if taken and shards > 0 and ttl - redis.call('pttl', key) > fresh then
+        local queue = prefix .. tonumber(string.match(key, '%d+$')) % shards
+        length[queue] = length[queue] or redis.call('llen', queue)
+        if length[queue] == 0 then
+            redis.call('set', key, '1', 'px', ttl)
+            taken = false
+        end
+    end
+    if not taken then free[#free + 1] = i end
+end
+return free
+"""
+# Redis does nothing else while a script runs: under a millisecond of it.
+_CHUNK = 1_000
+# So long a message may be on its way, or wait in a worker for the task before it.
+_FRESH_SECONDS = 5.0
+
+
+def _key(partition_id: int) -> str:
+    return f"tidemark:queued:{partition_id}"
+
+
+class QueuedTokens:
+    """The tokens of one app; without a Redis every partition counts as not queued."""
+
+    def __init__(self, app: TidemarkApp) -> None:
+        self._hints = app.once(Hints)
+        settings = app.settings
+        # Another Redis than the broker's knows nothing of the queues.
+        shards = settings.shards if app.redis_url == app.broker_url else 0
+        fresh = max(_FRESH_SECONDS, settings.task_seconds)
+        self._arguments: list[int | str] = [
+            round(settings.queued_seconds * 1000),
+            shards,
+            shard_queue(0).removesuffix("0"),
+            round(fresh * 1000),
+        ]
+
+    def acquire(self, partition_ids: Sequence[int]) -> list[int]:
+        """Mark partitions as queued; returns those that were not, all where Redis does not answer."""
+
+        def set_free(redis: "Redis") -> list[int]:
+            script = redis.register_script(_SET_FREE)
+            free: list[int] = []
+            for start in range(0, len(partition_ids), _CHUNK):
+                chunk = partition_ids[start : start + _CHUNK]
+                indexes = script(keys=[_key(partition_id) for partition_id in chunk], args=self._arguments)
+                free.extend(chunk[index - 1] for index in indexes)
+            return free
+
+        return self._hints.ask(set_free, list(partition_ids)) if partition_ids else []
+
+    def release(self, partition_ids: Iterable[int]) -> None:
+        keys = [_key(partition_id) for partition_id in partition_ids]
+        if keys:
+            self._hints.ask(lambda redis: redis.delete(*keys), None)
+
+
+# --- Programs
+
+KEY = "tidemark:programs"
+RENEW_SECONDS = 1.0
+# So long a program is shown that says nothing any more.
+GONE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """A worker or beat as it describes itself; times in seconds since the epoch, by Redis' clock."""
+
+    program: str
+    name: str
+    host: str
+    pid: int
+    shards: int
+    # Of a worker: how many tasks it runs at once, whether it takes a share of the shards, and those it consumes.
+    slots: int = 0
+    leases: bool = False
+    consumes: tuple[int, ...] = ()
+    since: float = 0.0
+    seen: float = 0.0
+
+
+class Membership:
+    """This process's entry, and everybody's."""
+
+    def __init__(self, app: TidemarkApp) -> None:
+        self._hints = app.once(Hints)
+        self._shards = app.settings.shards
+        self._me: Program | None = None
+        self.id = ""
+        self._renewed = -RENEW_SECONDS
+
+    def enter(self, name: str, **facts: Any) -> None:
+        """Begin; the next renewal tells the others."""
+        self._me = Program(name=name, host=socket.gethostname(), shards=self._shards, **facts)
+        # Names may be given twice; what they stand for counts twice, too.
+        self.id = f"{name}/{uuid4().hex[:8]}"
+
+    def renew(self, **facts: Any) -> Mapping[str, Program] | None:
+        """Say that this process lives, and what is new; returns all who live, None where Redis does not answer."""
+        if self._me is None:
+            return None
+        self._me = replace(self._me, **facts)
+        self._renewed = monotonic()
+        return self._hints.ask(self._exchange, None)
+
+    def renew_when_due(self) -> None:
+        """The same, for a loop that comes by more often."""
+        if monotonic() >= self._renewed + RENEW_SECONDS:
+            self.renew()
+
+    def leave(self) -> None:
+        """End; the others need not wait."""
+        if self._me is not None:
+            self._hints.ask(lambda redis: redis.hdel(KEY, self.id), 0)
+            self._me = None
+
+    def _exchange(self, redis: "Redis") -> Mapping[str, Program]:
+        now = redis_time(redis)
+        assert self._me is not None  # noqa: S101 - `renew` looked
+        self._me = replace(self._me, since=self._me.since or now, seen=now)
+        with redis.pipeline() as pipeline:
+            pipeline.hset(KEY, self.id, json.dumps(asdict(self._me)))
+            pipeline.hgetall(KEY)
+            entries = read_entries(pipeline.execute()[-1])
+        if dead := [name for name, entry in entries.items() if entry.seen < now - GONE_SECONDS]:
+            redis.hdel(KEY, *dead)
+        return {name: entry for name, entry in entries.items() if name not in dead}
+
+
+def redis_time(redis: "Redis") -> float:
+    """Seconds since the epoch, by Redis' clock."""
+    seconds, microseconds = redis.time()
+    return float(seconds) + float(microseconds) / 1e6
+
+
+def read_programs(redis: "Redis") -> dict[str, Program]:
+    """Every entry by its id; those of `GONE_SECONDS` ago may be among them."""
+    return read_entries(redis.hgetall(KEY))  # type: ignore[arg-type] # typed for both of its clients
+
+
+def read_entries(found: Mapping[str, str]) -> dict[str, Program]:
+    """Entries as they stand in Redis; those of another release are left out."""
+    entries = {}
+    for name, text in found.items():
+        try:
+            fields = json.loads(text)
+            entries[name] = Program(**{**fields, "consumes": tuple(fields["consumes"])})
+        except (ValueError, TypeError, KeyError):
+            continue
+    return entries

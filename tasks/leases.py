@@ -41,7 +41,7 @@ from celery.utils.log import get_logger
 from config.queues import shard_of_queue, shard_queue
 from tasks.app import TidemarkApp
 from tasks.health import INTERVAL, Heartbeat
-from tasks.membership import RENEW_SECONDS, Membership, Program
+from tasks.hints import RENEW_SECONDS, Membership, Program
 from tasks.names import ranges
 
 log = get_logger(__name__)
@@ -121,7 +121,6 @@ class ShardLeases(bootsteps.StartStopStep):
             self._membership.leave()
 
     def shutdown(self, consumer: Any) -> None:
-        """The pool has drained."""
         self.stop(consumer)
         self.close(consumer)
 

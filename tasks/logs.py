@@ -35,8 +35,6 @@ _HIDDEN = "********"
 
 
 class Logging(CeleryLogging):
-    """The app's `log`."""
-
     def setup_logging_subsystem(
         self, loglevel: Any = None, logfile: Any = None, hostname: str | None = None, **_: Any
     ) -> Any:

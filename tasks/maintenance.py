@@ -27,7 +27,6 @@ def _starts(conn: psycopg.Connection[Any]) -> tuple[int, int]:
 
 
 def retain(app: TidemarkApp) -> dict[str, int]:
-    """Apply the topics' retention limits, as far as the time goes."""
     until = monotonic() + app.settings.maintenance_seconds
     stop, size = lambda: monotonic() >= until, app.settings.delete_batch
 

@@ -26,6 +26,7 @@ from redis import Redis
 from config.errors import TidemarkError
 from db.materialize import RUN_BYTES, MaterializationMetrics, Moved
 from db.translate import TRANSIENT
+from tasks.app import TidemarkApp
 from tasks.hints import Hints
 from tasks.names import PartitionNames
 from tasks.rollout import Observer, Side
@@ -175,14 +176,12 @@ class WorkerMetrics:
                 self._unsent.added[name, *labels] += amount
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
-        """Add an observation to a histogram."""
         bucket = str(bisect_left(BUCKETS, seconds))
         with self._mine():
             self._unsent.added[name, *labels, bucket] += 1
             self._unsent.added[name, *labels, "sum"] += round(seconds * MICROSECONDS)
 
     def keep(self, name: str, *labels: str, value: float) -> None:
-        """Set a value instead of adding to it."""
         with self._mine():
             self._unsent.kept[KEY]["|".join((name, *labels))] = str(value)
 
@@ -197,7 +196,6 @@ class WorkerMetrics:
             self._unsent.kept[STUCK_KEY] |= {name: f"{time():.0f} {why[:_WHY]}" for name in names[:_STUCK]}
 
     def task_ended(self, name: str, state: str, seconds: float, retval: object) -> None:
-        """Count a task: its outcome, its time, and what its result says."""
         self.add("task_runs", name, state.lower())
         self.add("task_seconds", name, amount=round(seconds * MICROSECONDS))
         if state != "SUCCESS":
@@ -250,6 +248,11 @@ class WorkerMetrics:
         return self._lock
 
 
+def worker_metrics(app: TidemarkApp) -> WorkerMetrics:
+    """This process's metrics; for `app.once`."""
+    return WorkerMetrics(app.once(Hints), topics=app.settings.metrics_topics)
+
+
 AgesOf = Callable[[int, int], Sequence[float]]
 
 
@@ -295,20 +298,17 @@ class DrainMetrics(Observer):
                 self._metrics.observe("commit_to_offset_seconds", max(seconds, 0.0), topic)
 
     def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
-        """Count a transaction that failed."""
         kind = type(error).__name__
         self._metrics.add("materialize_attempts")
         self._metrics.add("materialize_errors", kind if kind in _KINDS else "other")
 
     def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        """Count them, and keep why for `status`."""
         why = f"{type(error).__name__}: {str(error).strip()}"
         self._metrics.add("materialize_stuck", amount=len(partition_ids))
         self._metrics.stuck([self._names.describe([i]) for i in partition_ids], why)
 
 
 def read(redis: Redis) -> dict[str, str]:
-    """All values as they stand in Redis."""
     found: Any = redis.hgetall(KEY)
     return dict(found)
 

@@ -22,8 +22,8 @@ from tasks import inspection  # noqa: F401 - a command that the worker answers
 from tasks.app import TidemarkApp
 from tasks.dispatch import tracing_of
 from tasks.health import BEAT_SILENCE, WORKER_SILENCE, Heartbeat, heartbeat_file, solo_silence
+from tasks.hints import Membership
 from tasks.leases import ShardLeases
-from tasks.membership import Membership
 
 log = get_logger(__name__)
 
@@ -64,7 +64,6 @@ class Worker(celery.apps.worker.Worker):
         return f"{text.rstrip()}\n                ({shards}; see: celery -A tasks inspect shards)\n"
 
     def live(self) -> None:
-        """Begin to show a sign of life."""
         settings = self.app.settings
         solo = self.pool_cls.__module__ == "celery.concurrency.solo"
         silence = solo_silence(settings) if solo else WORKER_SILENCE
@@ -142,8 +141,6 @@ class _Service(celery.beat.Service):
 
 
 class Beat(celery.apps.beat.Beat):
-    """Beat with that service."""
-
     Service = _Service
 
 
@@ -185,7 +182,6 @@ def watch(scheduler: Any, app: TidemarkApp, heartbeat: Heartbeat) -> None:
 
 
 def _waiting(broker: Any, app: TidemarkApp, task: str) -> int:
-    """How many messages wait in a task's queue; 0 where the broker does not say."""
     queue = app.amqp.router.route({}, task)["queue"].name
     try:
         return int(broker.llen(queue))

@@ -54,8 +54,7 @@ _RESULT = ("events_processed", "records", "partitions_processed", "lock_wait_tim
 _unannounced: ContextVar[set[int] | None] = ContextVar("unannounced", default=None)
 
 
-def _key(partition_id: int) -> str:
-    return f"tidemark:trace:{partition_id}"
+_key = "tidemark:trace:{}".format
 
 
 def _put(redis: Redis, partition_ids: set[int], traceparent: str) -> bool:
@@ -101,6 +100,7 @@ class Tracing:
 
     def __init__(self, app: TidemarkApp, provider: TracerProvider | None = None) -> None:
         self._app = app
+        self._hints = app.once(Hints)
         self._provider = provider or make_provider()
         self._tracer = self._provider.get_tracer("tidemark")
         self._running: dict[str, tuple[Span, Token[Context]]] = {}
@@ -137,18 +137,13 @@ class Tracing:
     def _note(self, partition_ids: set[int], span: Span) -> None:
         carrier: dict[str, str] = {}
         propagate.inject(carrier, trace.set_span_in_context(span, Context()))
-        traceparent = carrier.get("traceparent")
-        if (
-            partition_ids
-            and traceparent
-            and not self._app.once(Hints).ask(lambda redis: _put(redis, partition_ids, traceparent), otherwise=False)
-        ):
+        parent = carrier.get("traceparent")
+        if partition_ids and parent and not self._hints.ask(lambda r: _put(r, partition_ids, parent), otherwise=False):
             log.warning("a commit's trace ends with it: Redis does not answer")
 
     def _take(self, partition_ids: Sequence[int]) -> list[SpanContext]:
         """What is noted for partitions, each once."""
-        nothing: list[str] = []
-        noted = self._app.once(Hints).ask(lambda redis: _pop(redis, partition_ids), otherwise=nothing)
+        noted: list[str] = self._hints.ask(lambda redis: _pop(redis, partition_ids), [])
         spans = (
             trace.get_current_span(propagate.extract({"traceparent": value}, Context())).get_span_context()
             for value in dict.fromkeys(noted)
@@ -160,7 +155,7 @@ class Tracing:
     def _before_publish(self, sender: Any, headers: dict[str, Any], body: Any, **_: Any) -> None:
         if sender == MATERIALIZE:
             # Signals swallow what receivers raise; the arguments were looked at by the router.
-            self._publish_materialize(headers, partition_ids_of(body[0], body[1]))
+            self._publish_materialize(headers, partition_ids_of(*body[:2]))
         elif sender.startswith("tasks.") and trace.get_current_span().get_span_context().is_valid:
             propagate.inject(headers)
 
@@ -173,8 +168,7 @@ class Tracing:
         parent = contexts.get_current()
         if noted and getattr(current, "name", None) in {*_FINDERS, None}:
             # Found in Postgres: the trace is the commit's, and fan-out a link.
-            first, *noted = noted
-            parent = trace.set_span_in_context(trace.NonRecordingSpan(first))
+            parent = trace.set_span_in_context(trace.NonRecordingSpan(noted.pop(0)))
             if current.get_span_context().is_valid:
                 noted.append(current.get_span_context())
         span = self._tracer.start_span(
@@ -204,7 +198,7 @@ class Tracing:
         if span is None or token is None:
             return
         contexts.detach(token)
-        result: Mapping[str, Any] = retval if isinstance(retval, Mapping) else {}
+        result = retval if isinstance(retval, Mapping) else {}
         if state == "FAILURE":
             span.set_status(StatusCode.ERROR, str(retval))
             if isinstance(retval, BaseException):

@@ -16,8 +16,8 @@ from db.materialize import MaterializationMetrics
 from tasks.app import TidemarkApp
 from tasks.dispatch import enqueue, fan_out
 from tasks.drain import drain as drain_sides
-from tasks.drain import serve, together
-from tasks.observers import Job, observers
+from tasks.drain import observers, serve, together
+from tasks.jobs import Job
 
 COLUMNS = 80
 

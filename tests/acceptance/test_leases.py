@@ -13,7 +13,7 @@ from pytest_celery import CeleryBrokerCluster
 from redis import Redis
 
 from tasks.app import TidemarkApp
-from tasks.membership import KEY, read_entries
+from tasks.hints import KEY, read_entries
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.producers import Producers, commit_one
 from tests.benchmarks.lease_timeline import SHARDS, Timeline, Watch, play, render

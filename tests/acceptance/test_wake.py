@@ -12,9 +12,9 @@ from config.errors import InvalidCommitError
 from tasks.app import TidemarkApp
 from tasks.background import Background
 from tasks.dispatch import commit_and_wake, wake
-from tasks.drain import serve
+from tasks.drain import observers, serve
 from tasks.hints import Hints
-from tasks.observers import observers, worker_metrics
+from tasks.metrics import worker_metrics
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
 

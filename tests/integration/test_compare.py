@@ -16,7 +16,7 @@ from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.commands.compare import compare
 from tasks.compare import PAIRS_AT_LEAST, Comparison, DrainComparison
-from tasks.observers import worker_metrics
+from tasks.metrics import worker_metrics
 from tasks.rollout import Side
 from tests.integration.conftest import MakeApp, make_topic
 from tests.support import strategy_of

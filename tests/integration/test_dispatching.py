@@ -15,7 +15,7 @@ from db.discover import Pending
 from tasks.app import TidemarkApp
 from tasks.dispatch import dispatch, fan_out, hand_over, sweep
 from tasks.drain import serve
-from tasks.tokens import QueuedTokens
+from tasks.hints import QueuedTokens
 from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import wait_until
 

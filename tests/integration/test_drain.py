@@ -13,8 +13,8 @@ from db.materialize import MaterializationMetrics, materialize
 from tasks import exporter, metrics
 from tasks.app import TidemarkApp
 from tasks.drain import drain as drain_sides
-from tasks.drain import together
-from tasks.observers import observers, worker_metrics
+from tasks.drain import observers, together
+from tasks.metrics import worker_metrics
 from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import Connect
 

@@ -34,12 +34,11 @@ from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tasks import metrics
 from tasks.app import TidemarkApp
+from tasks.drain import observers
 from tasks.exporter import Exporter, ServerError, Source
-from tasks.hints import Hints
-from tasks.membership import Membership
-from tasks.metrics import DrainMetrics, WorkerMetrics
+from tasks.hints import Hints, Membership
+from tasks.metrics import DrainMetrics, WorkerMetrics, worker_metrics
 from tasks.names import PartitionNames
-from tasks.observers import observers, worker_metrics
 from tasks.rollout import Side
 from tests.integration import conftest
 from tests.integration.conftest import MakeApp, make_topic
@@ -450,15 +449,16 @@ def test_workers_that_are_heard_of_and_those_that_went(exporter: Exporter) -> No
     """One that is killed and started again under its name is the same; one that is gone for good leaves no series."""
     for name in ("celery@a", "celery@5eb63bbb", "celery@c3fcd3d7"):
         exporter._broker._heard({"hostname": name, "active": 1, "processed": 7})
-    exporter._broker._workers["celery@a"].at -= 90
-    exporter._broker._workers["celery@5eb63bbb"].at -= 90
+    workers = exporter._broker._workers
+    for name in ("celery@a", "celery@5eb63bbb"):
+        workers[name] = (workers[name][0] - 90, workers[name][1])
     killed = scrape(exporter)
     assert killed("workers") == 1
     assert killed.label_values("worker_heartbeat_timestamp_seconds", "worker") == {
         "celery@a", "celery@5eb63bbb", "celery@c3fcd3d7",
     }  # fmt: skip
     exporter._broker._heard({"hostname": "celery@a"})
-    exporter._broker._workers["celery@5eb63bbb"].at -= 900
+    workers["celery@5eb63bbb"] = (workers["celery@5eb63bbb"][0] - 900, {})
     later = scrape(exporter)
     assert later("workers") == 2
     assert later.label_values("worker_heartbeat_timestamp_seconds", "worker") == {"celery@a", "celery@c3fcd3d7"}

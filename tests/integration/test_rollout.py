@@ -14,8 +14,7 @@ from tasks.app import TidemarkApp
 from tasks.background import Background
 from tasks.batching import Adaptive
 from tasks.dispatch import publish, wake
-from tasks.drain import controllers, serve
-from tasks.observers import observers
+from tasks.drain import controllers, observers, serve
 from tests.integration.conftest import MakeApp, make_topic
 from tests.support import Connect, strategy_of
 from tests.support_commands import drain

@@ -31,8 +31,8 @@ from db.topics import create_topic, partition_ids
 from tasks.commands.situation import Situation, read_hints
 from tasks.commands.status import status
 from tasks.commands.top import Curves, top
-from tasks.membership import KEY, Program
-from tasks.observers import worker_metrics
+from tasks.hints import KEY, Program
+from tasks.metrics import worker_metrics
 from tests.integration.conftest import commit, make_topic
 from tests.support import Connect, wait_until
 from tests.support_commands import Cli, app_for
