@@ -184,8 +184,8 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
     ids = with_retries(app.settings, look_up, until=monotonic() + app.settings.task_seconds)
     if partition is not None:
         if not 0 <= partition < len(ids):
-            there = f"it has partitions 0 to {len(ids) - 1}"
-            raise UnknownPartitionError(f"topic {topic!r} has no partition {partition}; {there}")
+            has = f"it has partitions 0 to {len(ids) - 1}"
+            raise UnknownPartitionError(f"topic {topic!r} has no partition {partition}; {has}")
         ids = [ids[partition]]
     with app.producer_or_acquire() as producer:
         return [publish(app, g, at_once=True, producer=producer, **options).id for g in group_ids(ids, app.settings)]

@@ -37,7 +37,7 @@ def controllers(app: TidemarkApp) -> Mapping[Strategy, Controller]:
     return {strategy: make_controller(app.settings) for strategy in STRATEGIES}
 
 
-def serve(app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Observer] = ()) -> dict[str, Any]:
+def serve(app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Observer]) -> dict[str, Any]:
     """A task: materialize partitions of one shard, hand over what is left; returns MaterializationMetrics as a dict.
 
     Raises InvalidJobError for what are no partition ids.
@@ -56,7 +56,7 @@ def serve(app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Ob
 
 
 def drain(
-    app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Observer] = ()
+    app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Observer]
 ) -> list[MaterializationMetrics]:
     """Materialize; returns what was done and what is left, for each side where a candidate strategy is tried."""
     until = monotonic() + app.settings.task_seconds
@@ -66,7 +66,7 @@ def drain(
         now = monotonic()
         # Time a side does not use is the next one's.
         share = max(0.0, until - now) / (len(sides) - number)
-        done.append(_Side(app, side, observers).drain(now + share))
+        done.append(_Side(app, side, observers, now + share).drain())
     total = together(done)
     for observer in observers:
         observer.finished(partition_ids, total)
@@ -85,8 +85,9 @@ class _Side:
     and briefly at the end.
     """
 
-    def __init__(self, app: TidemarkApp, side: Side, observers: Sequence[Observer]) -> None:
+    def __init__(self, app: TidemarkApp, side: Side, observers: Sequence[Observer], until: float) -> None:
         self._app = app
+        self._until = until
         self._side = side
         self._observers = observers
         self._controller = app.once(controllers)[side.strategy]
@@ -94,12 +95,10 @@ class _Side:
         # With each group, whether it had more than an earlier transaction took.
         self._groups = deque([(side.partition_ids, False)])
         self._busy: list[int] = []
-        self._until = 0.0
 
-    def drain(self, until: float) -> MaterializationMetrics:
+    def drain(self) -> MaterializationMetrics:
         """Go on until nothing is left or it is time to hand over: what was done, and what is left."""
-        self._until = until
-        while self._groups and (self._total.transactions == 0 or monotonic() < until):
+        while self._groups and (self._total.transactions == 0 or monotonic() < self._until):
             ids, again = self._groups.popleft()
             self._take(ids, again=again, wait=False)
         if self._busy:
@@ -118,18 +117,17 @@ class _Side:
             self._failed(error)
             if would_meet_all(error):
                 raise
+            stuck = self._total.stuck_partition_ids
             if len(ids) > 1 and not wait:
                 half = len(ids) // 2
                 self._groups.extendleft([(ids[half:], again), (ids[:half], again)])
-            elif self._total.transactions == 0 and (
-                not self._groups or len(self._total.stuck_partition_ids) >= _HOPELESS
-            ):
+            elif self._total.transactions == 0 and (not self._groups or len(stuck) >= _HOPELESS):
                 # Nothing worked, and nothing is left or enough has failed.
                 raise
             else:
                 for observer in self._observers:
                     observer.stuck(ids, error)
-                self._total = replace(self._total, stuck_partition_ids=(*self._total.stuck_partition_ids, *ids))
+                self._total = replace(self._total, stuck_partition_ids=(*stuck, *ids))
         else:
             self._busy += done.busy_partition_ids
             self._total += done
@@ -159,11 +157,8 @@ class _Side:
 
 
 def observers(app: TidemarkApp) -> tuple[Observer, ...]:
-    """Everybody who wants to know what a task's partitions go through; one set for each app."""
-    return app.once(_observers)
+    """Everybody who wants to know what a task's partitions go through; for `app.once`."""
 
-
-def _observers(app: TidemarkApp) -> tuple[Observer, ...]:
     def ages_of(partition_id: int, newer: int) -> list[float]:
         with app.database.connection() as conn:
             return ages_of_run(conn, partition_id, newer)
@@ -182,14 +177,9 @@ class DrainLog(Observer):
     # A transaction that fails is said by `with_retries`, or as stuck, or the task fails with it.
 
     def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        log.error(
-            "partitions cannot be materialized",
-            extra={
-                "partitions": self._names.describe(partition_ids),
-                "error": f"{type(error).__name__}: {str(error).strip()}",
-                "next": "each sweep tries again",
-            },
-        )
+        fields = {"partitions": self._names.describe(partition_ids), "next": "each sweep tries again"}
+        fields["error"] = f"{type(error).__name__}: {str(error).strip()}"
+        log.error("partitions cannot be materialized", extra=fields)
 
     def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
         if total.events_processed:

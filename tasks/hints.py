@@ -18,6 +18,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,14 +46,9 @@ class Hints:
         self._silent_until = 0.0
         self._away = False
 
-    @property
-    def available(self) -> bool:
-        """False without a Redis, and for some seconds after one did not answer."""
-        return self._redis is not None and monotonic() >= self._silent_until
-
     def ask(self, question: "Callable[[Redis], _Answer]", otherwise: _Answer) -> _Answer:
-        """What `question` returns; `otherwise` where there is no Redis, or it does not answer."""
-        if self._redis is None or not self.available:
+        """What `question` returns; `otherwise` without a Redis, where it does not answer, and for some seconds then."""
+        if self._redis is None or monotonic() < self._silent_until:
             return otherwise
         try:
             answer = question(self._redis)
@@ -68,10 +64,8 @@ class Hints:
         if error is not None:
             self._silent_until = monotonic() + _PAUSE_SECONDS
             if not was_away:
-                log.warning(
-                    "Redis does not answer: going on without its hints",
-                    extra={"error": f"{type(error).__name__}: {error}", "next_question_seconds": _PAUSE_SECONDS},
-                )
+                fields = {"error": f"{type(error).__name__}: {error}", "next_question_seconds": _PAUSE_SECONDS}
+                log.warning("Redis does not answer: going on without its hints", extra=fields)
         elif was_away:
             log.warning("Redis answers again")
 
@@ -103,8 +97,7 @@ _CHUNK = 1_000
 _FRESH_SECONDS = 5.0
 
 
-def _key(partition_id: int) -> str:
-    return f"tidemark:queued:{partition_id}"
+_key = "tidemark:queued:{}".format
 
 
 class QueuedTokens:
@@ -115,13 +108,8 @@ class QueuedTokens:
         settings = app.settings
         # Another Redis than the broker's knows nothing of the queues.
         shards = settings.shards if app.redis_url == app.broker_url else 0
-        fresh = max(_FRESH_SECONDS, settings.task_seconds)
-        self._arguments: list[int | str] = [
-            round(settings.queued_seconds * 1000),
-            shards,
-            shard_queue(0).removesuffix("0"),
-            round(fresh * 1000),
-        ]
+        queued, fresh = settings.queued_seconds, max(_FRESH_SECONDS, settings.task_seconds)
+        self._arguments = (round(queued * 1000), shards, shard_queue(0).removesuffix("0"), round(fresh * 1000))
 
     def acquire(self, partition_ids: Sequence[int]) -> list[int]:
         """Mark partitions as queued; returns those that were not, all where Redis does not answer."""
@@ -131,15 +119,13 @@ class QueuedTokens:
             free: list[int] = []
             for start in range(0, len(partition_ids), _CHUNK):
                 chunk = partition_ids[start : start + _CHUNK]
-                indexes = script(keys=[_key(partition_id) for partition_id in chunk], args=self._arguments)
-                free.extend(chunk[index - 1] for index in indexes)
+                free += [chunk[index - 1] for index in script(keys=list(map(_key, chunk)), args=self._arguments)]
             return free
 
         return self._hints.ask(set_free, list(partition_ids)) if partition_ids else []
 
     def release(self, partition_ids: Iterable[int]) -> None:
-        keys = [_key(partition_id) for partition_id in partition_ids]
-        if keys:
+        if keys := list(map(_key, partition_ids)):
             self._hints.ask(lambda redis: redis.delete(*keys), None)
 
 
@@ -207,10 +193,8 @@ class Membership:
         now = redis_time(redis)
         assert self._me is not None  # noqa: S101 - `renew` looked
         self._me = replace(self._me, since=self._me.since or now, seen=now)
-        with redis.pipeline() as pipeline:
-            pipeline.hset(KEY, self.id, json.dumps(asdict(self._me)))
-            pipeline.hgetall(KEY)
-            entries = read_entries(pipeline.execute()[-1])
+        redis.hset(KEY, self.id, json.dumps(asdict(self._me)))
+        entries = read_programs(redis)
         if dead := [name for name, entry in entries.items() if entry.seen < now - GONE_SECONDS]:
             redis.hdel(KEY, *dead)
         return {name: entry for name, entry in entries.items() if name not in dead}
@@ -223,17 +207,11 @@ def redis_time(redis: "Redis") -> float:
 
 
 def read_programs(redis: "Redis") -> dict[str, Program]:
-    """Every entry by its id; those of `GONE_SECONDS` ago may be among them."""
-    return read_entries(redis.hgetall(KEY))  # type: ignore[arg-type] # typed for both of its clients
-
-
-def read_entries(found: Mapping[str, str]) -> dict[str, Program]:
-    """Entries as they stand in Redis; those of another release are left out."""
+    """Every entry by its id, less another release's; those of `GONE_SECONDS` ago may be among them."""
+    found: Any = redis.hgetall(KEY)
     entries = {}
     for name, text in found.items():
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             fields = json.loads(text)
             entries[name] = Program(**{**fields, "consumes": tuple(fields["consumes"])})
-        except (ValueError, TypeError, KeyError):
-            continue
     return entries

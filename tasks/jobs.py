@@ -15,8 +15,6 @@ from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartit
 from config.queues import MATERIALIZE
 from tasks import dispatch, drain, maintenance
 from tasks.app import TidemarkApp, app
-from tasks.dispatch import tracing_of
-from tasks.drain import observers
 from tasks.metrics import worker_metrics
 
 
@@ -28,7 +26,7 @@ class Job(Task):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task. Celery has prepared the request; `run` is all that is left."""
         app: TidemarkApp = self.app
-        tracing_of(app)
+        dispatch.tracing_of(app)
         began, state, result = perf_counter(), "FAILURE", None
         with structlog.contextvars.bound_contextvars(task=self.name, task_id=self.request.id):
             try:
@@ -68,7 +66,7 @@ _job = partial(app.task, base=Job, shared=False)
 @_job(name=MATERIALIZE, **_RETRIED)
 def materialize(partition_ids: list[int]) -> dict[str, Any]:
     """Materialize the backlog of partitions of one shard; returns its MaterializationMetrics."""
-    return drain.serve(app, partition_ids, observers(app))
+    return drain.serve(app, partition_ids, app.once(drain.observers))
 
 
 @_job(name="tasks.materialize_partition", **_ASKED)

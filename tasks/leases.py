@@ -1,7 +1,7 @@
 """Identical workers share the shards out among themselves.
 
 A worker started without `-Q` consumes `control` and `maintenance`, and its share of the shards' queues. All workers
-compute the same shares from the entries of those that live (`tasks.membership`), so there is nothing to hand over. The
+compute the same shares from the entries of those that live (`tasks.hints`), so there is nothing to hand over. The
 row lock in Postgres is what keeps a partition correct; two consumers on a shard are slower, none is a standstill. So
 every doubt is decided for consuming.
 

@@ -24,7 +24,7 @@ import psycopg
 from redis import Redis
 
 from config.errors import TidemarkError
-from db.materialize import RUN_BYTES, MaterializationMetrics, Moved
+from db.materialize import RUN_BYTES, MaterializationMetrics
 from db.translate import TRANSIENT
 from tasks.app import TidemarkApp
 from tasks.hints import Hints
@@ -181,32 +181,28 @@ class WorkerMetrics:
             self._unsent.added[name, *labels, bucket] += 1
             self._unsent.added[name, *labels, "sum"] += round(seconds * MICROSECONDS)
 
-    def keep(self, name: str, *labels: str, value: float) -> None:
+    def keep(self, values: Mapping[str, object], key: str = KEY) -> None:
+        """Set values of a hash in Redis."""
         with self._mine():
-            self._unsent.kept[KEY]["|".join((name, *labels))] = str(value)
+            self._unsent.kept[key].update({name: str(value) for name, value in values.items()})
 
     def sample(self, key: str, value: str) -> None:
         """Append to a list in Redis, which keeps the newest `SAMPLES` of all workers."""
         with self._mine():
             self._unsent.samples[key].append(value)
 
-    def stuck(self, names: Sequence[str], why: str) -> None:
-        """Keep for `status` why partitions cannot be materialized."""
-        with self._mine():
-            self._unsent.kept[STUCK_KEY] |= {name: f"{time():.0f} {why[:_WHY]}" for name in names[:_STUCK]}
-
     def task_ended(self, name: str, state: str, seconds: float, retval: object) -> None:
         self.add("task_runs", name, state.lower())
         self.add("task_seconds", name, amount=round(seconds * MICROSECONDS))
         if state != "SUCCESS":
             return
-        self.keep("task_last_success_timestamp_seconds", name, value=time())
+        self.keep({f"task_last_success_timestamp_seconds|{name}": time()})
         if isinstance(retval, Mapping):
             for field_name, labels in _RESULTS.get(name, {}).items():
                 self.add(*labels, amount=int(retval.get(field_name) or 0))
             if name == "tasks.audit":
-                self.keep("audit_last_violations", value=int(retval.get("violations") or 0))
-                self.keep("audit_last_timestamp_seconds", value=time())
+                violations = int(retval.get("violations") or 0)
+                self.keep({"audit_last_violations": violations, "audit_last_timestamp_seconds": time()})
 
     def pool_used(self, stats: Mapping[str, int]) -> None:
         """Count what a connection pool did, by its `pop_stats`."""
@@ -226,7 +222,7 @@ class WorkerMetrics:
         sums: list[str | int] = []
         for (name, *labels), amount in unsent.added.items():
             if name in _TOPIC_FAMILIES and labels[0] not in {OTHER, SEVERAL}:
-                sums += [f"{name}|", labels[0], "".join(f"|{label}" for label in labels[1:]), amount]
+                sums += [f"{name}|", labels[0], "|".join(["", *labels[1:]]), amount]
             else:
                 sums += ["|".join([name, *labels]), "", "", amount]
         with redis.pipeline() as pipeline:
@@ -253,9 +249,6 @@ def worker_metrics(app: TidemarkApp) -> WorkerMetrics:
     return WorkerMetrics(app.once(Hints), topics=app.settings.metrics_topics)
 
 
-AgesOf = Callable[[int, int], Sequence[float]]
-
-
 class DrainMetrics(Observer):
     """Counts what a drain does: one of its observers.
 
@@ -263,7 +256,12 @@ class DrainMetrics(Observer):
     many newer ones.
     """
 
-    def __init__(self, metrics: WorkerMetrics, names: PartitionNames, ages_of: AgesOf | None = None) -> None:
+    def __init__(
+        self,
+        metrics: WorkerMetrics,
+        names: PartitionNames,
+        ages_of: Callable[[int, int], Sequence[float]] | None = None,
+    ) -> None:
         self._metrics = metrics
         self._names = names
         self._ages_of = ages_of
@@ -284,17 +282,15 @@ class DrainMetrics(Observer):
             add("materialize_log_bytes", *own, amount=moved.log_bytes)
             add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
         add("materialize_attempts")
-        if done.moved and self._ages_of is not None and monotonic() >= self._ages_due:
-            self._ages_due = monotonic() + _AGES_SECONDS
-            self._sample_ages(done.moved, self._ages_of)
-
-    def _sample_ages(self, moved: Sequence[Moved], ages_of: AgesOf) -> None:
+        if not done.moved or self._ages_of is None or monotonic() < self._ages_due:
+            return
+        self._ages_due = monotonic() + _AGES_SECONDS
         # Any of the new runs, and each event with the same chance: the newest ones alone have waited least.
-        (chosen,) = choices(moved, [m.events for m in moved])  # noqa: S311 - a sample
+        (chosen,) = choices(done.moved, [m.events for m in done.moved])  # noqa: S311 - a sample
         topic = self._names.topic(chosen.partition_id) or OTHER
         # A database that fails now fails in the next transaction, too, which reports it.
         with suppress(psycopg.Error, TidemarkError):
-            for seconds in ages_of(chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
+            for seconds in self._ages_of(chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
                 self._metrics.observe("commit_to_offset_seconds", max(seconds, 0.0), topic)
 
     def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
@@ -303,9 +299,9 @@ class DrainMetrics(Observer):
         self._metrics.add("materialize_errors", kind if kind in _KINDS else "other")
 
     def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        why = f"{type(error).__name__}: {str(error).strip()}"
         self._metrics.add("materialize_stuck", amount=len(partition_ids))
-        self._metrics.stuck([self._names.describe([i]) for i in partition_ids], why)
+        why = f"{time():.0f} {type(error).__name__}: {str(error).strip()}"[:_WHY]
+        self._metrics.keep({self._names.describe([i]): why for i in partition_ids[:_STUCK]}, STUCK_KEY)
 
 
 def read(redis: Redis) -> dict[str, str]:

@@ -13,6 +13,7 @@ import celery.apps.worker
 import celery.beat
 from celery import signals
 from celery.utils.log import get_logger
+from celery.utils.text import str_to_list
 from celery.worker.consumer import Consumer as CeleryConsumer
 from redis import RedisError
 
@@ -88,8 +89,7 @@ class Worker(celery.apps.worker.Worker):
 
 def _has_queues(options: Mapping[str, Any]) -> bool:
     """Whether the command line names the shards' queues: `-Q`, or `-X` with a shard."""
-    excluded = options.get("exclude_queues") or ()
-    excluded = excluded.split(",") if isinstance(excluded, str) else excluded
+    excluded = str_to_list(options.get("exclude_queues") or ())
     return bool(options.get("queues")) or any(shard_of_queue(name) is not None for name in excluded)
 
 

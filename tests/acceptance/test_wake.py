@@ -111,12 +111,12 @@ def test_a_hung_redis_of_hints_costs_a_task_half_a_second(place: Place, log: Log
             directory=place.directory,
         )
     )
-    serve(app, log.partitions[:1], observers(app))
+    serve(app, log.partitions[:1], app.once(observers))
     os.kill(crashable_redis.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
         for _ in range(4):
-            serve(app, log.partitions[:1], observers(app))
+            serve(app, log.partitions[:1], app.once(observers))
             app.once(worker_metrics).flush()
         took = time.monotonic() - began
     finally:

@@ -22,7 +22,7 @@ PARTITIONS = 40
 
 
 def drain(app: TidemarkApp, ids: list[int]) -> MaterializationMetrics:
-    return together(drain_sides(app, ids, observers(app)))
+    return together(drain_sides(app, ids, app.once(observers)))
 
 
 @pytest.fixture

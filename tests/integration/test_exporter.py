@@ -303,7 +303,7 @@ def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: 
     assert drain(app, orders[:1]).stuck_partition_ids == (orders[0],)
     with pytest.raises(UnknownPartitionError):
         drain(app, [2**31 - 1])
-    observers(app)[0].failed(SIDE, ZeroDivisionError())
+    app.once(observers)[0].failed(SIDE, ZeroDivisionError())
     app.once(worker_metrics).flush()
     found = scrape(exporter)
     assert found("materialize_errors_total", kind="LockNotAvailable") == 1

@@ -113,7 +113,7 @@ def test_a_growing_rollout_goes_on_where_the_partition_stands(
 def test_a_task_with_both_sides_says_what_each_did(conn: Connection[Any], ids: list[int], make_app: MakeApp) -> None:
     app = make_app(shards=1, **HALF)
     commit(conn, "a", ids)
-    result = serve(app, ids, observers(app))
+    result = serve(app, ids, app.once(observers))
     candidate = sum(strategy_of(i, app.settings) == "incremental" for i in ids)
     assert 0 < candidate < PARTITIONS
     assert (result["strategy"], result["events_processed"]) == ("several", PARTITIONS)
@@ -121,7 +121,7 @@ def test_a_task_with_both_sides_says_what_each_did(conn: Connection[Any], ids: l
     assert result["partitions_processed"] == PARTITIONS
     assert sum(s["events_processed"] for s in result["sides"] if s["strategy"] == "incremental") == candidate
     one = [i for i in ids if strategy_of(i, app.settings) == "incremental"][:1]
-    alone = serve(app, one, observers(app))
+    alone = serve(app, one, app.once(observers))
     assert alone["strategy"] == "incremental"
     assert "sides" not in alone
 
