@@ -195,10 +195,10 @@ def _summary(strategy: Strategy, transactions: Sequence[Transaction], attempts: 
 
 def _alike(*sides: Iterable[Transaction]) -> Iterator[tuple[Transaction, Transaction]]:
     """Pairs of one size, in the order they came; a transaction without events had nothing to take time for."""
-    ours, theirs = by_size = defaultdict(list), defaultdict(list)
-    for transactions, sizes in zip(sides, by_size, strict=True):
+    by_size: defaultdict[tuple[int, int], tuple[list[Transaction], ...]] = defaultdict(lambda: ([], []))
+    for number, transactions in enumerate(sides):
         for t in transactions:
             if t.events:
-                sizes[round(8 * log2(t.events)), t.partitions.bit_length()].append(t)
-    for size, of_ours in ours.items():
-        yield from zip(of_ours, theirs[size], strict=False)
+                by_size[round(8 * log2(t.events)), t.partitions.bit_length()][number].append(t)
+    for ours, theirs in by_size.values():
+        yield from zip(ours, theirs, strict=False)

@@ -9,11 +9,10 @@ a hint: when the broker is away, the next tick or sweep finds what was not publi
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
-from itertools import chain
+from itertools import chain, groupby
 from time import monotonic
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -42,13 +41,15 @@ log = logging.getLogger(__name__)
 
 def group(pending: Iterable[Pending], settings: Settings) -> list[list[int]]:
     """Partition ids of each task to publish: one shard each, thin ones together within the settings' limits."""
-    by_shard: dict[int, list[Pending]] = defaultdict(list)
-    for partition in sorted(pending, key=lambda p: p.partition_id):
-        by_shard[shard_of(partition.partition_id, settings.shards)].append(partition)
-    return [ids for shard in sorted(by_shard) for ids in _pack(by_shard[shard], settings)]
+
+    def shard(partition: Pending) -> int:
+        return shard_of(partition.partition_id, settings.shards)
+
+    ordered = sorted(pending, key=lambda p: (shard(p), p.partition_id))
+    return [ids for _, partitions in groupby(ordered, shard) for ids in _pack(partitions, settings)]
 
 
-def _pack(partitions: Sequence[Pending], settings: Settings) -> Iterable[list[int]]:
+def _pack(partitions: Iterable[Pending], settings: Settings) -> Iterable[list[int]]:
     together: list[int] = []
     events = 0
     for partition in partitions:

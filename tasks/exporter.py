@@ -31,7 +31,7 @@ from config.errors import TidemarkError
 from config.queues import all_queues
 from config.redis import RedisAddress, is_redis
 from db.pool import connect
-from db.status import Figures, read_figures
+from db.status import read_figures
 from tasks.app import TidemarkApp
 from tasks.hints import GONE_SECONDS, read_programs, redis_time
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
@@ -133,15 +133,6 @@ class Source:
 # --- Postgres
 
 
-def read_postgres(app: TidemarkApp) -> Iterable[Metric]:
-    """Over a connection of its own, which gives up early."""
-    settings = app.settings
-    impatient = settings.model_copy(update={"statement_timeout": _ANSWER_SECONDS, "lock_timeout": 1.0})
-    with connect(app.database_url, impatient, timeout=2 * _ANSWER_SECONDS) as conn:
-        figures = read_figures(conn, topics=settings.metrics_topics, overdue_seconds=settings.overdue_seconds)
-    return postgres_metrics(figures)
-
-
 # Of each topic: a field of its figures, whether it only grows, the metric and its help.
 _OF_A_TOPIC = (
     ("partitions", False, "partitions", "Partitions of a topic."),
@@ -160,7 +151,12 @@ _OF_A_TABLE = (
 )
 
 
-def postgres_metrics(found: Figures) -> Iterator[Metric]:
+def read_postgres(app: TidemarkApp) -> Iterator[Metric]:
+    """Over a connection of its own, which gives up early."""
+    settings = app.settings
+    impatient = settings.model_copy(update={"statement_timeout": _ANSWER_SECONDS, "lock_timeout": 1.0})
+    with connect(app.database_url, impatient, timeout=2 * _ANSWER_SECONDS) as conn:
+        found = read_figures(conn, topics=settings.metrics_topics, overdue_seconds=settings.overdue_seconds)
     for field, grows, name, help_text in _OF_A_TOPIC:
         values = {topic.name or OTHER: getattr(topic, field) for topic in found.topics}
         yield (_counter if grows else _gauge)(name, help_text, values, "topic")
@@ -178,26 +174,19 @@ def postgres_metrics(found: Figures) -> Iterator[Metric]:
     waiting, found_at = dispatch.undispatched or 0.0, time.time() - dispatch.last
     audited = max((topic.audited_at for topic in found.topics if topic.audited_at is not None), default=None)
     unread = sum(topic.unaudited for topic in found.topics)
-    values_of: tuple[tuple[str, Values, str], ...] = (
-        ("topics", sum(topic.topics for topic in found.topics), "Topics."),
-        ("backlog_count_capped", found.capped, "Whether counting the backlog stopped at its limit."),
-        ("open_transactions", found.open_transactions, "Open transactions with an id, up to 100: they commit late."),
-        ("open_transaction_seconds", found.open_seconds, "Age of the oldest of them."),
-        ("lock_waiting_sessions", found.lock_waits, "Database sessions that wait for a lock, up to 100."),
-        ("lock_wait_longest_seconds", found.lock_wait_seconds, "How long the longest of them has waited."),
-        ("fan_out_last_found_timestamp_seconds", found_at, "When fan-out last found commits."),
-        ("fan_out_waiting_seconds", waiting, "Age of the oldest commit no fan-out has seen, or 0."),
-        (
-            "cluster_matches",
-            dispatch.own_cluster,
-            "Whether the database is in its log's cluster; a restored one is not.",
-        ),
-        ("audit_progress_timestamp_seconds", _known(audited), "When an audit last read batches."),
-        ("audit_unread_records", unread, "Records that no audit has read yet."),
-        ("database_connections_limit", found.max_connections, "Sessions that the server admits."),
-    )
-    for name, value, help_text in values_of:
-        yield _gauge(name, help_text, value)
+    yield _gauge("topics", "Topics.", sum(topic.topics for topic in found.topics))
+    yield _gauge("backlog_count_capped", "Whether counting the backlog stopped at its limit.", found.capped)
+    late, own = found.open_transactions, dispatch.own_cluster
+    yield _gauge("open_transactions", "Open transactions with an id, up to 100: they commit late.", late)
+    yield _gauge("open_transaction_seconds", "Age of the oldest of them.", found.open_seconds)
+    yield _gauge("lock_waiting_sessions", "Database sessions that wait for a lock, up to 100.", found.lock_waits)
+    yield _gauge("lock_wait_longest_seconds", "How long the longest of them has waited.", found.lock_wait_seconds)
+    yield _gauge("fan_out_last_found_timestamp_seconds", "When fan-out last found commits.", found_at)
+    yield _gauge("fan_out_waiting_seconds", "Age of the oldest commit no fan-out has seen, or 0.", waiting)
+    yield _gauge("audit_progress_timestamp_seconds", "When an audit last read batches.", _known(audited))
+    yield _gauge("audit_unread_records", "Records that no audit has read yet.", unread)
+    yield _gauge("database_connections_limit", "Sessions that the server admits.", found.max_connections)
+    yield _gauge("cluster_matches", "Whether the database is in its log's cluster; a restored one is not.", own)
 
 
 def _known(value: float | None) -> Values:

@@ -50,16 +50,16 @@ def apply(settings: Settings) -> str:
     for name, value in flower_environment(settings).items():
         os.environ.setdefault(name, value)
     if settings.flower_auth is None and os.environ["FLOWER_BASIC_AUTH"].startswith(f"{_USER}:"):
-        return (
-            f"Flower: user {_USER}, password in {settings.data_dir / 'flower-password'} (or set TIDEMARK_FLOWER_AUTH)"
-        )
+        file = settings.data_dir / "flower-password"
+        return f"Flower: user {_USER}, password in {file} (or set TIDEMARK_FLOWER_AUTH)"
     return "Flower: log in as FLOWER_BASIC_AUTH or TIDEMARK_FLOWER_AUTH says"
 
 
 def summarize(task: Any) -> Any:
     """What a task did, or why it failed, in the words that fit a column of the list."""
     if task.exception and not task.result:
-        task.result = _short(str(task.exception))
+        line = " ".join(str(task.exception).split())
+        task.result = line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
     elif task.name == MATERIALIZE and task.result:
         try:
             done = ast.literal_eval(task.result)
@@ -74,11 +74,6 @@ def summarize(task: Any) -> Any:
             return task
         task.result = ", ".join(words)
     return task
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
 
 
 def _secret(file: Path) -> str:

@@ -19,7 +19,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -149,7 +149,7 @@ class Program:
     # Of a worker: how many tasks it runs at once, whether it takes a share of the shards, and those it consumes.
     slots: int = 0
     leases: bool = False
-    consumes: tuple[int, ...] = ()
+    consumes: Sequence[int] = ()
     since: float = 0.0
     seen: float = 0.0
 
@@ -160,40 +160,32 @@ class Membership:
     def __init__(self, app: TidemarkApp) -> None:
         self._hints = app.once(Hints)
         self._shards = app.settings.shards
-        self._me: Program | None = None
+        self._facts: dict[str, Any] = {}
         self.id = ""
-        self._renewed = -RENEW_SECONDS
 
     def enter(self, name: str, **facts: Any) -> None:
         """Begin; the next renewal tells the others."""
-        self._me = Program(name=name, host=socket.gethostname(), shards=self._shards, **facts)
         # Names may be given twice; what they stand for counts twice, too.
         self.id = f"{name}/{uuid4().hex[:8]}"
+        self._facts = {"name": name, "host": socket.gethostname(), "shards": self._shards, **facts}
 
     def renew(self, **facts: Any) -> Mapping[str, Program] | None:
         """Say that this process lives, and what is new; returns all who live, None where Redis does not answer."""
-        if self._me is None:
+        if not self._facts:
             return None
-        self._me = replace(self._me, **facts)
-        self._renewed = monotonic()
+        self._facts |= facts
         return self._hints.ask(self._exchange, None)
-
-    def renew_when_due(self) -> None:
-        """The same, for a loop that comes by more often."""
-        if monotonic() >= self._renewed + RENEW_SECONDS:
-            self.renew()
 
     def leave(self) -> None:
         """End; the others need not wait."""
-        if self._me is not None:
+        if self._facts:
             self._hints.ask(lambda redis: redis.hdel(KEY, self.id), 0)
-            self._me = None
+            self._facts = {}
 
     def _exchange(self, redis: "Redis") -> Mapping[str, Program]:
         now = redis_time(redis)
-        assert self._me is not None  # noqa: S101 - `renew` looked
-        self._me = replace(self._me, since=self._me.since or now, seen=now)
-        redis.hset(KEY, self.id, json.dumps(asdict(self._me)))
+        redis.hset(KEY, self.id, json.dumps({"since": now, **self._facts, "seen": now}))
+        self._facts.setdefault("since", now)
         entries = read_programs(redis)
         if dead := [name for name, entry in entries.items() if entry.seen < now - GONE_SECONDS]:
             redis.hdel(KEY, *dead)
@@ -211,7 +203,6 @@ def read_programs(redis: "Redis") -> dict[str, Program]:
     found: Any = redis.hgetall(KEY)
     entries = {}
     for name, text in found.items():
-        with suppress(ValueError, TypeError, KeyError):
-            fields = json.loads(text)
-            entries[name] = Program(**{**fields, "consumes": tuple(fields["consumes"])})
+        with suppress(ValueError, TypeError):
+            entries[name] = Program(**json.loads(text))
     return entries

@@ -59,9 +59,8 @@ def assign(shards: int, members: Mapping[str, int]) -> dict[int, str]:
         room[member] += 1
     owners = {}
     for shard in range(shards):
-        first = min((member for member in room if room[member]), key=lambda member: _rank(member, shard))
-        owners[shard] = first
-        room[first] -= 1
+        _, owners[shard] = min((_rank(member, shard), member) for member in room if room[member])
+        room[owners[shard]] -= 1
     return owners
 
 

@@ -270,8 +270,9 @@ class DrainMetrics(Observer):
     def transaction(self, side: Side, done: MaterializationMetrics) -> None:
         """Count what was placed for each topic, and the transaction's time for all of them together."""
         add = self._metrics.add
-        first, *others = self._names.topics([m.partition_id for m in done.moved] or side.partition_ids) or [OTHER]
-        labels = (SEVERAL if others else first, done.strategy)
+        ids = [m.partition_id for m in done.moved] or side.partition_ids
+        topic, *others = {self._names.topic(i) or OTHER for i in ids}
+        labels = (SEVERAL if others else topic, done.strategy)
         self._metrics.observe("materialize_duration_seconds", done.processing_time_ms / 1000, *labels)
         self._metrics.observe("materialize_lock_wait_seconds", done.lock_wait_time_ms / 1000, *labels)
         add("materialize_batch_events", *labels, amount=done.batch_events)

@@ -27,9 +27,6 @@ class PartitionNames:
             self._known.clear()
         self._known.update(names_of(conn, missing))
 
-    def topics(self, ids: Iterable[int]) -> list[str]:
-        return sorted({self._known[i][0] for i in ids if i in self._known})
-
     def topic(self, partition_id: int) -> str | None:
         return self._known[partition_id][0] if partition_id in self._known else None
 

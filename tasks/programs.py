@@ -168,7 +168,7 @@ def watch(scheduler: Any, app: TidemarkApp, heartbeat: Heartbeat) -> None:
             say_ready("beat is ready")
             heartbeat.set_ready(ready=True)
         heartbeat.resume()
-        membership.renew_when_due()
+        membership.renew()
         return pause
 
     def publishing(entry: Any, *arguments: Any, **options: Any) -> Any:

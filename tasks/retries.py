@@ -38,8 +38,7 @@ def with_retries(
     """
 
     def note(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        if error is not None:
+        if state.outcome and (error := state.outcome.exception()):
             said = f"{type(error).__name__}: {str(error).strip()}"
             log.warning("attempt failed", extra={"attempt": state.attempt_number, "error": said})
             if on_error is not None:

@@ -87,7 +87,7 @@ def read_programs(redis: Redis, *, seconds: float = GONE_SECONDS) -> list[Progra
             host=p.host,
             pid=p.pid,
             shards=p.shards,
-            consumes=p.consumes,
+            consumes=tuple(p.consumes),
             up=max(0.0, now - p.since),
             seen=max(0.0, now - p.seen),
         )
