@@ -40,10 +40,6 @@ class Background:
             with suppress(RuntimeError):  # the interpreter is ending
                 self._thread.submit(self._do, work, arguments)
 
-    def drain(self) -> None:
-        """Wait until all that was submitted is done."""
-        self._thread.submit(int).result()
-
     def _do(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         try:
             if monotonic() >= self._silent_until:

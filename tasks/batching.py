@@ -12,7 +12,6 @@ hear of times and counts. Threads of a process may share one: its state is one n
 is one step not taken.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,39 +35,29 @@ class Plan(NamedTuple):
     events_per_partition: int
 
 
-class Controller(ABC):
-    """Plans one transaction after the other, and hears how each went; some learn nothing of it."""
+class Controller:
+    """Plans one transaction after the other, and hears how each went. This one always takes as many events of each."""
 
-    @abstractmethod
-    def plan(self, left: Sequence[int], *, again: bool) -> Plan:
+    def __init__(self, events: int) -> None:
+        self.events = events
+
+    def plan(self, left: Sequence[int], *, again: bool) -> Plan:  # noqa: ARG002 - for others
         """What to take of the partitions that are left; `again`: those had more than an earlier transaction took."""
+        return Plan(tuple(left), self.events)
 
-    def done(self, done: MaterializationMetrics) -> None:  # noqa: B027 - see above
+    def done(self, done: MaterializationMetrics) -> None:
         """Hear of a transaction that committed."""
 
-    def failed(self) -> None:  # noqa: B027 - see above
+    def failed(self) -> None:
         """Hear of an attempt that failed."""
 
 
-class Fixed(Controller):
-    """Always `events_per_partition` of all partitions that are left."""
-
-    def __init__(self, events_per_partition: int) -> None:
-        self._events = events_per_partition
-
-    def plan(self, left: Sequence[int], *, again: bool) -> Plan:  # noqa: ARG002 - as the others
-        return Plan(tuple(left), self._events)
-
-
 class Complete(Controller):
-    """All partitions at first; those with more than their share of `events_max` alone, each to its end."""
-
-    def __init__(self, events_max: int) -> None:
-        self._events = events_max
+    """All partitions at first; those with more than their share of the events alone, each to its end."""
 
     def plan(self, left: Sequence[int], *, again: bool) -> Plan:
         taken = tuple(left[:1] if again else left)
-        return Plan(taken, max(1, self._events // len(taken)))
+        return Plan(taken, max(1, self.events // len(taken)))
 
 
 class Adaptive(Controller):
@@ -79,7 +68,7 @@ class Adaptive(Controller):
         self._min = events_min
         self._max = events_max
         self._calm_in = 0
-        self.events = min(max(start, events_min), events_max)
+        super().__init__(min(max(start, events_min), events_max))
 
     def plan(self, left: Sequence[int], *, again: bool) -> Plan:  # noqa: ARG002 - as the others
         return Plan(tuple(left), max(1, self.events // len(left)))
@@ -125,4 +114,4 @@ def make_controller(settings: Settings) -> Controller:
         )
     if settings.batching == "complete":
         return Complete(settings.batch_events_max)
-    return Fixed(settings.events_per_partition)
+    return Controller(settings.events_per_partition)

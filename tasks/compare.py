@@ -23,8 +23,9 @@ from typing import Any, Literal, NamedTuple
 from redis import Redis
 
 from config.errors import SettingsError
-from config.settings import STRATEGIES, Settings, Strategy
+from config.settings import STRATEGIES, Strategy
 from db.materialize import MaterializationMetrics
+from tasks.app import TidemarkApp
 from tasks.metrics import WorkerMetrics
 from tasks.rollout import Observer, Side
 
@@ -44,9 +45,9 @@ def _key(current: Strategy, candidate: Strategy, side: Strategy) -> str:
 class DrainComparison(Observer):
     """Notes what each compared side of a drain took: one of its observers."""
 
-    def __init__(self, metrics: WorkerMetrics, settings: Settings) -> None:
-        self._metrics = metrics
-        self._settings = settings
+    def __init__(self, app: TidemarkApp) -> None:
+        self._metrics = app.once(WorkerMetrics)
+        self._settings = app.settings
 
     def transaction(self, side: Side, done: MaterializationMetrics) -> None:
         """Note its events, its partitions, its time without the lock wait, and that wait, in microseconds."""

@@ -21,7 +21,7 @@ from tasks.batching import Controller, make_controller
 from tasks.compare import DrainComparison
 from tasks.dispatch import hand_over
 from tasks.hints import QueuedTokens
-from tasks.metrics import DrainMetrics, worker_metrics
+from tasks.metrics import DrainMetrics, WorkerMetrics
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
 from tasks.rollout import Observer, Side, split
@@ -163,8 +163,8 @@ def observers(app: TidemarkApp) -> tuple[Observer, ...]:
         with app.database.connection() as conn:
             return ages_of_run(conn, partition_id, newer)
 
-    metrics, names = app.once(worker_metrics), app.once(PartitionNames)
-    return DrainMetrics(metrics, names, ages_of), DrainComparison(metrics, app.settings), DrainLog(app)
+    metrics = DrainMetrics(app.once(WorkerMetrics), app.once(PartitionNames), ages_of)
+    return metrics, DrainComparison(app), DrainLog(app)
 
 
 class DrainLog(Observer):

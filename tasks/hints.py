@@ -50,24 +50,20 @@ class Hints:
         """What `question` returns; `otherwise` without a Redis, where it does not answer, and for some seconds then."""
         if self._redis is None or monotonic() < self._silent_until:
             return otherwise
+        # Without a lock, which a fork could leave held for ever: two threads at once may log twice.
         try:
             answer = question(self._redis)
         except RedisError as error:
-            self._note(error)
-            return otherwise
-        self._note(None)
-        return answer
-
-    def _note(self, error: RedisError | None) -> None:
-        # Without a lock, which a fork could leave held for ever. Two threads at once may log twice.
-        was_away, self._away = self._away, error is not None
-        if error is not None:
             self._silent_until = monotonic() + _PAUSE_SECONDS
-            if not was_away:
+            if not self._away:
                 fields = {"error": f"{type(error).__name__}: {error}", "next_question_seconds": _PAUSE_SECONDS}
                 log.warning("Redis does not answer: going on without its hints", extra=fields)
-        elif was_away:
+            self._away = True
+            return otherwise
+        if self._away:
             log.warning("Redis answers again")
+        self._away = False
+        return answer
 
 
 # --- Tokens

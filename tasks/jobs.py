@@ -15,7 +15,7 @@ from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartit
 from config.queues import MATERIALIZE
 from tasks import dispatch, drain, maintenance
 from tasks.app import TidemarkApp, app
-from tasks.metrics import worker_metrics
+from tasks.metrics import WorkerMetrics
 
 
 class Job(Task):
@@ -37,7 +37,7 @@ class Job(Task):
                 state = "RETRY" if isinstance(how, Retry) else "IGNORED"
                 raise
             finally:
-                metrics = app.once(worker_metrics)
+                metrics = app.once(WorkerMetrics)
                 metrics.task_ended(self.name, state, perf_counter() - began, result)
                 if "database" in vars(app):
                     metrics.pool_used(app.database.pool.pop_stats())

@@ -59,13 +59,10 @@ def assign(shards: int, members: Mapping[str, int]) -> dict[int, str]:
         room[member] += 1
     owners = {}
     for shard in range(shards):
-        _, owners[shard] = min((_rank(member, shard), member) for member in room if room[member])
+        ranked = ((blake2b(f"{m} {shard}".encode(), digest_size=8).digest(), m) for m in room if room[m])
+        _, owners[shard] = min(ranked)
         room[owners[shard]] -= 1
     return owners
-
-
-def _rank(member: str, shard: int) -> bytes:
-    return blake2b(f"{member} {shard}".encode(), digest_size=8).digest()
 
 
 class ShardLeases(bootsteps.StartStopStep):

@@ -159,9 +159,9 @@ class _Unsent:
 class WorkerMetrics:
     """What this process did since it last told Redis. May be used by several threads; a forked child starts empty."""
 
-    def __init__(self, hints: Hints, *, topics: int) -> None:
-        self._hints = hints
-        self._topics = topics
+    def __init__(self, app: TidemarkApp) -> None:
+        self._hints = app.once(Hints)
+        self._topics = app.settings.metrics_topics
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -242,11 +242,6 @@ class WorkerMetrics:
         if self._pid != os.getpid():
             self._start_empty()
         return self._lock
-
-
-def worker_metrics(app: TidemarkApp) -> WorkerMetrics:
-    """This process's metrics; for `app.once`."""
-    return WorkerMetrics(app.once(Hints), topics=app.settings.metrics_topics)
 
 
 class DrainMetrics(Observer):

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from traceback import walk_tb
 from typing import Any
 
@@ -117,31 +118,24 @@ class Consumer(CeleryConsumer):
         try:
             return self._celerys_loop(*arguments, **options)
         except AttributeError as error:
-            # Anybody else's AttributeError is a defect, and starting over would only hide it.
-            if not _raised_in(error, "kombu", "redis"):
+            *_, (frame, _) = walk_tb(error.__traceback__)
+            if str(frame.f_globals.get("__name__")).partition(".")[0] not in {"kombu", "redis"}:
+                # Anybody else's AttributeError is a defect, and starting over would only hide it.
                 raise
             raise ConnectionError(f"the connection to the broker was torn down: {error}") from error
 
 
-def _raised_in(error: BaseException, *packages: str) -> bool:
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in packages
-
-
-class _Service(celery.beat.Service):
-    """Beat's service: its scheduler, whichever it is, shows a sign of life and fills no queue without end."""
-
-    def get_scheduler(self, lazy: bool = False, **options: Any) -> Any:  # noqa: FBT001, FBT002 - Celery's
-        """Celery's hook; `lazy` for the banner only."""
-        scheduler = super().get_scheduler(lazy=lazy, **options)
-        if not lazy:
-            file = heartbeat_file(self.app.settings, "beat")
-            watch(scheduler, self.app, Heartbeat(file, "beat", stale_after=BEAT_SILENCE))
-        return scheduler
-
-
 class Beat(celery.apps.beat.Beat):
-    Service = _Service
+    class Service(celery.beat.Service):
+        """Beat's service: its scheduler, whichever it is, shows a sign of life and fills no queue without end."""
+
+        def get_scheduler(self, lazy: bool = False, **options: Any) -> Any:  # noqa: FBT001, FBT002 - Celery's
+            """Celery's hook; `lazy` for the banner only."""
+            scheduler = super().get_scheduler(lazy=lazy, **options)
+            if not lazy:
+                file = heartbeat_file(self.app.settings, "beat")
+                watch(scheduler, self.app, Heartbeat(file, "beat", stale_after=BEAT_SILENCE))
+            return scheduler
 
 
 def say_ready(what: str) -> None:
@@ -155,7 +149,7 @@ def watch(scheduler: Any, app: TidemarkApp, heartbeat: Heartbeat) -> None:
     membership = app.once(Membership)
     membership.enter(f"beat@{socket.gethostname()}", program="beat", pid=os.getpid())
     broker = RedisAddress.parse(app.broker_url).client(seconds=1) if is_redis(app.broker_url) else None
-    tick, publish = scheduler.tick, scheduler.apply_async
+    tick, publish, route = scheduler.tick, scheduler.apply_async, app.amqp.router.route
     ready = False
     heartbeat.wait()
 
@@ -173,18 +167,11 @@ def watch(scheduler: Any, app: TidemarkApp, heartbeat: Heartbeat) -> None:
 
     def publishing(entry: Any, *arguments: Any, **options: Any) -> Any:
         heartbeat.tick()
-        if broker is not None and _waiting(broker, app, entry.task) >= _TICKS_WAITING:
-            log.warning("nobody takes the ticks from their queue: not adding one", extra={"scheduled": entry.task})
-            return None
+        # Where the broker does not answer, publishing will say what is wrong.
+        with suppress(RedisError):
+            if broker is not None and broker.llen(route({}, entry.task)["queue"].name) >= _TICKS_WAITING:
+                log.warning("nobody takes the ticks from their queue: not adding one", extra={"scheduled": entry.task})
+                return None
         return publish(entry, *arguments, **options)
 
     scheduler.tick, scheduler.apply_async = ticking, publishing
-
-
-def _waiting(broker: Any, app: TidemarkApp, task: str) -> int:
-    queue = app.amqp.router.route({}, task)["queue"].name
-    try:
-        return int(broker.llen(queue))
-    except RedisError:
-        # Publishing will say what is wrong.
-        return 0

@@ -63,8 +63,7 @@ def _put(redis: Redis, partition_ids: set[int], traceparent: str) -> bool:
             pipeline.rpush(key, traceparent)
             pipeline.ltrim(key, 0, _LINKS)
             pipeline.expire(key, _NOTED_SECONDS)
-        pipeline.execute()
-    return True
+        return bool(pipeline.execute())
 
 
 def _pop(redis: Redis, partition_ids: Sequence[int]) -> list[str]:
@@ -96,7 +95,7 @@ def make_provider() -> TracerProvider:
 
 
 class Tracing:
-    """Makes the spans of one app's tasks; `close` ends that."""
+    """Makes the spans of one app's tasks."""
 
     def __init__(self, app: TidemarkApp, provider: TracerProvider | None = None) -> None:
         self._app = app
@@ -104,20 +103,11 @@ class Tracing:
         self._provider = provider or make_provider()
         self._tracer = self._provider.get_tracer("tidemark")
         self._running: dict[str, tuple[Span, Token[Context]]] = {}
-        self._receivers = (
-            (signals.before_task_publish, self._before_publish),
-            (signals.task_prerun, self._before_task),
-            (signals.task_postrun, self._after_task),
-            # The children of a prefork pool end without Python's own farewell.
-            (signals.worker_process_shutdown, self._flush),
-        )
-        for signal, receiver in self._receivers:
-            signal.connect(receiver, weak=False)
-
-    def close(self) -> None:
-        for signal, receiver in self._receivers:
-            signal.disconnect(receiver)
-        self._flush()
+        signals.before_task_publish.connect(self._before_publish, weak=False)
+        signals.task_prerun.connect(self._before_task, weak=False)
+        signals.task_postrun.connect(self._after_task, weak=False)
+        # The children of a prefork pool end without Python's own farewell.
+        signals.worker_process_shutdown.connect(self._flush, weak=False)
 
     @contextmanager
     def committing(self, object_key: str, partition_ids: Sequence[int]) -> Iterator[None]:

@@ -9,6 +9,7 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from config.settings import Settings, Strategy
+from tasks.background import Background
 from tasks.rollout import bucket_of
 
 T = TypeVar("T")
@@ -20,6 +21,11 @@ def numbers_in(ranges: str) -> list[int]:
     """`0-2,5` as 0, 1, 2, 5."""
     spans = [span.split("-") for span in ranges.split(",") if span]
     return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+
+
+def finish(background: Background) -> None:
+    """Wait until all that was submitted is done."""
+    background._thread.submit(int).result()
 
 
 def strategy_of(partition_id: int, settings: Settings) -> Strategy:

@@ -14,7 +14,7 @@ from tasks import exporter, metrics
 from tasks.app import TidemarkApp
 from tasks.drain import drain as drain_sides
 from tasks.drain import observers, together
-from tasks.metrics import worker_metrics
+from tasks.metrics import WorkerMetrics
 from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import Connect
 
@@ -64,7 +64,7 @@ def test_a_partition_that_cannot_be_placed(
     record = next(r for r in caplog.records if r.message == "partitions cannot be materialized")
     assert vars(record)["partitions"] == f"orders/{bad}"
     assert "out of range" in vars(record)["error"]
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     with Redis.from_url(redis_url, decode_responses=True) as redis:
         assert list(metrics.read_stuck(redis, seconds=60)) == [f"orders/{bad}"]
         assert metrics.read_stuck(redis, seconds=-60) == {}

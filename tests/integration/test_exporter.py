@@ -27,7 +27,7 @@ import db.status
 from config.embedded.postgres import PostgresServer
 from config.embedded.redis import RedisServer
 from config.errors import UnknownPartitionError
-from config.settings import DEFAULT_STRATEGY
+from config.settings import DEFAULT_STRATEGY, Settings
 from db.audit import audit
 from db.materialize import MaterializationMetrics, Moved, ages_of_run, materialize
 from db.statements import run, statement
@@ -36,8 +36,8 @@ from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.drain import observers
 from tasks.exporter import Exporter, ServerError, Source
-from tasks.hints import Hints, Membership
-from tasks.metrics import DrainMetrics, WorkerMetrics, worker_metrics
+from tasks.hints import Membership
+from tasks.metrics import DrainMetrics, WorkerMetrics
 from tasks.names import PartitionNames
 from tasks.rollout import Side
 from tests.integration import conftest
@@ -241,7 +241,7 @@ def test_figures_of_the_workers(
     done = drain(app, orders[:1])
     commit(conn, "b", [orders[0], *partition_ids(conn, "payments")])
     drain(app, [orders[0], *partition_ids(conn, "payments")])
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = scrape(exporter)
     own = {"topic": "orders", "strategy": done.strategy}
     both = {"topic": "(several)", "strategy": done.strategy}
@@ -272,7 +272,7 @@ def test_how_long_commits_wait_for_their_offsets(
     for n in range(3):
         commit(conn, f"more {n}", orders[1:2])
         drain(app, orders[1:2])
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = scrape(exporter)
     assert found("commit_to_offset_seconds_count", topic="orders") == 5
     assert found("commit_to_offset_seconds_bucket", topic="orders", le="2.5") == 2
@@ -294,7 +294,7 @@ def test_a_sample_that_fails_fails_no_task(app: TidemarkApp) -> None:
     def ages_of(partition_id: int, newer: int) -> list[float]:
         raise errors.ConnectionTimeout(f"while reading run {newer} of {partition_id}")
 
-    DrainMetrics(app.once(worker_metrics), app.once(PartitionNames), ages_of).transaction(SIDE, DONE)
+    DrainMetrics(app.once(WorkerMetrics), app.once(PartitionNames), ages_of).transaction(SIDE, DONE)
 
 
 def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: Connect, orders: list[int]) -> None:
@@ -304,7 +304,7 @@ def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: 
     with pytest.raises(UnknownPartitionError):
         drain(app, [2**31 - 1])
     app.once(observers)[0].failed(SIDE, ZeroDivisionError())
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = scrape(exporter)
     assert found("materialize_errors_total", kind="LockNotAvailable") == 1
     assert found("materialize_stuck_total") == 1
@@ -333,14 +333,11 @@ def counted(worker: WorkerMetrics, topic: str = "orders") -> None:
     DrainMetrics(worker, names).transaction(SIDE, DONE)
 
 
-def hints_of(client: Redis | None) -> Hints:
-    app = TidemarkApp("hints")
-    app.redis = client
-    return Hints(app)
-
-
 def worker_of(client: Redis | None, topics: int = 5) -> WorkerMetrics:
-    return WorkerMetrics(hints_of(client), topics=topics)
+    app = TidemarkApp("worker")
+    app.redis = client
+    app.settings = Settings(metrics_topics=topics)
+    return WorkerMetrics(app)
 
 
 def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
@@ -398,8 +395,7 @@ def test_figures_wait_for_a_redis_that_is_away(
     crashable: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Redis.from_url(crashable.url, decode_responses=True, socket_connect_timeout=1)
-    hints = hints_of(client)
-    worker = WorkerMetrics(hints, topics=5)
+    worker = worker_of(client)
     crashable.kill()
     counted(worker)
     worker.flush()
@@ -410,7 +406,7 @@ def test_figures_wait_for_a_redis_that_is_away(
     worker.flush()
     assert caplog.text == ""
     crashable.restart()
-    hints._silent_until = 0.0
+    worker._hints._silent_until = 0.0
     worker.flush()
     assert metrics.read(client)[f"materialize_events|orders|{DONE.strategy}"] == "20"
     client.close()
@@ -423,7 +419,7 @@ def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[Red
 
 
 def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
-    worker = app.once(worker_metrics)
+    worker = app.once(WorkerMetrics)
     worker.task_ended("tasks.fan_out", "SUCCESS", 0.5, {"commits": 3, "partitions": 2, "tasks": 1})
     worker.task_ended("tasks.sweep", "SUCCESS", 0.5, {"partitions": 5, "tasks": 2})
     worker.task_ended("tasks.retain", "SUCCESS", 0.5, {"deleted": 4, "log_bytes": 50})
@@ -628,13 +624,13 @@ def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], order
     commit(conn, "a", orders)
     materialize(conn, orders)
     audit(conn)
-    counted(app.once(worker_metrics))
-    app.once(worker_metrics).task_ended("tasks.audit", "SUCCESS", 0.1, {"violations": 0})
-    app.once(worker_metrics).observe("commit_to_offset_seconds", 0.1, "orders")
+    counted(app.once(WorkerMetrics))
+    app.once(WorkerMetrics).task_ended("tasks.audit", "SUCCESS", 0.1, {"violations": 0})
+    app.once(WorkerMetrics).observe("commit_to_offset_seconds", 0.1, "orders")
     for family in metrics.FAMILIES:
         if family.kind == "counter":
-            app.once(worker_metrics).add(family.name, *family.labels)
-    app.once(worker_metrics).flush()
+            app.once(WorkerMetrics).add(family.name, *family.labels)
+    app.once(WorkerMetrics).flush()
     exporter._broker._heard({"hostname": "celery@test"})
     app.once(Membership).enter("beat@test", program="beat", pid=1)
     app.once(Membership).renew()
@@ -801,7 +797,7 @@ def test_every_alert_has_its_runbook_and_a_test() -> None:
 
 def test_the_figures_cost_little(app: TidemarkApp) -> None:
     """CPU of a task's figures, in round trips to Redis: the same machine, the same moment."""
-    worker, client = app.once(worker_metrics), app.redis
+    worker, client = app.once(WorkerMetrics), app.redis
     assert client
 
     def cpu_of(work: Callable[[], object]) -> float:

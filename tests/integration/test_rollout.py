@@ -16,7 +16,7 @@ from tasks.batching import Adaptive
 from tasks.dispatch import publish, wake
 from tasks.drain import controllers, observers, serve
 from tests.integration.conftest import MakeApp, make_topic
-from tests.support import Connect, strategy_of
+from tests.support import Connect, finish, strategy_of
 from tests.support_commands import drain
 
 PARTITIONS = 24
@@ -191,12 +191,12 @@ def test_only_collect_collects_and_only_after_a_wake_up(
 ) -> None:
     app = make_app(shards=1, batching=batching, collect_seconds=0.5)
     wake(app, ids[:1])
-    app.once(Background).drain()
+    finish(app.once(Background))
     publish(app, ids[1:2], at_once=True)
     assert sorted(due(redis_url, "materialize.0")) == [False, batching == "collect"]
     # It collects: what is committed meanwhile is queued already.
     wake(app, ids[:1])
-    app.once(Background).drain()
+    finish(app.once(Background))
     assert len(due(redis_url, "materialize.0")) == 2
 
 

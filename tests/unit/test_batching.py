@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from config.errors import SettingsError
 from config.settings import BATCHINGS, STRATEGIES, Settings, load_settings
 from db.materialize import MaterializationMetrics
-from tasks.batching import Adaptive, Complete, Fixed, make_controller
+from tasks.batching import Adaptive, Complete, Controller, make_controller
 from tasks.drain import controllers
 from tests.support_commands import new_app
 
@@ -38,7 +38,7 @@ def metrics(seconds: float, events: int, *, backlog: Iterable[int] = (), wait: f
 
 
 def test_fixed_takes_all_partitions_and_the_same_number_of_each() -> None:
-    plan = Fixed(500).plan([3, 1, 2], again=True)
+    plan = Controller(500).plan([3, 1, 2], again=True)
     assert (plan.partition_ids, plan.events_per_partition) == ((3, 1, 2), 500)
 
 
