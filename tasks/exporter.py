@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
@@ -379,10 +380,7 @@ class Exporter(Collector):
     def answers(self) -> bool:
         """Whether a request of our own is answered: for the one page that asks no source."""
         connection = http.client.HTTPConnection(self._address or "127.0.0.1", self.port, timeout=3)
-        try:
+        with closing(connection), suppress(OSError):
             connection.request("GET", "/favicon.ico")
             return connection.getresponse().status == http.client.OK
-        except OSError:
-            return False
-        finally:
-            connection.close()
+        return False

@@ -69,11 +69,19 @@ def configure(settings: Settings, *, level: int | str, file: str | None = None, 
     if settings.log_format != "json":
         colors = file is None and sys.stderr.isatty()
         renderer = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+    hidden = tuple(secrets)
+
+    def hide(_: WrappedLogger, __: str, text: Any) -> Any:
+        """Hide what must not be read, whoever put it into the event."""
+        text = _PASSWORD_IN_URL.sub(rf"\1:{_HIDDEN}@", text)
+        for secret in hidden:
+            text = text.replace(secret, _HIDDEN)
+        return text
+
     # logrotate may move the file: then it is opened again.
     handler = WatchedFileHandler(file) if file else logging.StreamHandler()
     handler.setFormatter(
-        _Formatter(
-            secrets,
+        structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
                 structlog.stdlib.ExtraAdder(),
                 structlog.contextvars.merge_contextvars,
@@ -81,7 +89,7 @@ def configure(settings: Settings, *, level: int | str, file: str | None = None, 
                 structlog.stdlib.add_logger_name,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
             ],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _one_line, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _one_line, renderer, hide],
         )
     )
     root = logging.getLogger()
@@ -89,20 +97,6 @@ def configure(settings: Settings, *, level: int | str, file: str | None = None, 
     root.setLevel(level)
     for name in _CHATTER:
         logging.getLogger(name).setLevel(level if root.level <= logging.DEBUG else max(logging.WARNING, root.level))
-
-
-class _Formatter(structlog.stdlib.ProcessorFormatter):
-    """Hides what must not be read, whoever put it into the event."""
-
-    def __init__(self, secrets: Iterable[str], **options: Any) -> None:
-        super().__init__(**options)
-        self._secrets = tuple(secrets)
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = _PASSWORD_IN_URL.sub(rf"\1:{_HIDDEN}@", super().format(record))
-        for secret in self._secrets:
-            text = text.replace(secret, _HIDDEN)
-        return text
 
 
 def _one_line(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from traceback import walk_tb
 from typing import Any
@@ -45,7 +45,10 @@ class Worker(celery.apps.worker.Worker):
         super().on_before_init(quiet=quiet, **options)
         app = self.app
         tracing_of(app)
-        self.leases_shards = app.redis_url is not None and not _has_queues(options)
+        # The command line names the shards' queues by -Q, or by -X with a shard.
+        excluded = map(shard_of_queue, str_to_list(options.get("exclude_queues") or ()))
+        named = options.get("queues") or any(shard is not None for shard in excluded)
+        self.leases_shards = app.redis_url is not None and not named
         app.steps["consumer"].add(ShardLeases)
         for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
             signal.connect(self._close_connections, weak=False)
@@ -86,12 +89,6 @@ class Worker(celery.apps.worker.Worker):
     def _close_connections(self, **_: Any) -> None:
         if "database" in vars(self.app):
             self.app.database.close()
-
-
-def _has_queues(options: Mapping[str, Any]) -> bool:
-    """Whether the command line names the shards' queues: `-Q`, or `-X` with a shard."""
-    excluded = str_to_list(options.get("exclude_queues") or ())
-    return bool(options.get("queues")) or any(shard_of_queue(name) is not None for name in excluded)
 
 
 class Consumer(CeleryConsumer):

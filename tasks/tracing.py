@@ -143,16 +143,14 @@ class Tracing:
     # --- Signals
 
     def _before_publish(self, sender: Any, headers: dict[str, Any], body: Any, **_: Any) -> None:
-        if sender == MATERIALIZE:
-            # Signals swallow what receivers raise; the arguments were looked at by the router.
-            self._publish_materialize(headers, partition_ids_of(*body[:2]))
-        elif sender.startswith("tasks.") and trace.get_current_span().get_span_context().is_valid:
-            propagate.inject(headers)
-
-    def _publish_materialize(self, headers: dict[str, Any], partition_ids: list[int]) -> None:
         current = trace.get_current_span()
-        unannounced = _unannounced.get()
-        if unannounced is not None:
+        if sender != MATERIALIZE:
+            if sender.startswith("tasks.") and current.get_span_context().is_valid:
+                propagate.inject(headers)
+            return
+        # Signals swallow what receivers raise; the arguments were looked at by the router.
+        partition_ids = partition_ids_of(*body[:2])
+        if (unannounced := _unannounced.get()) is not None:
             unannounced.difference_update(partition_ids)
         noted = self._take(partition_ids)
         parent = contexts.get_current()
