@@ -20,11 +20,15 @@ _WIDTH = 60
 _ALSO = {"errors": "failed attempts", "backlog_partitions": "partitions left", "stuck_partitions": "stuck"}
 
 
-def flower_environment(settings: Settings) -> dict[str, str]:
-    """`FLOWER_…` variables to set where the user has not."""
+def apply(settings: Settings) -> str:
+    """Set the defaults in this process's environment; returns how to log in, for people."""
+    from flower.options import options  # noqa: PLC0415 - only where Flower is what starts
+
+    # A file given by --conf goes before this, too: it is read later.
+    options.format_task = summarize
     directory = settings.data_dir
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    return {
+    defaults = {
         "FLOWER_ADDRESS": "127.0.0.1",
         "FLOWER_BASIC_AUTH": settings.flower_auth or f"{_USER}:{_secret(directory / 'flower-password')}",
         # Or every restart ends all sessions.
@@ -39,18 +43,10 @@ def flower_environment(settings: Settings) -> dict[str, str]:
         # The id is the link to a task's page.
         "FLOWER_TASKS_COLUMNS": "name,uuid,state,args,result,received,runtime",
     }
-
-
-def apply(settings: Settings) -> str:
-    """Set the defaults in this process's environment; returns how to log in, for people."""
-    from flower.options import options  # noqa: PLC0415 - only where Flower is what starts
-
-    # A file given by --conf goes before this, too: it is read later.
-    options.format_task = summarize
-    for name, value in flower_environment(settings).items():
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if settings.flower_auth is None and os.environ["FLOWER_BASIC_AUTH"].startswith(f"{_USER}:"):
-        file = settings.data_dir / "flower-password"
+        file = directory / "flower-password"
         return f"Flower: user {_USER}, password in {file} (or set TIDEMARK_FLOWER_AUTH)"
     return "Flower: log in as FLOWER_BASIC_AUTH or TIDEMARK_FLOWER_AUTH says"
 

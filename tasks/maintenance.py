@@ -6,8 +6,6 @@ from dataclasses import asdict
 from time import monotonic
 from typing import Any
 
-import psycopg
-
 from db.audit import AuditResult
 from db.audit import audit as audit_log
 from db.retention import retain as retain_log
@@ -21,11 +19,6 @@ log = logging.getLogger(__name__)
 _VIOLATIONS_SHOWN = 3
 
 
-def _starts(conn: psycopg.Connection[Any]) -> tuple[int, int]:
-    """Where to begin a round: anywhere, then at the first. What is not done in time is another part each time."""
-    return random.randint(0, highest_partition_id(conn)), 0  # noqa: S311 - fairness, not secrecy
-
-
 def retain(app: TidemarkApp) -> dict[str, int]:
     until = monotonic() + app.settings.maintenance_seconds
     stop, size = lambda: monotonic() >= until, app.settings.delete_batch
@@ -33,7 +26,8 @@ def retain(app: TidemarkApp) -> dict[str, int]:
     def once() -> dict[str, int]:
         total = {"deleted": 0, "log_bytes": 0, "objects_freed": 0}
         with app.database.connection() as conn:
-            for after in _starts(conn):
+            # Begin anywhere, then at the first. What is not done in time is another part each time.
+            for after in (random.randint(0, highest_partition_id(conn)), 0):  # noqa: S311 - fairness, not secrecy
                 result = retain_log(conn, delete_batch=size, after_partition_id=after, stop=stop)
                 total = {name: so_far + getattr(result, name) for name, so_far in total.items()}
                 if result.next_partition_id is not None:
