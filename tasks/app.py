@@ -35,8 +35,6 @@ class TidemarkApp(Celery):
     # Celery loads all of these by name, when a program needs them and not before.
     log_cls = "tasks.logs:Logging"
     consumer_cls = "tasks.programs:Consumer"
-    worker_cls = "tasks.programs:Worker"
-    beat_cls = "tasks.programs:Beat"
 
     def __init__(self, name: str, **options: Any) -> None:
         self._parts: dict[Callable[..., Any], Any] = {}
@@ -51,11 +49,11 @@ class TidemarkApp(Celery):
 
     @cached_property
     def Worker(self) -> Any:  # noqa: N802 - Celery's name
-        return self.subclass_with_self(self.worker_cls)
+        return self.subclass_with_self("tasks.programs:Worker")
 
     @cached_property
     def Beat(self) -> Any:  # noqa: N802 - Celery's name
-        return self.subclass_with_self(self.beat_cls)
+        return self.subclass_with_self("tasks.programs:Beat")
 
     @cached_property
     def settings(self) -> "Settings":

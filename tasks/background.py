@@ -9,7 +9,8 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from contextlib import suppress
+from threading import BoundedSemaphore
 from time import monotonic
 from typing import Any
 
@@ -27,40 +28,27 @@ class Background:
 
     def _start_over(self) -> None:
         self._pid = os.getpid()
-        self._lock = Lock()
-        self._waiting = 0
+        self._room = BoundedSemaphore(_WAITING)
         self._silent_until = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tidemark-background")
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> bool:
-        """Do it soon; returns False where it is dropped. Never waits, never raises."""
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Do it soon, or drop it. Never waits, never raises."""
         if self._pid != os.getpid():
             self._start_over()
-        with self._lock:
-            if self._waiting >= _WAITING or monotonic() < self._silent_until:
-                return False
-            self._waiting += 1
-        try:
-            self._thread.submit(self._do, work, arguments)
-        except RuntimeError:  # the interpreter is ending
-            return False
-        return True
-
-    def drain(self) -> None:
-        """Wait until all that was submitted is done."""
-        self._thread.submit(int).result()
+        if monotonic() >= self._silent_until and self._room.acquire(blocking=False):
+            with suppress(RuntimeError):  # the interpreter is ending
+                self._thread.submit(self._do, work, arguments)
 
     def _do(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         try:
             if monotonic() >= self._silent_until:
                 work(*arguments)
         except Exception as error:  # noqa: BLE001 - the commit stands; nothing that happens here may harm anybody
-            with self._lock:
-                self._silent_until = monotonic() + _PAUSE_SECONDS
+            self._silent_until = monotonic() + _PAUSE_SECONDS
             log.warning(
                 "waking failed: for some seconds fan-out alone finds commits",
                 extra={"error": f"{type(error).__name__}: {error}", "seconds": _PAUSE_SECONDS},
             )
         finally:
-            with self._lock:
-                self._waiting -= 1
+            self._room.release()

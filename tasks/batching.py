@@ -12,11 +12,10 @@ hear of times and counts. Threads of a process may share one: its state is one n
 is one step not taken.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from config.settings import STRATEGIES, Settings, Strategy
+from config.settings import Settings
 from db.materialize import MaterializationMetrics
 
 # Within this factor of the target time nothing is changed: two transactions alike differ by as much.
@@ -29,19 +28,22 @@ _WAIT_SHARE = 0.25
 _CALM = 8
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """The next transaction: these partitions, and at most so many events of each."""
 
     partition_ids: tuple[int, ...]
     events_per_partition: int
 
 
-class Controller(Protocol):
-    """Plans one transaction after the other, and hears how each went."""
+class Controller:
+    """Plans one transaction after the other, and hears how each went. This one always takes as many events of each."""
 
-    def plan(self, left: Sequence[int], *, again: bool) -> Plan:
+    def __init__(self, events: int) -> None:
+        self.events = events
+
+    def plan(self, left: Sequence[int], *, again: bool) -> Plan:  # noqa: ARG002 - for others
         """What to take of the partitions that are left; `again`: those had more than an earlier transaction took."""
+        return Plan(tuple(left), self.events)
 
     def done(self, done: MaterializationMetrics) -> None:
         """Hear of a transaction that committed."""
@@ -50,40 +52,15 @@ class Controller(Protocol):
         """Hear of an attempt that failed."""
 
 
-class Fixed:
-    """Always `events_per_partition` of all partitions that are left."""
-
-    def __init__(self, events_per_partition: int) -> None:
-        self._events = events_per_partition
-
-    def plan(self, left: Sequence[int], *, again: bool) -> Plan:  # noqa: ARG002 - as the others
-        return Plan(partition_ids=tuple(left), events_per_partition=self._events)
-
-    def done(self, done: MaterializationMetrics) -> None:
-        """Nothing is learnt."""
-
-    def failed(self) -> None:
-        """Nothing is learnt."""
-
-
-class Complete:
-    """All partitions at first; those with more than their share of `events_max` alone, each to its end."""
-
-    def __init__(self, events_max: int) -> None:
-        self._events = events_max
+class Complete(Controller):
+    """All partitions at first; those with more than their share of the events alone, each to its end."""
 
     def plan(self, left: Sequence[int], *, again: bool) -> Plan:
         taken = tuple(left[:1] if again else left)
-        return Plan(partition_ids=taken, events_per_partition=max(1, self._events // len(taken)))
-
-    def done(self, done: MaterializationMetrics) -> None:
-        """Nothing is learnt."""
-
-    def failed(self) -> None:
-        """Nothing is learnt."""
+        return Plan(taken, max(1, self.events // len(taken)))
 
 
-class Adaptive:
+class Adaptive(Controller):
     """Holds `target` seconds a transaction, lock waits aside, within `events_min` and `events_max` events."""
 
     def __init__(self, *, target: float, start: int, events_min: int, events_max: int) -> None:
@@ -91,16 +68,16 @@ class Adaptive:
         self._min = events_min
         self._max = events_max
         self._calm_in = 0
-        self.events = min(max(start, events_min), events_max)
+        super().__init__(min(max(start, events_min), events_max))
 
     def plan(self, left: Sequence[int], *, again: bool) -> Plan:  # noqa: ARG002 - as the others
-        return Plan(partition_ids=tuple(left), events_per_partition=max(1, self.events // len(left)))
+        return Plan(tuple(left), max(1, self.events // len(left)))
 
     def done(self, done: MaterializationMetrics) -> None:
         """Shrink after a lock wait, else steer towards the target."""
         wait = done.lock_wait_time_ms / 1000
         if wait > _WAIT_SHARE * self._target:
-            self._trouble()
+            self.failed()
             return
         worked = max(done.processing_time_ms / 1000 - wait, 1e-6)
         if worked > self._target * _DEAD_BAND:
@@ -109,18 +86,16 @@ class Adaptive:
             self._set(min(self.events, max(fitting, int(self.events / _STEP))))
         elif self._calm_in > 0:
             self._calm_in -= 1
-        elif done.backlog_partition_ids and worked * _DEAD_BAND < self._target and self._was_full(done):
+        # A thin group with one deep partition took few events at the limit it had: no sign that more would fit.
+        elif (
+            done.backlog_partition_ids
+            and worked * _DEAD_BAND < self._target
+            and 2 * done.events_processed >= self.events
+        ):
             self._set(int(self.events * min(_STEP, self._target / worked)) + 1)
 
     def failed(self) -> None:
         """Shrink: a deadlock or a timeout is less likely for less."""
-        self._trouble()
-
-    def _was_full(self, done: MaterializationMetrics) -> bool:
-        # A thin group with one deep partition took few events at the limit it had: no sign that more would fit.
-        return 2 * done.events_processed >= self.events
-
-    def _trouble(self) -> None:
         self._set(int(self.events / _STEP))
         self._calm_in = _CALM
 
@@ -129,7 +104,6 @@ class Adaptive:
 
 
 def make_controller(settings: Settings) -> Controller:
-    """The controller of `TIDEMARK_BATCHING`."""
     if settings.batching == "adaptive":
         return Adaptive(
             target=settings.batch_seconds,
@@ -140,9 +114,4 @@ def make_controller(settings: Settings) -> Controller:
         )
     if settings.batching == "complete":
         return Complete(settings.batch_events_max)
-    return Fixed(settings.events_per_partition)
-
-
-def make_controllers(settings: Settings) -> Mapping[Strategy, Controller]:
-    """One for each strategy: they differ in speed, so in what fits into a time."""
-    return {strategy: make_controller(settings) for strategy in STRATEGIES}
+    return Controller(settings.events_per_partition)

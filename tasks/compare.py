@@ -16,17 +16,18 @@ Bounded: the newest 5,000 transactions of a side, in a list in Redis; only while
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, permutations
+from itertools import permutations
 from math import ceil, exp, log, log2
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple
 
 from redis import Redis
 
 from config.errors import SettingsError
-from config.settings import STRATEGIES, Settings, Strategy
+from config.settings import STRATEGIES, Strategy
 from db.materialize import MaterializationMetrics
+from tasks.app import TidemarkApp
 from tasks.metrics import WorkerMetrics
-from tasks.rollout import Side
+from tasks.rollout import Observer, Side
 
 # Fewer say little about a variance.
 PAIRS_AT_LEAST = 30
@@ -41,12 +42,12 @@ def _key(current: Strategy, candidate: Strategy, side: Strategy) -> str:
     return f"tidemark:compare:{current}>{candidate}:{side}"
 
 
-class DrainComparison:
+class DrainComparison(Observer):
     """Notes what each compared side of a drain took: one of its observers."""
 
-    def __init__(self, metrics: WorkerMetrics, settings: Settings) -> None:
-        self._metrics = metrics
-        self._settings = settings
+    def __init__(self, app: TidemarkApp) -> None:
+        self._metrics = app.once(WorkerMetrics)
+        self._settings = app.settings
 
     def transaction(self, side: Side, done: MaterializationMetrics) -> None:
         """Note its events, its partitions, its time without the lock wait, and that wait, in microseconds."""
@@ -55,22 +56,14 @@ class DrainComparison:
         self._note(side, f"{done.events_processed} {done.partitions_processed} {took} {wait}")
 
     def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
-        """Note that an attempt failed."""
         self._note(side, _FAILED)
-
-    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        """Nothing: the attempt that failed was noted."""
-
-    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
-        """Nothing: its transactions were noted."""
 
     def _note(self, side: Side, what: str) -> None:
         if side.compared and self._settings.candidate is not None:
             self._metrics.sample(_key(self._settings.strategy, self._settings.candidate, side.strategy), what)
 
 
-@dataclass(frozen=True, slots=True)
-class Transaction:
+class Transaction(NamedTuple):
     """One that was noted; times are microseconds."""
 
     events: int
@@ -79,7 +72,7 @@ class Transaction:
     wait: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class SideSummary:
     """What one strategy's transactions did; times leave out lock waits, which stand apart."""
 
@@ -91,20 +84,6 @@ class SideSummary:
     events_per_second: float
     micros_per_event: float | None
     lock_wait_ms: float | None
-
-    @classmethod
-    def of(cls, strategy: Strategy, transactions: Sequence[Transaction], failed: int) -> Self:
-        events, took = sum(t.events for t in transactions), sum(t.took for t in transactions)
-        return cls(
-            strategy=strategy,
-            transactions=len(transactions),
-            empty=sum(t.events == 0 for t in transactions),
-            failed=failed,
-            events=events,
-            events_per_second=events / took * 1e6 if took else 0.0,
-            micros_per_event=took / events if events else None,
-            lock_wait_ms=sum(t.wait for t in transactions) / len(transactions) / 1000 if transactions else None,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,16 +121,15 @@ class Comparison:
 
     @property
     def words(self) -> str:
-        """The verdict for people."""
         ours, theirs = self.current.strategy, self.candidate.strategy
         needed, there = self.transactions_needed, self.candidate.transactions
-        more = f"{theirs} has {there:,} transactions"
         if needed is None:
-            more += f", none of them like one of {ours}'s yet"
+            more = f", none of them like one of {ours}'s yet"
         elif needed > there:
-            more += f"; a difference of {_WORTH_KNOWING:.0%} shows with about {needed:,}"
+            more = f"; a difference of {_WORTH_KNOWING:.0%} shows with about {needed:,}"
         else:
-            more += f": enough to see a difference of {_WORTH_KNOWING:.0%}"
+            more = f": enough to see a difference of {_WORTH_KNOWING:.0%}"
+        more = f"{theirs} has {there:,} transactions{more}"
         if self.time_ratio is None or self.verdict == "too few transactions":
             return f"too few transactions alike, {self.pairs} of at least {PAIRS_AT_LEAST} pairs: {more}"
         ratio = (
@@ -161,8 +139,7 @@ class Comparison:
         return ratio if self.verdict == "real" else f"no difference shown: {ratio}. {more}"
 
     def as_dict(self) -> dict[str, Any]:
-        extra = {"verdict": self.verdict, "words": self.words, "transactions_needed": self.transactions_needed}
-        return asdict(self) | extra
+        return asdict(self) | {name: getattr(self, name) for name in ("verdict", "words", "transactions_needed")}
 
 
 def read(redis: Redis, *, confidence: float = 0.99) -> list[Comparison]:
@@ -177,7 +154,7 @@ def read(redis: Redis, *, confidence: float = 0.99) -> list[Comparison]:
 
 def forget(redis: Redis) -> None:
     """Start over: what was compared so far is dropped, and no other figure."""
-    redis.delete(*chain(*((_key(a, b, a), _key(a, b, b)) for a, b in permutations(STRATEGIES, 2))))
+    redis.delete(*(_key(*pair, side) for pair in permutations(STRATEGIES, 2) for side in pair))
 
 
 def compare(
@@ -186,10 +163,9 @@ def compare(
     """Compare two strategies by what was noted of each. SettingsError where scipy is not installed."""
     sides = [[Transaction(*map(int, note.split())) for note in notes if note != _FAILED] for notes in (ours, theirs)]
     ratios = [log(b.took / a.took) for a, b in _alike(*sides)]
-    failed = [sum(note == _FAILED for note in notes) for notes in (ours, theirs)]
     found = Comparison(
-        current=SideSummary.of(current, sides[0], failed[0]),
-        candidate=SideSummary.of(candidate, sides[1], failed[1]),
+        current=_summary(current, sides[0], len(ours)),
+        candidate=_summary(candidate, sides[1], len(theirs)),
         confidence=confidence,
         pairs=len(ratios),
     )
@@ -200,18 +176,30 @@ def compare(
         from scipy import stats  # noqa: PLC0415 - an extra, and slow to import
     except ModuleNotFoundError:
         raise SettingsError("compare needs scipy; install: pip install '.[compare]'") from None
-    test = stats.ttest_1samp(ratios, 0)
-    low, high = map(exp, test.confidence_interval(confidence))
+    low, high = map(exp, stats.ttest_1samp(ratios, 0).confidence_interval(confidence))
     return replace(found, time_ratio=exp(sum(ratios) / len(ratios)), low=low, high=high)
 
 
-def _alike(ours: Iterable[Transaction], theirs: Iterable[Transaction]) -> Iterator[tuple[Transaction, Transaction]]:
+def _summary(strategy: Strategy, transactions: Sequence[Transaction], attempts: int) -> SideSummary:
+    count, events, took = len(transactions), sum(t.events for t in transactions), sum(t.took for t in transactions)
+    return SideSummary(
+        strategy,
+        transactions=count,
+        empty=sum(t.events == 0 for t in transactions),
+        failed=attempts - count,
+        events=events,
+        events_per_second=events / took * 1e6 if took else 0.0,
+        micros_per_event=took / events if events else None,
+        lock_wait_ms=sum(t.wait for t in transactions) / count / 1000 if count else None,
+    )
+
+
+def _alike(*sides: Iterable[Transaction]) -> Iterator[tuple[Transaction, Transaction]]:
     """Pairs of one size, in the order they came; a transaction without events had nothing to take time for."""
-    by_size: tuple[dict[tuple[int, int], list[Transaction]], ...] = (defaultdict(list), defaultdict(list))
-    for transactions, sizes in zip((ours, theirs), by_size, strict=True):
+    by_size: defaultdict[tuple[int, int], tuple[list[Transaction], ...]] = defaultdict(lambda: ([], []))
+    for number, transactions in enumerate(sides):
         for t in transactions:
             if t.events:
-                sizes[round(8 * log2(t.events)), t.partitions.bit_length()].append(t)
-    return chain.from_iterable(
-        zip(by_size[0][size], by_size[1][size], strict=False) for size in by_size[0].keys() & by_size[1].keys()
-    )
+                by_size[round(8 * log2(t.events)), t.partitions.bit_length()][number].append(t)
+    for ours, theirs in by_size.values():
+        yield from zip(ours, theirs, strict=False)

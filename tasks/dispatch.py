@@ -9,10 +9,10 @@ a hint: when the broker is away, the next tick or sweep finds what was not publi
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from itertools import chain, groupby
 from time import monotonic
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,9 @@ from db.discover import sweep as sweep_partitions
 from db.topics import partition_ids as ids_of_topic
 from tasks.app import TidemarkApp
 from tasks.background import Background
+from tasks.hints import QueuedTokens
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
-from tasks.tokens import QueuedTokens
 
 if TYPE_CHECKING:
     from tasks.tracing import Tracing
@@ -41,13 +41,15 @@ log = logging.getLogger(__name__)
 
 def group(pending: Iterable[Pending], settings: Settings) -> list[list[int]]:
     """Partition ids of each task to publish: one shard each, thin ones together within the settings' limits."""
-    by_shard: dict[int, list[Pending]] = defaultdict(list)
-    for partition in sorted(pending, key=lambda p: p.partition_id):
-        by_shard[shard_of(partition.partition_id, settings.shards)].append(partition)
-    return [ids for shard in sorted(by_shard) for ids in _pack(by_shard[shard], settings)]
+
+    def shard(partition: Pending) -> int:
+        return shard_of(partition.partition_id, settings.shards)
+
+    ordered = sorted(pending, key=lambda p: (shard(p), p.partition_id))
+    return [ids for _, partitions in groupby(ordered, shard) for ids in _pack(partitions, settings)]
 
 
-def _pack(partitions: Sequence[Pending], settings: Settings) -> Iterable[list[int]]:
+def _pack(partitions: Iterable[Pending], settings: Settings) -> Iterable[list[int]]:
     together: list[int] = []
     events = 0
     for partition in partitions:
@@ -93,20 +95,8 @@ def publish(app: TidemarkApp, partition_ids: Sequence[int], *, at_once: bool = F
 def dispatch(app: TidemarkApp, conn: psycopg.Connection[Any], pending: Sequence[Pending]) -> int:
     """Publish materialize tasks for partitions that are not queued yet; returns the number of tasks."""
     free = set(app.once(QueuedTokens).acquire([p.partition_id for p in pending]))
-    if not free:
-        return 0
-    groups = group((p for p in pending if p.partition_id in free), app.settings)
-    try:
-        app.once(PartitionNames).learn(conn, free)
-        with app.producer_or_acquire() as producer, producer.batch():
-            for ids in groups:
-                # Whatever found them has collected commits since it last looked.
-                publish(app, ids, at_once=True, producer=producer)
-    except BaseException:
-        # Or the next tick would take them for queued.
-        app.once(QueuedTokens).release(free)
-        raise
-    return len(groups)
+    # Whatever found them has collected commits since it last looked.
+    return _publish(app, group((p for p in pending if p.partition_id in free), app.settings), at_once=True, conn=conn)
 
 
 def hand_over(app: TidemarkApp, partition_ids: Sequence[int], *, queued: bool = False) -> int:
@@ -115,14 +105,25 @@ def hand_over(app: TidemarkApp, partition_ids: Sequence[int], *, queued: bool = 
     `queued`: it holds the partitions' tokens already; else those that somebody has queued meanwhile are left out.
     Grouped by the shards of now: the task may have been published with another number of them.
     """
-    tokens = app.once(QueuedTokens)
-    left = list(partition_ids) if queued else tokens.acquire(partition_ids)
-    groups = group_ids(left, app.settings)
+    left = partition_ids if queued else app.once(QueuedTokens).acquire(partition_ids)
+    return _publish(app, group_ids(left, app.settings), at_once=True)
+
+
+def _publish(
+    app: TidemarkApp, groups: list[list[int]], *, at_once: bool, conn: psycopg.Connection[Any] | None = None
+) -> int:
+    """Publish a task for each group of partitions, which have their tokens; returns the number of tasks."""
+    if not groups:
+        return 0
     try:
-        for ids in groups:
-            publish(app, ids, at_once=True)
+        if conn is not None:
+            app.once(PartitionNames).learn(conn, chain(*groups))
+        with app.producer_or_acquire() as producer, producer.batch():
+            for ids in groups:
+                publish(app, ids, at_once=at_once, producer=producer)
     except BaseException:
-        tokens.release(left)
+        # Or the next tick would take them for queued.
+        app.once(QueuedTokens).release(chain(*groups))
         raise
     return len(groups)
 
@@ -138,18 +139,16 @@ def fan_out(app: TidemarkApp, *, commits_at_most: int = 50_000) -> dict[str, int
             found = find_committed(conn, limit=commits_at_most)
             if found.commits == 0:
                 return {"commits": 0, "partitions": 0, "tasks": 0}
-            partitions: tuple[Pending, ...] = found.partitions
+            partitions = found.partitions
             if not found.complete:
                 # After a long pause; reading every partition is cheaper than that many commits.
                 log.info("too many new commits, sweeping all partitions", extra={"commits": found.commits})
                 partitions = tuple(sweep_partitions(conn))
             tasks = dispatch(app, conn, partitions)
             save_fan_out(conn, found)
-        log.info(
-            "fanned out",
-            extra={"commits": found.commits, "partitions": len(partitions), "tasks_published": tasks},
-        )
-        return {"commits": found.commits, "partitions": len(partitions), "tasks": tasks}
+        done = {"commits": found.commits, "partitions": len(partitions)}
+        log.info("fanned out", extra={**done, "tasks_published": tasks})
+        return {**done, "tasks": tasks}
 
     return with_retries(app.settings, once, until=monotonic() + app.settings.maintenance_seconds)
 
@@ -174,8 +173,7 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
     Whoever asks by name wants it now: tokens are not looked at. Raises UnknownTopicError and UnknownPartitionError.
     """
     # Whoever calls a task by hand may pass anything.
-    given: tuple[object, object] = (topic, partition)
-    if type(given[0]) is not str or type(given[1]) not in {int, NoneType}:
+    if (type(topic), type(partition)) not in {(str, int), (str, NoneType)}:
         raise InvalidJobError(f"a job takes a topic name and a partition number, not {topic!r} and {partition!r}")
 
     def look_up() -> list[int]:
@@ -187,9 +185,8 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
     ids = with_retries(app.settings, look_up, until=monotonic() + app.settings.task_seconds)
     if partition is not None:
         if not 0 <= partition < len(ids):
-            raise UnknownPartitionError(
-                f"topic {topic!r} has no partition {partition}; it has partitions 0 to {len(ids) - 1}"
-            )
+            has = f"it has partitions 0 to {len(ids) - 1}"
+            raise UnknownPartitionError(f"topic {topic!r} has no partition {partition}; {has}")
         ids = [ids[partition]]
     with app.producer_or_acquire() as producer:
         return [publish(app, g, at_once=True, producer=producer, **options).id for g in group_ids(ids, app.settings)]
@@ -204,19 +201,12 @@ def wake(app: TidemarkApp, partition_ids: Iterable[int]) -> None:
     Published by a thread, only for partitions that wait in no queue yet: a token that exists belongs to a task that has
     read nothing so far, and so will see the commit.
     """
-    ids = sorted(set(partition_ids))
-    app.once(Background).submit(copy_context().run, _wake, app, ids)
+    app.once(Background).submit(copy_context().run, _wake, app, sorted(set(partition_ids)))
 
 
 def _wake(app: TidemarkApp, partition_ids: list[int]) -> None:
-    tokens = app.once(QueuedTokens)
-    free = tokens.acquire(partition_ids)
-    try:
-        for ids in group_ids(free, app.settings):
-            publish(app, ids)
-    except BaseException:
-        tokens.release(free)
-        raise
+    free = app.once(QueuedTokens).acquire(partition_ids)
+    _publish(app, group_ids(free, app.settings), at_once=False)
 
 
 def commit_and_wake(
@@ -240,9 +230,8 @@ def commit_and_wake(
             f"use commit_object, and wake(app, partition_ids) after it has committed."
         )
     with committing(app, object_key, partition_ids):
-        object_id = commit_object(
-            conn, object_key, partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps
-        )
+        arrays = (partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps)
+        object_id = commit_object(conn, object_key, *arrays)
         wake(app, partition_ids)
     return object_id
 

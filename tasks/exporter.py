@@ -17,11 +17,11 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -32,9 +32,9 @@ from config.errors import TidemarkError
 from config.queues import all_queues
 from config.redis import RedisAddress, is_redis
 from db.pool import connect
-from db.status import Figures, read_figures
+from db.status import read_figures
 from tasks.app import TidemarkApp
-from tasks.membership import GONE_SECONDS, read_programs, redis_time
+from tasks.hints import GONE_SECONDS, read_programs, redis_time
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
 
 log = logging.getLogger(__name__)
@@ -59,22 +59,15 @@ class ServerError(TidemarkError):
     """The exporter cannot listen where it was told to, or not hear what it should."""
 
 
-# --- Building metrics
-
-
-def _gauge(name: str, help_text: str, values: Values, *labels: str) -> Metric:
-    return _fill(GaugeMetricFamily(_PREFIX + name, help_text, labels=labels), values)
-
-
-def _counter(name: str, help_text: str, values: Values, *labels: str) -> Metric:
-    return _fill(CounterMetricFamily(_PREFIX + name, help_text, labels=labels), values)
-
-
-def _fill(metric: Any, values: Values) -> Metric:
-    for labels, value in values.items() if isinstance(values, Mapping) else [((), values)]:
-        metric.add_metric((labels,) if isinstance(labels, str) else labels, value)
+def _gauge(name: str, help_text: str, values: Values, *labels: str, kind: Any = GaugeMetricFamily) -> Metric:
+    metric: Any = kind(_PREFIX + name, help_text, labels=labels)
+    for key, value in values.items() if isinstance(values, Mapping) else [((), values)]:
+        metric.add_metric((key,) if isinstance(key, str) else key, value)
     made: Metric = metric
     return made
+
+
+_counter = partial(_gauge, kind=CounterMetricFamily)
 
 
 def _said(error: BaseException) -> str:
@@ -84,8 +77,7 @@ def _said(error: BaseException) -> str:
 # --- Sources
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What a source said; `error` when it said nothing."""
 
     metrics: tuple[Metric, ...] = ()
@@ -119,39 +111,27 @@ class Source:
         if thread is not None:
             thread.join(max(0.0, until - time.monotonic()))
             if thread.is_alive():
-                log.warning("a source of metrics does not answer", extra={"source": self.name, "error": "it hangs"})
-                return Reading(error="it hangs")
+                return self._failed("it hangs")
         return self._reading
 
     def _take(self) -> None:
         began = time.perf_counter()
         try:
-            reading = Reading(metrics=tuple(self._read()), seconds=time.perf_counter() - began)
+            reading = Reading(tuple(self._read()), time.perf_counter() - began)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other sources go on
-            reading = Reading(error=_said(error))
-            log.warning("a source of metrics does not answer", extra={"source": self.name, "error": reading.error})
+            reading = self._failed(_said(error))
         with self._lock:
             self._reading = reading
             # One that hung for an hour is not left alone for nine.
             self._until = time.monotonic() + max(self._seconds, _REST * min(reading.seconds, _ANSWER_SECONDS))
             self._thread = None
 
+    def _failed(self, error: str) -> Reading:
+        log.warning("a source of metrics does not answer", extra={"source": self.name, "error": error})
+        return Reading(error=error)
+
 
 # --- Postgres
-
-
-def read_postgres(app: TidemarkApp) -> Iterable[Metric]:
-    """Over a connection of its own, which gives up early."""
-    settings = app.settings
-    impatient = settings.model_copy(update={"statement_timeout": _ANSWER_SECONDS, "lock_timeout": 1.0})
-    with connect(app.database_url, impatient, timeout=2 * _ANSWER_SECONDS) as conn:
-        figures = read_figures(conn, topics=settings.metrics_topics, overdue_seconds=overdue_seconds(app))
-    return postgres_metrics(figures)
-
-
-def overdue_seconds(app: TidemarkApp) -> float:
-    """After this time an event was dispatched by two sweeps, and its task had time to run: something holds it up."""
-    return 2 * app.settings.sweep_interval + app.settings.hard_time_limit
 
 
 # Of each topic: a field of its figures, whether it only grows, the metric and its help.
@@ -172,8 +152,12 @@ _OF_A_TABLE = (
 )
 
 
-def postgres_metrics(found: Figures) -> Iterator[Metric]:
-    """Metrics of the database's figures."""
+def read_postgres(app: TidemarkApp) -> Iterator[Metric]:
+    """Over a connection of its own, which gives up early."""
+    settings = app.settings
+    impatient = settings.model_copy(update={"statement_timeout": _ANSWER_SECONDS, "lock_timeout": 1.0})
+    with connect(app.database_url, impatient, timeout=2 * _ANSWER_SECONDS) as conn:
+        found = read_figures(conn, topics=settings.metrics_topics, overdue_seconds=settings.overdue_seconds)
     for field, grows, name, help_text in _OF_A_TOPIC:
         values = {topic.name or OTHER: getattr(topic, field) for topic in found.topics}
         yield (_counter if grows else _gauge)(name, help_text, values, "topic")
@@ -185,35 +169,30 @@ def postgres_metrics(found: Figures) -> Iterator[Metric]:
     for group in found.connections:
         sessions["tidemark" if group.ours else "other", group.state] += group.sessions
     yield _gauge("database_connections", "Sessions of the database.", sessions, "application", "state")
-    yield _gauge(
-        "vacuum_held_seconds", "For how long something has kept dead rows from vacuum.", found.held_seconds, "holder"
-    )
+    held = found.held_seconds
+    yield _gauge("vacuum_held_seconds", "For how long something has kept dead rows from vacuum.", held, "holder")
     dispatch = found.dispatch
-    audited = [topic.audited_at for topic in found.topics if topic.audited_at is not None]
-    values_of: tuple[tuple[str, Values, str], ...] = (
-        ("topics", sum(topic.topics for topic in found.topics), "Topics."),
-        ("backlog_count_capped", found.capped, "Whether counting the backlog stopped at its limit."),
-        ("open_transactions", found.open_transactions, "Open transactions with an id, up to 100: they commit late."),
-        ("open_transaction_seconds", found.open_seconds, "Age of the oldest of them."),
-        ("lock_waiting_sessions", found.lock_waits, "Database sessions that wait for a lock, up to 100."),
-        ("lock_wait_longest_seconds", found.lock_wait_seconds, "How long the longest of them has waited."),
-        ("fan_out_last_found_timestamp_seconds", time.time() - dispatch.last, "When fan-out last found commits."),
-        (
-            "fan_out_waiting_seconds",
-            dispatch.undispatched or 0.0,
-            "Age of the oldest commit no fan-out has seen, or 0.",
-        ),
-        (
-            "cluster_matches",
-            dispatch.own_cluster,
-            "Whether the database is in its log's cluster; a restored one is not.",
-        ),
-        ("audit_progress_timestamp_seconds", {(): max(audited)} if audited else {}, "When an audit last read batches."),
-        ("audit_unread_records", sum(t.unaudited for t in found.topics), "Records that no audit has read yet."),
-        ("database_connections_limit", found.max_connections, "Sessions that the server admits."),
-    )
-    for name, value, help_text in values_of:
-        yield _gauge(name, help_text, value)
+    waiting, found_at = dispatch.undispatched or 0.0, time.time() - dispatch.last
+    audited = max((topic.audited_at for topic in found.topics if topic.audited_at is not None), default=None)
+    unread = sum(topic.unaudited for topic in found.topics)
+    yield _gauge("topics", "Topics.", sum(topic.topics for topic in found.topics))
+    yield _gauge("backlog_count_capped", "Whether counting the backlog stopped at its limit.", found.capped)
+    late, own = found.open_transactions, dispatch.own_cluster
+    yield _gauge("open_transactions", "Open transactions with an id, up to 100: they commit late.", late)
+    yield _gauge("open_transaction_seconds", "Age of the oldest of them.", found.open_seconds)
+    yield _gauge("lock_waiting_sessions", "Database sessions that wait for a lock, up to 100.", found.lock_waits)
+    yield _gauge("lock_wait_longest_seconds", "How long the longest of them has waited.", found.lock_wait_seconds)
+    yield _gauge("fan_out_last_found_timestamp_seconds", "When fan-out last found commits.", found_at)
+    yield _gauge("fan_out_waiting_seconds", "Age of the oldest commit no fan-out has seen, or 0.", waiting)
+    yield _gauge("audit_progress_timestamp_seconds", "When an audit last read batches.", _known(audited))
+    yield _gauge("audit_unread_records", "Records that no audit has read yet.", unread)
+    yield _gauge("database_connections_limit", "Sessions that the server admits.", found.max_connections)
+    yield _gauge("cluster_matches", "Whether the database is in its log's cluster; a restored one is not.", own)
+
+
+def _known(value: float | None) -> Values:
+    """No sample where there is no value."""
+    return {} if value is None else value
 
 
 # --- Redis: what the workers count, and who leases which shards
@@ -230,18 +209,18 @@ def worker_metrics(stored: Mapping[str, str]) -> list[Metric]:
         values = by_name[family.name]
         if family.kind == "histogram":
             metrics.append(_histogram(family, values))
-        elif family.kind == "gauge":
-            metrics.append(_gauge(family.name, family.help, values, *family.labels))
-        else:
+            continue
+        if family.kind == "counter":
             unit = MICROSECONDS if family.time else 1
-            amounts = {labels: value / unit for labels, value in values.items()} or ({} if family.labels else {(): 0.0})
-            metrics.append(_counter(family.name, family.help, amounts, *family.labels))
+            values = {labels: value / unit for labels, value in values.items()} or ({} if family.labels else {(): 0.0})
+        build = _counter if family.kind == "counter" else _gauge
+        metrics.append(build(family.name, family.help, values, *family.labels))
     return metrics
 
 
 def _histogram(family: Family, values: Mapping[tuple[str, ...], float]) -> Metric:
     metric = HistogramMetricFamily(_PREFIX + family.name, family.help, labels=family.labels)
-    bounds = [*(str(bound) for bound in BUCKETS), "+Inf"]
+    bounds = [*map(str, BUCKETS), "+Inf"]
     for labels in sorted({labels[:-1] for labels in values}):
         counts = accumulate(values.get((*labels, str(n)), 0.0) for n in range(len(bounds)))
         total = values.get((*labels, "sum"), 0.0) / MICROSECONDS
@@ -254,28 +233,16 @@ def lease_metrics(redis: Redis, shards: int) -> list[Metric]:
     now = redis_time(redis)
     programs = [p for p in read_programs(redis).values() if p.seen > now - GONE_SECONDS]
     sharing = [p for p in programs if p.leases and p.shards == shards]
+    ticked = max((p.seen for p in programs if p.program == "beat"), default=None)
     return [
         _gauge("shards", "Shards, as the exporter is configured.", shards),
         _gauge("lease_members", "Workers that share the shards out among themselves.", len(sharing)),
         _gauge("leased_shards", "Shards that one of them consumes.", len({s for p in sharing for s in p.consumes})),
-        _gauge(
-            "beat_last_tick_timestamp_seconds",
-            "When a beat last said that it ticks.",
-            {(): seen} if (seen := max((p.seen for p in programs if p.program == "beat"), default=0.0)) else {},
-        ),
+        _gauge("beat_last_tick_timestamp_seconds", "When a beat last said that it ticks.", _known(ticked)),
     ]
 
 
 # --- The broker: queues and the workers' heartbeats
-
-
-@dataclass(slots=True)
-class Seen:
-    """A worker as its last heartbeat described it."""
-
-    at: float
-    active: int = 0
-    processed: int = 0
 
 
 class Broker:
@@ -284,11 +251,10 @@ class Broker:
     def __init__(self, app: TidemarkApp) -> None:
         self._app = app
         self._queues = all_queues(app.settings.shards)
-        self._redis = (
-            RedisAddress.parse(app.broker_url).client(seconds=_REDIS_SECONDS) if is_redis(app.broker_url) else None
-        )
-        self._lock = threading.Lock()
-        self._workers: dict[str, Seen] = {}
+        address = app.broker_url
+        self._redis = RedisAddress.parse(address).client(seconds=_REDIS_SECONDS) if is_redis(address) else None
+        # By name: the last heartbeat, and by our clock when it came.
+        self._workers: dict[str, tuple[float, Mapping[str, Any]]] = {}
         self._stop = threading.Event()
         self._receiver: Any = None
         # Why nothing is heard, if so.
@@ -298,7 +264,7 @@ class Broker:
     def start(self) -> None:
         self._thread.start()
 
-    def __call__(self) -> Iterable[Metric]:
+    def __call__(self) -> Iterator[Metric]:
         if self._error is not None:
             raise ServerError(self._error)
         depths: dict[str, float] = {}
@@ -307,26 +273,23 @@ class Broker:
                 for queue in self._queues:
                     pipeline.llen(queue)
                 depths = dict(zip(self._queues, pipeline.execute(), strict=True))
-        seen = self._seen()
-        recent = sum(worker.at >= time.time() - _WORKER_SILENT_SECONDS for worker in seen.values())
-        heard = {name: worker.at for name, worker in seen.items()}
-        active = {name: worker.active for name, worker in seen.items()}
-        processed = {name: worker.processed for name, worker in seen.items()}
-        return [
-            _gauge("queue_tasks", "Tasks that wait in a queue, those handed to a worker left out.", depths, "queue"),
-            _gauge("workers", "Workers heard of within the last minute.", recent),
-            _gauge("worker_heartbeat_timestamp_seconds", "When a worker was last heard of.", heard, "worker"),
-            _gauge("worker_active_tasks", "Tasks a worker runs.", active, "worker"),
-            _counter("worker_tasks", "Tasks since its start.", processed, "worker"),
-        ]
-
-    def _seen(self) -> dict[str, Seen]:
-        """The workers heard of lately that did not say goodbye; the latest, if there are very many."""
-        with self._lock:
-            oldest = time.time() - _WORKER_GONE_SECONDS
-            latest = sorted(self._workers.items(), key=lambda item: item[1].at, reverse=True)[:_WORKERS]
-            self._workers = {name: worker for name, worker in latest if worker.at >= oldest}
-            return dict(self._workers)
+        # Those heard of lately that did not say goodbye; the latest, if there are very many.
+        now = time.time()
+        latest = sorted(self._workers.copy().items(), key=lambda worker: worker[1][0], reverse=True)
+        there = {name: heard for name, heard in latest[:_WORKERS] if heard[0] >= now - _WORKER_GONE_SECONDS}
+        for name in self._workers.keys() - there.keys():
+            self._workers.pop(name, None)
+        heard = {name: at for name, (at, _) in there.items()}
+        recent = sum(at >= now - _WORKER_SILENT_SECONDS for at in heard.values())
+        active, processed = (
+            {name: int(event.get(field) or 0) for name, (_, event) in there.items()}
+            for field in ("active", "processed")
+        )
+        yield _gauge("queue_tasks", "Tasks that wait in a queue, those handed to a worker left out.", depths, "queue")
+        yield _gauge("workers", "Workers heard of within the last minute.", recent)
+        yield _gauge("worker_heartbeat_timestamp_seconds", "When a worker was last heard of.", heard, "worker")
+        yield _gauge("worker_active_tasks", "Tasks a worker runs.", active, "worker")
+        yield _counter("worker_tasks", "Tasks since its start.", processed, "worker")
 
     def close(self) -> None:
         self._stop.set()
@@ -335,36 +298,27 @@ class Broker:
         self._thread.join(_ANSWER_SECONDS)
 
     def _listen(self) -> None:
+        handlers = {"worker-heartbeat": self._heard, "worker-online": self._heard, "worker-offline": self._gone}
         while not self._stop.is_set():
             try:
                 with self._app.connection_for_read() as connection:
                     connection.ensure_connection(max_retries=1, timeout=_ANSWER_SECONDS)
-                    self._capture(connection)
+                    receiver = self._app.events.Receiver(connection, handlers=handlers, routing_key="worker.#")
+                    self._receiver, self._error = receiver, None
+                    # The interval is how soon it hears that it is to stop.
+                    for _ in receiver.consume(limit=None, timeout=None, safety_interval=0.3, wakeup=True):
+                        if self._stop.is_set():
+                            return
             except Exception as error:  # noqa: BLE001 - a broker that is away comes back
                 self._error = _said(error)
             self._stop.wait(1)
 
-    def _capture(self, connection: Any) -> None:
-        self._receiver = receiver = self._app.events.Receiver(
-            connection,
-            handlers=dict.fromkeys(("worker-heartbeat", "worker-online"), self._heard) | {"worker-offline": self._gone},
-            routing_key="worker.#",
-        )
-        self._error = None
-        # The interval is how soon it hears that it is to stop.
-        for _ in receiver.consume(limit=None, timeout=None, safety_interval=0.3, wakeup=True):
-            if self._stop.is_set():
-                return
-
     def _heard(self, event: Mapping[str, Any]) -> None:
         # By our clock: theirs may differ.
-        worker = Seen(at=time.time(), active=int(event.get("active") or 0), processed=int(event.get("processed") or 0))
-        with self._lock:
-            self._workers[str(event["hostname"])] = worker
+        self._workers[str(event["hostname"])] = time.time(), event
 
     def _gone(self, event: Mapping[str, Any]) -> None:
-        with self._lock:
-            self._workers.pop(str(event["hostname"]), None)
+        self._workers.pop(str(event["hostname"]), None)
 
 
 # --- The program
@@ -376,10 +330,8 @@ class Exporter(Collector):
     def __init__(self, app: TidemarkApp, address: str, port: int) -> None:
         self._address = address
         self._broker = Broker(app)
-        reads: dict[str, Callable[[], Iterable[Metric]]] = {
-            "postgres": lambda: read_postgres(app),
-            "broker": self._broker,
-        }
+        reads: dict[str, Callable[[], Iterable[Metric]]] = {"postgres": partial(read_postgres, app)}
+        reads["broker"] = self._broker
         if app.redis_url is not None:
             redis = RedisAddress.parse(app.redis_url).client(seconds=_REDIS_SECONDS)
             shards = app.settings.shards
@@ -392,9 +344,6 @@ class Exporter(Collector):
         except (OSError, OverflowError) as error:
             raise ServerError(f"cannot listen on {address} port {port}: {error}") from None
         self._broker.start()
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
 
     def collect(self) -> Iterator[Metric]:
         """Read the sources side by side: those that hang cost one time-out together."""
@@ -422,9 +371,7 @@ class Exporter(Collector):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -432,12 +379,8 @@ class Exporter(Collector):
 
     def answers(self) -> bool:
         """Whether a request of our own is answered: for the one page that asks no source."""
-        any_address = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - not bound, replaced
-        connection = http.client.HTTPConnection(any_address.get(self._address, self._address), self.port, timeout=3)
-        try:
+        connection = http.client.HTTPConnection(self._address or "127.0.0.1", self.port, timeout=3)
+        with closing(connection), suppress(OSError):
             connection.request("GET", "/favicon.ico")
             return connection.getresponse().status == http.client.OK
-        except OSError:
-            return False
-        finally:
-            connection.close()
+        return False

@@ -19,11 +19,15 @@ _WIDTH = 100
 _ALSO = {"errors": "failed attempts", "backlog_partitions": "partitions left", "stuck_partitions": "stuck"}
 
 
-def flower_environment(settings: Settings) -> dict[str, str]:
-    """`FLOWER_…` variables to set where the user has not."""
+def apply(settings: Settings) -> str:
+    """Set the defaults in this process's environment; returns how to log in, for people."""
+    from flower.options import options  # noqa: PLC0415 - only where Flower is what starts
+
+    # A file given by --conf goes before this, too: it is read later.
+    options.format_task = summarize
     directory = settings.data_dir
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-    return {
+    defaults = {
         "FLOWER_ADDRESS": "127.0.0.1",
         "FLOWER_BASIC_AUTH": settings.flower_auth or f"{_USER}:{_secret(directory / 'flower-password')}",
         # Or every restart ends all sessions.
@@ -41,20 +45,11 @@ def flower_environment(settings: Settings) -> dict[str, str]:
         # "a minute ago": a date with milliseconds is twice as wide.
         "FLOWER_NATURAL_TIME": "true",
     }
-
-
-def apply(settings: Settings) -> str:
-    """Set the defaults in this process's environment; returns how to log in, for people."""
-    from flower.options import options  # noqa: PLC0415 - only where Flower is what starts
-
-    # A file given by --conf goes before this, too: it is read later.
-    options.format_task = summarize
-    for name, value in flower_environment(settings).items():
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if settings.flower_auth is None and os.environ["FLOWER_BASIC_AUTH"].startswith(f"{_USER}:"):
-        return (
-            f"Flower: user {_USER}, password in {settings.data_dir / 'flower-password'} (or set TIDEMARK_FLOWER_AUTH)"
-        )
+        file = directory / "flower-password"
+        return f"Flower: user {_USER}, password in {file} (or set TIDEMARK_FLOWER_AUTH)"
     return "Flower: log in as FLOWER_BASIC_AUTH or TIDEMARK_FLOWER_AUTH says"
 
 
@@ -62,7 +57,8 @@ def summarize(task: Any) -> Any:
     """What a task was asked, and what it did or why it failed, in the words that fit a column of the list."""
     task.args = f"{(task.name or '').removeprefix('tasks.')} {task.args or ''}".rstrip()
     if task.exception and not task.result:
-        task.result = _short(str(task.exception))
+        line = " ".join(str(task.exception).split())
+        task.result = line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
     elif task.name == MATERIALIZE and task.result:
         try:
             done = ast.literal_eval(task.result)
@@ -77,11 +73,6 @@ def summarize(task: Any) -> Any:
             return task
         task.result = ", ".join(words)
     return task
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
 
 
 def _secret(file: Path) -> str:

@@ -18,14 +18,11 @@ import atexit
 import json
 import logging
 import os
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, Literal
-
-from celery import bootsteps
+from typing import Literal, get_args
 
 from config.embedded.host import write_private
 from config.heartbeat import SignOfLife
@@ -34,7 +31,7 @@ from config.settings import Settings
 log = logging.getLogger(__name__)
 
 Program = Literal["worker", "beat", "exporter"]
-PROGRAMS: tuple[Program, ...] = ("worker", "beat", "exporter")
+PROGRAMS: tuple[Program, ...] = get_args(Program)
 
 INTERVAL = 2.0
 WORKER_SILENCE = 60.0
@@ -44,7 +41,6 @@ EXPORTER_SILENCE = 30.0
 
 
 def heartbeat_file(settings: Settings, program: Program) -> Path:
-    """Where a program leaves its sign of life."""
     return settings.heartbeat_file or settings.data_dir / f"{program}.heartbeat"
 
 
@@ -55,15 +51,15 @@ def solo_silence(settings: Settings) -> float:
 
 
 class Heartbeat:
-    """This process's sign of life."""
-
     def __init__(self, file: Path, program: Program, *, stale_after: float) -> None:
         self._file = file
         self._sign = SignOfLife(pid=os.getpid(), program=program, ready=False, stale_after=stale_after)
         self._failed = False
-        self._free: Event | None = None
+        self._occupied = False
+        self._ended = Event()
         self._write()
         atexit.register(self.end)
+        Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def tick(self) -> None:
         """The main loop runs."""
@@ -77,35 +73,29 @@ class Heartbeat:
 
     def set_ready(self, *, ready: bool) -> None:
         """Whether the program does its work by now."""
-        self._sign = SignOfLife(**{**asdict(self._sign), "ready": ready})
+        self._sign = replace(self._sign, ready=ready)
         self._write()
 
     def wait(self) -> None:
         """From now on the main thread is occupied with good reason: beat in its place, until `resume`."""
-        if self._free is None:
-            self._free = Event()
-            Thread(target=self._beat_until, args=(self._free,), name="heartbeat", daemon=True).start()
+        self._occupied = True
 
     def resume(self) -> None:
         """The main loop beats by itself again."""
-        if self._free is not None:
-            self._free.set()
-            self._free = None
+        self._occupied = False
         self.tick()
 
     def end(self) -> None:
-        """Nothing lives here any more."""
-        if self._free is not None:
-            self._free.set()
+        self._ended.set()
         # A forked child's end is not ours.
         if os.getpid() == self._sign.pid:
             with suppress(OSError):
                 self._file.unlink(missing_ok=True)
 
-    def _beat_until(self, free: Event) -> None:
-        self.tick()
-        while not free.wait(INTERVAL):
-            self.tick()
+    def _beat(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            if self._occupied:
+                self.tick()
 
     def _write(self) -> None:
         try:
@@ -120,75 +110,3 @@ class Heartbeat:
         if not self._failed:
             self._failed = True
             log.warning("cannot write the heartbeat file", extra={"error": str(error)})
-
-
-class WorkerSignOfLife(bootsteps.StartStopStep):
-    """Of the worker: exists from the start of its pool to the end of the process."""
-
-    requires = ("celery.worker.components:Pool",)
-
-    def __init__(self, worker: Any, **_: Any) -> None:
-        worker.sign_of_life = None
-
-    def start(self, worker: Any) -> None:
-        settings: Settings = worker.app.settings
-        solo = worker.pool_cls.__module__ == "celery.concurrency.solo"
-        worker.sign_of_life = Heartbeat(
-            heartbeat_file(settings, "worker"),
-            "worker",
-            stale_after=solo_silence(settings) if solo else WORKER_SILENCE,
-        )
-        worker.sign_of_life.wait()
-
-    def stop(self, worker: Any) -> None:
-        if worker.sign_of_life is not None:
-            worker.sign_of_life.set_ready(ready=False)
-            worker.sign_of_life.wait()
-
-
-class ConnectionSignOfLife(bootsteps.StartStopStep):
-    """Of the worker's consumer, which is started and stopped with the connection to the broker."""
-
-    requires = ("celery.worker.consumer.tasks:Tasks",)
-
-    def __init__(self, consumer: Any, **_: Any) -> None:  # noqa: ARG002 - Celery passes it
-        self._timer: Any = None
-
-    def start(self, consumer: Any) -> None:
-        heartbeat: Heartbeat | None = getattr(consumer.controller, "sign_of_life", None)
-        if heartbeat is not None:
-            heartbeat.resume()
-            # The connection's end clears the timer.
-            self._timer = consumer.timer.call_repeatedly(INTERVAL, heartbeat.tick)
-
-    def stop(self, consumer: Any) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            consumer.controller.sign_of_life.wait()
-
-    shutdown = stop
-
-
-def watch_beat(scheduler: Any, heartbeat: Heartbeat) -> None:
-    """Beat with each tick and publication of a scheduler; until the first tick is over, it may wait for the broker."""
-    tick: Callable[..., Any] = scheduler.tick
-    publish: Callable[..., Any] = scheduler.apply_async
-    first = True
-    heartbeat.wait()
-
-    def ticking(*args: Any, **kwargs: Any) -> Any:
-        nonlocal first
-        pause = tick(*args, **kwargs)
-        if first:
-            first = False
-            heartbeat.set_ready(ready=True)
-            heartbeat.resume()
-        heartbeat.tick()
-        return pause
-
-    def publishing(*args: Any, **kwargs: Any) -> Any:
-        heartbeat.tick()
-        return publish(*args, **kwargs)
-
-    scheduler.tick, scheduler.apply_async = ticking, publishing

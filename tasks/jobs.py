@@ -4,13 +4,45 @@ What they do stands in `tasks.drain`, `tasks.dispatch` and `tasks.maintenance`, 
 """
 
 from functools import partial
+from time import perf_counter
 from typing import Any
+
+import structlog
+from celery import Task
+from celery.exceptions import Ignore, Retry
 
 from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartitionError, UnknownTopicError
 from config.queues import MATERIALIZE
 from tasks import dispatch, drain, maintenance
-from tasks.app import app
-from tasks.observers import Job, observers
+from tasks.app import TidemarkApp, app
+from tasks.metrics import WorkerMetrics
+
+
+class Job(Task):
+    """Base of the tasks. Its hooks are here, so no other app's tasks are touched."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task. Celery has prepared the request; `run` is all that is left."""
+        app: TidemarkApp = self.app
+        dispatch.tracing_of(app)
+        began, state, result = perf_counter(), "FAILURE", None
+        with structlog.contextvars.bound_contextvars(task=self.name, task_id=self.request.id):
+            try:
+                result = self.run(*args, **kwargs)
+                state = "SUCCESS"
+                return result
+            except (Retry, Ignore) as how:
+                state = "RETRY" if isinstance(how, Retry) else "IGNORED"
+                raise
+            finally:
+                metrics = app.once(WorkerMetrics)
+                metrics.task_ended(self.name, state, perf_counter() - began, result)
+                if "database" in vars(app):
+                    metrics.pool_used(app.database.pool.pop_stats())
+                metrics.flush()
+
 
 # Celery's retry after the task's own ones: seconds apart, and a message waiting for its time is held by the worker, so
 # well below the visibility timeout. What fails for longer is found by the sweep. Periodic tasks have the next tick.
@@ -34,7 +66,7 @@ _job = partial(app.task, base=Job, shared=False)
 @_job(name=MATERIALIZE, **_RETRIED)
 def materialize(partition_ids: list[int]) -> dict[str, Any]:
     """Materialize the backlog of partitions of one shard; returns its MaterializationMetrics."""
-    return drain.serve(app, partition_ids, observers(app))
+    return drain.serve(app, partition_ids, app.once(drain.observers))
 
 
 @_job(name="tasks.materialize_partition", **_ASKED)

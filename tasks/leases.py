@@ -1,7 +1,7 @@
 """Identical workers share the shards out among themselves.
 
 A worker started without `-Q` consumes `control` and `maintenance`, and its share of the shards' queues. All workers
-compute the same shares from the entries of those that live (`tasks.membership`), so there is nothing to hand over. The
+compute the same shares from the entries of those that live (`tasks.hints`), so there is nothing to hand over. The
 row lock in Postgres is what keeps a partition correct; two consumers on a shard are slower, none is a standstill. So
 every doubt is decided for consuming.
 
@@ -29,7 +29,7 @@ Workers with different `TIDEMARK_SHARDS` share apart from each other, so a rolli
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import blake2b
 from threading import Event, Thread
 from time import monotonic
@@ -40,7 +40,8 @@ from celery.utils.log import get_logger
 
 from config.queues import shard_of_queue, shard_queue
 from tasks.app import TidemarkApp
-from tasks.membership import RENEW_SECONDS, Membership, Program
+from tasks.health import INTERVAL, Heartbeat
+from tasks.hints import RENEW_SECONDS, Membership, Program
 from tasks.names import ranges
 
 log = get_logger(__name__)
@@ -58,61 +59,91 @@ def assign(shards: int, members: Mapping[str, int]) -> dict[int, str]:
         room[member] += 1
     owners = {}
     for shard in range(shards):
-        first = min((member for member in room if room[member]), key=lambda member: _rank(member, shard))
-        owners[shard] = first
-        room[first] -= 1
+        ranked = ((blake2b(f"{m} {shard}".encode(), digest_size=8).digest(), m) for m in room if room[m])
+        _, owners[shard] = min(ranked)
+        room[owners[shard]] -= 1
     return owners
 
 
-def _rank(member: str, shard: int) -> bytes:
-    return blake2b(f"{member} {shard}".encode(), digest_size=8).digest()
+class ShardLeases(bootsteps.StartStopStep):
+    """The consumer's step: renews the worker's entry, and keeps the consumed queues in line with its share."""
 
+    requires = ("celery.worker.consumer.tasks:Tasks",)
 
-class Shares:
-    """The thread that renews a worker's entry, and which shards it is to consume where it leases them."""
-
-    def __init__(self, app: TidemarkApp, name: str, *, pid: int, slots: int, leases: bool) -> None:
-        settings = app.settings
-        self.leases = leases
-        self._shards = settings.shards
-        self._lease = settings.lease_seconds
-        self._silence = settings.hard_time_limit + settings.lease_seconds
-        self._membership = app.once(Membership)
-        self._membership.enter(name, program="worker", pid=pid, slots=slots, leases=leases)
-        self._ended = Event()
-        self._thread = Thread(target=self._run, name="shard-leases", daemon=True)
+    def __init__(self, consumer: Any, **options: Any) -> None:
+        super().__init__(consumer, **options)
+        consumer.shard_leases = self
+        app: TidemarkApp = consumer.app
+        self._settings = app.settings
+        self._leases: bool = consumer.controller.leases_shards
+        # Static workers consume what they were told to.
+        queues = app.amqp.queues.consume_from
+        self._consumed = frozenset(shard for shard in map(shard_of_queue, queues) if shard is not None)
+        self._wanted: frozenset[int] = frozenset()
         self._members: dict[str, int] = {}
         self._answered = self._loop_seen = monotonic()
-        self.wanted: frozenset[int] = frozenset()
-        self.consumed: frozenset[int] = frozenset()
+        self._timers: list[Any] = []
+        self._ended = Event()
+        self._thread = Thread(target=self._run, name="shard-leases", daemon=True)
+        self._membership = app.once(Membership)
+        slots = consumer.controller.concurrency or 1
+        self._membership.enter(consumer.hostname, program="worker", pid=os.getpid(), slots=slots, leases=self._leases)
 
-    @property
-    def workers(self) -> int:
-        """How many share."""
-        return len(self._members)
-
-    @property
-    def away_seconds(self) -> float:
-        """How long Redis has not answered."""
-        return max(0.0, monotonic() - self._answered - 2 * RENEW_SECONDS)
-
-    def start(self) -> None:
-        """Begin to renew; at once, and then each second."""
+    def start(self, consumer: Any) -> None:
+        """Also after a lost connection: the consumer has its queues again by then."""
+        heartbeat: Heartbeat = consumer.controller.heartbeat
+        heartbeat.resume()
+        self._loop_seen = monotonic()
         if self._thread.ident is None:
             self._thread.start()
+        self._timers = [
+            consumer.timer.call_repeatedly(INTERVAL, heartbeat.tick),
+            consumer.timer.call_repeatedly(_RECONCILE_SECONDS, self._reconcile, (consumer,)),
+        ]
 
-    def loop_is_alive(self, consumed: Iterable[int]) -> None:
-        """Hear from the event loop which shards it consumes."""
-        self._loop_seen = monotonic()
-        self.consumed = frozenset(consumed)
+    def stop(self, consumer: Any) -> None:
+        """The connection is lost or the worker stops; the share stays until `close`."""
+        if self._timers:
+            consumer.controller.heartbeat.wait()
+        while self._timers:
+            self._timers.pop().cancel()
 
-    def leave(self) -> None:
-        """Let the others have all shards."""
+    def close(self, _consumer: Any) -> None:
+        """The worker stops: the others may have all shards; tasks that run are finished, no other is taken."""
         if not self._ended.is_set():
             self._ended.set()
             if self._thread.ident is not None:
                 self._thread.join(RENEW_SECONDS)
             self._membership.leave()
+
+    def shutdown(self, consumer: Any) -> None:
+        self.stop(consumer)
+        self.close(consumer)
+
+    def report(self) -> dict[str, Any]:
+        """For `inspect shards`."""
+        shards = ranges(sorted(self._consumed))
+        if not self._leases:
+            return {"leasing": False, "shards": shards}
+        away = monotonic() - self._answered - 2 * RENEW_SECONDS
+        store = f"away for {away:.0f} s" if away > 0 else "ok"
+        return {"leasing": True, "shards": shards, "workers": len(self._members), "store": store}
+
+    def _reconcile(self, consumer: Any) -> None:
+        """Act on what the thread learned; runs in the event loop."""
+        self._loop_seen = monotonic()
+        if not self._leases or consumer.task_consumer is None:
+            return
+        wanted, consumed = self._wanted, self._consumed
+        for shard in sorted(consumed - wanted):
+            consumer.cancel_task_queue(shard_queue(shard))
+        for shard in sorted(wanted - consumed):
+            consumer.add_task_queue(shard_queue(shard))
+        if wanted != consumed:
+            self._consumed = wanted
+            log.info("consuming shards %s (%s workers share)", ranges(sorted(wanted)) or "none", len(self._members))
+
+    # --- The thread
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -123,107 +154,34 @@ class Shares:
             self._ended.wait(RENEW_SECONDS)
 
     def _look(self) -> None:
-        if monotonic() - self._loop_seen > self._silence:
+        lease = self._settings.lease_seconds
+        silence = self._settings.hard_time_limit + lease
+        if monotonic() - self._loop_seen > silence:
             if self._members:
-                log.error("the event loop has been silent for %.0f s: others may have its shards", self._silence)
+                log.error("the event loop has been silent for %.0f s: others may have its shards", silence)
                 self._members = {}
             return
-        programs = self._membership.renew(consumes=tuple(sorted(self.consumed)))
-        if not self.leases:
+        programs = self._membership.renew(consumes=tuple(sorted(self._consumed)))
+        if not self._leases:
             return
         if programs is None:
-            if not self.wanted and monotonic() - self._answered > self._lease:
+            if not self._wanted and monotonic() - self._answered > lease:
                 log.warning("Redis does not say who else is there: taking all shards")
-                self.wanted = frozenset(range(self._shards))
+                self._wanted = frozenset(range(self._settings.shards))
             return
         self._answered = monotonic()
         members = self._sharing(programs)
-        if members == self._members or not self.wanted:
-            owners = assign(self._shards, members)
-            self.wanted = frozenset(shard for shard, owner in owners.items() if owner == self._membership.id)
+        if members == self._members or not self._wanted:
+            owners = assign(self._settings.shards, members)
+            self._wanted = frozenset(shard for shard, owner in owners.items() if owner == self._membership.id)
         self._members = members
 
     def _sharing(self, programs: Mapping[str, Program]) -> dict[str, int]:
         """Slots of the living workers that share with this one, the oldest first."""
-        now = programs[self._membership.id].seen
+        alive = programs[self._membership.id].seen - self._settings.lease_seconds + 2 * RENEW_SECONDS
         living = [
-            (entry.since, member, entry.slots)
+            (entry.since, member, max(1, entry.slots))
             for member, entry in programs.items()
-            if entry.leases and entry.shards == self._shards and entry.seen > now - self._lease + 2 * RENEW_SECONDS
+            if entry.leases and entry.shards == self._settings.shards and entry.seen > alive
         ]
-        return {member: max(1, slots) for _, member, slots in sorted(living)}
-
-
-class ShardLeases(bootsteps.StartStopStep):
-    """The consumer's step: keeps the consumed queues in line with the worker's share."""
-
-    requires = ("celery.worker.consumer.tasks:Tasks",)
-
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        super().__init__(consumer, **options)
-        consumer.shard_leases = self
-        worker = consumer.controller
-        self.shares: Shares | None = None
-        self._timer: Any = None
-        # Static workers consume what they were told to.
-        queues = consumer.app.amqp.queues.consume_from
-        self._consumed = {shard for shard in map(shard_of_queue, queues) if shard is not None}
-        if consumer.app.redis_url is not None:
-            self.shares = Shares(
-                consumer.app,
-                consumer.hostname,
-                pid=os.getpid(),
-                slots=worker.concurrency or 1,
-                leases=worker.leases_shards,
-            )
-
-    def start(self, consumer: Any) -> None:
-        """Also after a lost connection: the consumer has its queues again by then."""
-        if self.shares is not None:
-            self.shares.loop_is_alive(self._consumed)
-            self.shares.start()
-            self._timer = consumer.timer.call_repeatedly(_RECONCILE_SECONDS, self.reconcile, (consumer, self.shares))
-
-    def reconcile(self, consumer: Any, shares: Shares) -> None:
-        """Act on what the thread learned; runs in the event loop."""
-        shares.loop_is_alive(self._consumed)
-        if not shares.leases or consumer.task_consumer is None:
-            return
-        wanted = shares.wanted
-        given_up, taken = self._consumed - wanted, wanted - self._consumed
-        for shard in sorted(given_up):
-            consumer.cancel_task_queue(shard_queue(shard))
-        for shard in sorted(taken):
-            consumer.add_task_queue(shard_queue(shard))
-        if given_up or taken:
-            self._consumed = set(wanted)
-            log.info("consuming shards %s (%s workers share)", ranges(sorted(wanted)) or "none", shares.workers)
-
-    def stop(self, _consumer: Any) -> None:
-        """The connection is lost or the worker stops; the share stays until `close`."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def close(self, _consumer: Any) -> None:
-        """The worker stops: tasks that run are finished, no other is taken."""
-        if self.shares is not None:
-            self.shares.leave()
-
-    def shutdown(self, consumer: Any) -> None:
-        """The pool has drained."""
-        self.stop(consumer)
-        self.close(consumer)
-
-    def report(self) -> dict[str, Any]:
-        """For `inspect shards`."""
-        shards = ranges(sorted(self._consumed))
-        if self.shares is None or not self.shares.leases:
-            return {"leasing": False, "shards": shards}
-        away = self.shares.away_seconds
-        return {
-            "leasing": True,
-            "shards": shards,
-            "workers": self.shares.workers,
-            "store": f"away for {away:.0f} s" if away else "ok",
-        }
+        return {member: slots for _, member, slots in sorted(living)}

@@ -9,10 +9,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -35,8 +34,6 @@ _HIDDEN = "********"
 
 
 class Logging(CeleryLogging):
-    """The app's `log`."""
-
     def setup_logging_subsystem(
         self, loglevel: Any = None, logfile: Any = None, hostname: str | None = None, **_: Any
     ) -> Any:
@@ -46,9 +43,8 @@ class Logging(CeleryLogging):
         CeleryLogging._setup = True  # noqa: SLF001
         if logfile and hostname:
             logfile = node_format(logfile, hostname)
-        settings: Settings = self.app.settings
         level = loglevel or logging.INFO
-        configure(settings, level=level, file=logfile, secrets=secrets_of(self.app))
+        configure(self.app.settings, level=level, file=logfile, secrets=secrets_of(self.app))
         # Celery's own does so for the children it forks.
         os.environ.update(_MP_FORK_LOGLEVEL_=str(level), _MP_FORK_LOGFILE_=str(logfile or ""), _MP_FORK_LOGFORMAT_="")
         return [self]
@@ -57,9 +53,7 @@ class Logging(CeleryLogging):
 def secrets_of(app: Any) -> frozenset[str]:
     """Every password that the app's servers know."""
     found = {app.settings.flower_auth.partition(":")[2]} if app.settings.flower_auth else set()
-    for url in (app.settings.database_url, app.settings.broker_url, app.redis_url):
-        if url is None:
-            continue
+    for url in filter(None, (app.settings.database_url, app.settings.broker_url, app.redis_url)):
         if is_redis(url):
             found.update(RedisAddress.parse(url).secrets)
         else:
@@ -69,20 +63,25 @@ def secrets_of(app: Any) -> frozenset[str]:
     return frozenset(secret for secret in found if len(secret) > 3)  # noqa: PLR2004
 
 
-def configure(
-    settings: Settings, *, level: int | str, file: str | None = None, secrets: Sequence[str] | frozenset[str] = ()
-) -> None:
+def configure(settings: Settings, *, level: int | str, file: str | None = None, secrets: Iterable[str] = ()) -> None:
     """Send everything logged to one handler; what is passed as `extra` becomes fields of the event."""
-    renderer: Processor = structlog.dev.ConsoleRenderer(
-        colors=file is None and sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
-    )
-    if settings.log_format == "json":
-        renderer = structlog.processors.JSONRenderer(default=str)
+    renderer: Processor = structlog.processors.JSONRenderer(default=str)
+    if settings.log_format != "json":
+        colors = file is None and sys.stderr.isatty()
+        renderer = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
+    hidden = tuple(secrets)
+
+    def hide(_: WrappedLogger, __: str, text: Any) -> Any:
+        """Hide what must not be read, whoever put it into the event."""
+        text = _PASSWORD_IN_URL.sub(rf"\1:{_HIDDEN}@", text)
+        for secret in hidden:
+            text = text.replace(secret, _HIDDEN)
+        return text
+
     # logrotate may move the file: then it is opened again.
     handler = WatchedFileHandler(file) if file else logging.StreamHandler()
     handler.setFormatter(
-        _Formatter(
-            secrets,
+        structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[
                 structlog.stdlib.ExtraAdder(),
                 structlog.contextvars.merge_contextvars,
@@ -90,29 +89,14 @@ def configure(
                 structlog.stdlib.add_logger_name,
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
             ],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _one_line, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _one_line, renderer, hide],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
     for name in _CHATTER:
-        quiet = max(logging.WARNING, root.level)
-        logging.getLogger(name).setLevel(root.level if root.level <= logging.DEBUG else quiet)
-
-
-class _Formatter(structlog.stdlib.ProcessorFormatter):
-    """Hides what must not be read, whoever put it into the event."""
-
-    def __init__(self, secrets: Sequence[str] | frozenset[str], **options: Any) -> None:
-        super().__init__(**options)
-        self._secrets = tuple(secrets)
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = _PASSWORD_IN_URL.sub(rf"\1:{_HIDDEN}@", super().format(record))
-        for secret in self._secrets:
-            text = text.replace(secret, _HIDDEN)
-        return text
+        logging.getLogger(name).setLevel(level if root.level <= logging.DEBUG else max(logging.WARNING, root.level))
 
 
 def _one_line(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
@@ -125,20 +109,13 @@ def _one_line(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         error = (type(error), error, error.__traceback__)
     if isinstance(error, tuple) and error[1] is not None:
         event.setdefault("error", f"{error[0].__name__}: {error[1]}")
-        if not _is_explained(error[1]):
-            event["raised_at"] = _chain(error[2])
+        # The message of an error of ours, or of a server that is away, says all.
+        if not isinstance(error[1], TidemarkError | OSError) and not is_transient(error[1]):
+            frames = traceback.extract_tb(error[2])[-_FRAMES:]
+            places = (f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in frames)
+            event["raised_at"] = " > ".join(places)
     for name, value in event.items():
         if isinstance(value, str) and ("\n" in value or len(value) > _LONGEST_EVENT):
             flat = " ".join(value.split())
             event[name] = flat if len(flat) <= _LONGEST_EVENT else f"{flat[:_LONGEST_EVENT]}…"
     return event
-
-
-def _is_explained(error: BaseException) -> bool:
-    """Whether the message says all: an error of ours, or a server that is away."""
-    return isinstance(error, TidemarkError | OSError) or is_transient(error)
-
-
-def _chain(trace: TracebackType | None) -> str:
-    frames = traceback.extract_tb(trace)[-_FRAMES:]
-    return " > ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno} {f.name}" for f in frames)

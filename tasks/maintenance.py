@@ -2,11 +2,9 @@
 
 import logging
 import random
-from collections.abc import Callable
+from dataclasses import asdict
 from time import monotonic
 from typing import Any
-
-import psycopg
 
 from db.audit import AuditResult
 from db.audit import audit as audit_log
@@ -21,28 +19,22 @@ log = logging.getLogger(__name__)
 _VIOLATIONS_SHOWN = 3
 
 
-def _starts(conn: psycopg.Connection[Any]) -> tuple[int, int]:
-    """Where to begin a round: anywhere, then at the first. What is not done in time is another part each time."""
-    return random.randint(0, highest_partition_id(conn)), 0  # noqa: S311 - fairness, not secrecy
-
-
 def retain(app: TidemarkApp) -> dict[str, int]:
-    """Apply the topics' retention limits, as far as the time goes."""
     until = monotonic() + app.settings.maintenance_seconds
-    return with_retries(app.settings, lambda: _retain(app, lambda: monotonic() >= until), until=until)
+    stop, size = lambda: monotonic() >= until, app.settings.delete_batch
 
+    def once() -> dict[str, int]:
+        total = {"deleted": 0, "log_bytes": 0, "objects_freed": 0}
+        with app.database.connection() as conn:
+            # Begin anywhere, then at the first. What is not done in time is another part each time.
+            for after in (random.randint(0, highest_partition_id(conn)), 0):  # noqa: S311 - fairness, not secrecy
+                result = retain_log(conn, delete_batch=size, after_partition_id=after, stop=stop)
+                total = {name: so_far + getattr(result, name) for name, so_far in total.items()}
+                if result.next_partition_id is not None:
+                    break
+        return total
 
-def _retain(app: TidemarkApp, stop: Callable[[], bool]) -> dict[str, int]:
-    deleted = log_bytes = objects_freed = 0
-    with app.database.connection() as conn:
-        for after in _starts(conn):
-            result = retain_log(conn, delete_batch=app.settings.delete_batch, after_partition_id=after, stop=stop)
-            deleted += result.deleted
-            log_bytes += result.log_bytes
-            objects_freed += result.objects_freed
-            if result.next_partition_id is not None:
-                break
-    return {"deleted": deleted, "log_bytes": log_bytes, "objects_freed": objects_freed}
+    return with_retries(app.settings, once, until=until)
 
 
 def audit(app: TidemarkApp) -> dict[str, Any]:
@@ -55,15 +47,7 @@ def audit(app: TidemarkApp) -> dict[str, Any]:
 
     result = with_retries(app.settings, once, until=until)
     for violation in result.violations:
-        log.error(
-            "invariant broken",
-            extra={
-                "invariant": violation.invariant,
-                "partition_id": violation.partition_id,
-                "offset": violation.offset,
-                "detail": violation.detail,
-            },
-        )
+        log.error("invariant broken", extra=asdict(violation))
     return {
         "partitions": result.partitions,
         "batches": result.batches,

@@ -9,33 +9,27 @@ How much is kept is bounded: topics get series of their own up to a limit, first
 beyond it. Every other label comes from a fixed set.
 """
 
-import logging
 import os
 from bisect import bisect_left
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from random import choices, randrange
 from threading import Lock
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import psycopg
 from redis import Redis
 
 from config.errors import TidemarkError
-from db.materialize import RUN_BYTES, MaterializationMetrics, Moved
+from db.materialize import RUN_BYTES, MaterializationMetrics
 from db.translate import TRANSIENT
+from tasks.app import TidemarkApp
 from tasks.hints import Hints
 from tasks.names import PartitionNames
-from tasks.rollout import Side
-
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+from tasks.rollout import Observer, Side
 
 KEY = "tidemark:metrics"
 TOPICS_KEY = "tidemark:metrics:topics"
@@ -51,11 +45,10 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 MICROSECONDS = 1_000_000
 
 # All sums in one command, so all of them or none arrive. KEYS: the hash, and the topics with series of their own.
-# ARGV: how many such topics there may be, how many sums follow; of each sum what stands before its topic, the topic (or
-# nothing), what stands behind it, and the amount; then names and values to set.
+# ARGV: how many such topics there may be; then of each sum what stands before its topic, the topic (or nothing), what
+# stands behind it, and the amount.
 _SEND = """
-local values = 3 + 4 * ARGV[2]
-for i = 3, values - 1, 4 do
+for i = 2, #ARGV, 4 do
     local topic = ARGV[i + 1]
     if topic ~= '' and redis.call('SISMEMBER', KEYS[2], topic) == 0 then
         if redis.call('SCARD', KEYS[2]) < tonumber(ARGV[1]) then
@@ -66,9 +59,6 @@ for i = 3, values - 1, 4 do
     end
     redis.call('HINCRBY', KEYS[1], ARGV[i] .. topic .. ARGV[i + 2], ARGV[i + 3])
 end
-for i = values, #ARGV, 2 do
-    redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1])
-end
 """
 
 # Samples of a kind, of all workers together; a process that cannot send keeps no more of them either.
@@ -77,7 +67,6 @@ SAMPLES = 5_000
 _STUCK = 20
 _WHY = 300
 _STUCK_SECONDS = 3600
-_PAUSE_SECONDS = 10.0
 _AGES_SECONDS = 1.0
 _KINDS = frozenset(
     {"OperationalError", "InterfaceError"}
@@ -86,8 +75,7 @@ _KINDS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """A metric whose values are in Redis: `name` without Tidemark's prefix and without `_total`."""
 
     name: str
@@ -155,26 +143,25 @@ _RESULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(slots=True)
 class _Unsent:
-    added: dict[tuple[str, ...], int] = field(default_factory=lambda: defaultdict(int))
-    kept: dict[tuple[str, ...], float] = field(default_factory=dict)
-    samples: dict[str, deque[str]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
-    stuck: dict[str, str] = field(default_factory=dict)
+    added: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    # By the hash they are for.
+    kept: defaultdict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    samples: defaultdict[str, deque[str]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=SAMPLES)))
 
     def merge(self, later: "_Unsent") -> None:
-        for labels, amount in later.added.items():
-            self.added[labels] += amount
-        self.kept |= later.kept
-        for key, values in later.samples.items():
-            self.samples[key].extend(values)
-        self.stuck |= later.stuck
+        self.added.update(later.added)
+        for key, values in later.kept.items():
+            self.kept[key] |= values
+        for key, samples in later.samples.items():
+            self.samples[key].extend(samples)
 
 
 class WorkerMetrics:
     """What this process did since it last told Redis. May be used by several threads; a forked child starts empty."""
 
-    def __init__(self, hints: Hints, *, topics: int) -> None:
-        self._hints = hints
-        self._topics = topics
+    def __init__(self, app: TidemarkApp) -> None:
+        self._hints = app.once(Hints)
+        self._topics = app.settings.metrics_topics
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -189,40 +176,33 @@ class WorkerMetrics:
                 self._unsent.added[name, *labels] += amount
 
     def observe(self, name: str, seconds: float, *labels: str) -> None:
-        """Add an observation to a histogram."""
         bucket = str(bisect_left(BUCKETS, seconds))
         with self._mine():
             self._unsent.added[name, *labels, bucket] += 1
             self._unsent.added[name, *labels, "sum"] += round(seconds * MICROSECONDS)
 
-    def keep(self, name: str, *labels: str, value: float) -> None:
-        """Set a value instead of adding to it."""
+    def keep(self, values: Mapping[str, object], key: str = KEY) -> None:
+        """Set values of a hash in Redis."""
         with self._mine():
-            self._unsent.kept[name, *labels] = value
+            self._unsent.kept[key].update({name: str(value) for name, value in values.items()})
 
     def sample(self, key: str, value: str) -> None:
         """Append to a list in Redis, which keeps the newest `SAMPLES` of all workers."""
         with self._mine():
             self._unsent.samples[key].append(value)
 
-    def stuck(self, names: Sequence[str], why: str) -> None:
-        """Keep for `status` why partitions cannot be materialized."""
-        with self._mine():
-            self._unsent.stuck.update({name: f"{time():.0f} {why[:_WHY]}" for name in names[:_STUCK]})
-
     def task_ended(self, name: str, state: str, seconds: float, retval: object) -> None:
-        """Count a task: its outcome, its time, and what its result says."""
         self.add("task_runs", name, state.lower())
         self.add("task_seconds", name, amount=round(seconds * MICROSECONDS))
         if state != "SUCCESS":
             return
-        self.keep("task_last_success_timestamp_seconds", name, value=time())
+        self.keep({f"task_last_success_timestamp_seconds|{name}": time()})
         if isinstance(retval, Mapping):
             for field_name, labels in _RESULTS.get(name, {}).items():
                 self.add(*labels, amount=int(retval.get(field_name) or 0))
             if name == "tasks.audit":
-                self.keep("audit_last_violations", value=int(retval.get("violations") or 0))
-                self.keep("audit_last_timestamp_seconds", value=time())
+                violations = int(retval.get("violations") or 0)
+                self.keep({"audit_last_violations": violations, "audit_last_timestamp_seconds": time()})
 
     def pool_used(self, stats: Mapping[str, int]) -> None:
         """Count what a connection pool did, by its `pop_stats`."""
@@ -239,25 +219,21 @@ class WorkerMetrics:
                 self._unsent = unsent
 
     def _send(self, redis: Redis, unsent: _Unsent) -> bool:
-        arguments: list[str | int | float] = [self._topics, len(unsent.added)]
+        sums: list[str | int] = []
         for (name, *labels), amount in unsent.added.items():
             if name in _TOPIC_FAMILIES and labels[0] not in {OTHER, SEVERAL}:
-                arguments += [f"{name}|", labels[0], "".join(f"|{label}" for label in labels[1:]), amount]
+                sums += [f"{name}|", labels[0], "|".join(["", *labels[1:]]), amount]
             else:
-                arguments += ["|".join([name, *labels]), "", "", amount]
-        for labels_, value in unsent.kept.items():
-            arguments += ["|".join(labels_), str(value)]
-        if not unsent.samples and not unsent.stuck:
-            redis.eval(_SEND, 2, KEY, TOPICS_KEY, *arguments)
-            return True
-        with redis.pipeline(transaction=True) as pipeline:
-            pipeline.eval(_SEND, 2, KEY, TOPICS_KEY, *arguments)
-            for key, values in unsent.samples.items():
-                pipeline.rpush(key, *values)
-                pipeline.ltrim(key, -SAMPLES, -1)
-            if unsent.stuck:
-                pipeline.hset(STUCK_KEY, mapping=dict[Any, Any](unsent.stuck))
+                sums += ["|".join([name, *labels]), "", "", amount]
+        with redis.pipeline() as pipeline:
+            pipeline.eval(_SEND, 2, KEY, TOPICS_KEY, self._topics, *sums)
+            for key, values in unsent.kept.items():
+                pipeline.hset(key, mapping=dict[Any, Any](values))
+            if STUCK_KEY in unsent.kept:
                 pipeline.expire(STUCK_KEY, _STUCK_SECONDS)
+            for key, samples in unsent.samples.items():
+                pipeline.rpush(key, *samples)
+                pipeline.ltrim(key, -SAMPLES, -1)
             pipeline.execute()
         return True
 
@@ -268,17 +244,19 @@ class WorkerMetrics:
         return self._lock
 
 
-AgesOf = Callable[[int, int], Sequence[float]]
-
-
-class DrainMetrics:
+class DrainMetrics(Observer):
     """Counts what a drain does: one of its observers.
 
     `ages_of` reads how long ago the events of a run were committed, in seconds: of a partition, the run that has so
     many newer ones.
     """
 
-    def __init__(self, metrics: WorkerMetrics, names: PartitionNames, ages_of: AgesOf | None = None) -> None:
+    def __init__(
+        self,
+        metrics: WorkerMetrics,
+        names: PartitionNames,
+        ages_of: Callable[[int, int], Sequence[float]] | None = None,
+    ) -> None:
         self._metrics = metrics
         self._names = names
         self._ages_of = ages_of
@@ -287,8 +265,9 @@ class DrainMetrics:
     def transaction(self, side: Side, done: MaterializationMetrics) -> None:
         """Count what was placed for each topic, and the transaction's time for all of them together."""
         add = self._metrics.add
-        first, *others = self._names.topics([m.partition_id for m in done.moved] or side.partition_ids) or [OTHER]
-        labels = (SEVERAL if others else first, done.strategy)
+        ids = [m.partition_id for m in done.moved] or side.partition_ids
+        topic, *others = {self._names.topic(i) or OTHER for i in ids}
+        labels = (SEVERAL if others else topic, done.strategy)
         self._metrics.observe("materialize_duration_seconds", done.processing_time_ms / 1000, *labels)
         self._metrics.observe("materialize_lock_wait_seconds", done.lock_wait_time_ms / 1000, *labels)
         add("materialize_batch_events", *labels, amount=done.batch_events)
@@ -299,37 +278,29 @@ class DrainMetrics:
             add("materialize_log_bytes", *own, amount=moved.log_bytes)
             add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
         add("materialize_attempts")
-        if done.moved and self._ages_of is not None and monotonic() >= self._ages_due:
-            self._ages_due = monotonic() + _AGES_SECONDS
-            self._sample_ages(done.moved, self._ages_of)
-
-    def _sample_ages(self, moved: Sequence[Moved], ages_of: AgesOf) -> None:
+        if not done.moved or self._ages_of is None or monotonic() < self._ages_due:
+            return
+        self._ages_due = monotonic() + _AGES_SECONDS
         # Any of the new runs, and each event with the same chance: the newest ones alone have waited least.
-        (chosen,) = choices(moved, [m.events for m in moved])  # noqa: S311 - a sample
+        (chosen,) = choices(done.moved, [m.events for m in done.moved])  # noqa: S311 - a sample
         topic = self._names.topic(chosen.partition_id) or OTHER
         # A database that fails now fails in the next transaction, too, which reports it.
         with suppress(psycopg.Error, TidemarkError):
-            for seconds in ages_of(chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
+            for seconds in self._ages_of(chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
                 self._metrics.observe("commit_to_offset_seconds", max(seconds, 0.0), topic)
 
     def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
-        """Count a transaction that failed."""
         kind = type(error).__name__
         self._metrics.add("materialize_attempts")
         self._metrics.add("materialize_errors", kind if kind in _KINDS else "other")
 
     def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        """Count them, and keep why for `status`."""
-        why = f"{type(error).__name__}: {str(error).strip()}"
         self._metrics.add("materialize_stuck", amount=len(partition_ids))
-        self._metrics.stuck([self._names.describe([i]) for i in partition_ids], why)
-
-    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
-        """Nothing to count: its transactions were."""
+        why = f"{time():.0f} {type(error).__name__}: {str(error).strip()}"[:_WHY]
+        self._metrics.keep({self._names.describe([i]): why for i in partition_ids[:_STUCK]}, STUCK_KEY)
 
 
 def read(redis: Redis) -> dict[str, str]:
-    """All values as they stand in Redis."""
     found: Any = redis.hgetall(KEY)
     return dict(found)
 

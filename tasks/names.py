@@ -20,7 +20,6 @@ class PartitionNames:
         self._known: dict[int, tuple[str, int]] = {}
 
     def learn(self, conn: psycopg.Connection[Any], ids: Iterable[int]) -> None:
-        """Read the names of ids that are not known yet."""
         missing = [i for i in ids if i not in self._known]
         if not missing:
             return
@@ -28,12 +27,7 @@ class PartitionNames:
             self._known.clear()
         self._known.update(names_of(conn, missing))
 
-    def topics(self, ids: Iterable[int]) -> list[str]:
-        """Topics these partitions belong to, as far as known."""
-        return sorted({self._known[i][0] for i in ids if i in self._known})
-
     def topic(self, partition_id: int) -> str | None:
-        """Topic of a partition, if known."""
         return self._known[partition_id][0] if partition_id in self._known else None
 
     def describe(self, ids: Sequence[int], *, width: int = 60) -> str:

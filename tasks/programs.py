@@ -4,7 +4,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from contextlib import suppress
+from traceback import walk_tb
 from typing import Any
 
 import celery.apps.beat
@@ -12,6 +13,7 @@ import celery.apps.worker
 import celery.beat
 from celery import signals
 from celery.utils.log import get_logger
+from celery.utils.text import str_to_list
 from celery.worker.consumer import Consumer as CeleryConsumer
 from redis import RedisError
 
@@ -20,16 +22,9 @@ from config.redis import RedisAddress, is_redis
 from tasks import inspection  # noqa: F401 - a command that the worker answers
 from tasks.app import TidemarkApp
 from tasks.dispatch import tracing_of
-from tasks.health import (
-    BEAT_SILENCE,
-    ConnectionSignOfLife,
-    Heartbeat,
-    WorkerSignOfLife,
-    heartbeat_file,
-    watch_beat,
-)
+from tasks.health import BEAT_SILENCE, WORKER_SILENCE, Heartbeat, heartbeat_file, solo_silence
+from tasks.hints import Membership
 from tasks.leases import ShardLeases
-from tasks.membership import Membership
 
 log = get_logger(__name__)
 
@@ -41,6 +36,7 @@ class Worker(celery.apps.worker.Worker):
     """A worker without `-Q` leases its shards (tasks/leases.py); every worker shows a sign of life."""
 
     app: TidemarkApp
+    heartbeat: Heartbeat
     leases_shards = False
 
     def on_before_init(self, quiet: bool = False, **options: Any) -> None:  # noqa: FBT001, FBT002 - Celery's
@@ -48,9 +44,11 @@ class Worker(celery.apps.worker.Worker):
         super().on_before_init(quiet=quiet, **options)
         app = self.app
         tracing_of(app)
-        self.leases_shards = app.redis_url is not None and not _has_queues(options)
-        app.steps["worker"].add(WorkerSignOfLife)
-        app.steps["consumer"] |= {ConnectionSignOfLife, ShardLeases}
+        # The command line names the shards' queues by -Q, or by -X with a shard.
+        excluded = map(shard_of_queue, str_to_list(options.get("exclude_queues") or ()))
+        named = options.get("queues") or any(shard is not None for shard in excluded)
+        self.leases_shards = app.redis_url is not None and not named
+        app.steps["consumer"].add(ShardLeases)
         for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
             signal.connect(self._close_connections, weak=False)
 
@@ -69,28 +67,31 @@ class Worker(celery.apps.worker.Worker):
         shards = f"and its share of {self.app.settings.shards} shards, materialize.0 and up"
         return f"{text.rstrip()}\n                ({shards}; see: celery -A tasks inspect shards)\n"
 
+    def live(self) -> None:
+        settings = self.app.settings
+        solo = self.pool_cls.__module__ == "celery.concurrency.solo"
+        silence = solo_silence(settings) if solo else WORKER_SILENCE
+        self.heartbeat = Heartbeat(heartbeat_file(settings, "worker"), "worker", stale_after=silence)
+        self.heartbeat.wait()
+
     def on_consumer_ready(self, consumer: Any) -> None:
         """Celery's last hook: the worker consumes."""
         super().on_consumer_ready(consumer)
         say_ready(f"{self.hostname} is ready")
-        heartbeat: Heartbeat | None = getattr(self, "sign_of_life", None)
-        if heartbeat is not None:
-            heartbeat.set_ready(ready=True)
+        self.heartbeat.set_ready(ready=True)
+
+    def on_close(self) -> None:
+        """Celery's hook: the worker stops, and may wait for its last tasks."""
+        super().on_close()
+        self.heartbeat.set_ready(ready=False)
 
     def _close_connections(self, **_: Any) -> None:
         if "database" in vars(self.app):
             self.app.database.close()
 
 
-def _has_queues(options: Mapping[str, Any]) -> bool:
-    """Whether the command line names the shards' queues: `-Q`, or `-X` with a shard."""
-    excluded = options.get("exclude_queues") or ()
-    excluded = excluded.split(",") if isinstance(excluded, str) else excluded
-    return bool(options.get("queues")) or any(shard_of_queue(name) is not None for name in excluded)
-
-
 class Consumer(CeleryConsumer):
-    """Survives the loss of Redis where Celery 5.7's does not.
+    """Shows a sign of life, and survives the loss of Redis where Celery 5.7's does not.
 
     While a late-acknowledging task runs and Redis goes away, Celery closes a connection that was torn down already and
     dies with `AttributeError: 'NoneType' object has no attribute …`, which ends the worker. Here the consumer starts
@@ -98,13 +99,16 @@ class Consumer(CeleryConsumer):
     """
 
     def start(self) -> None:
-        """Consume until the worker stops."""
+        """Called once, when the pool has forked; goes on until the worker stops."""
+        if isinstance(self.controller, Worker):
+            self.controller.live()
         while True:
             try:
                 super().start()
             except AttributeError as error:
-                # Anybody else's AttributeError is a defect, and starting over would only hide it.
-                if not _raised_in(error, "kombu", "redis"):
+                *_, (frame, _) = walk_tb(error.__traceback__)
+                if str(frame.f_globals.get("__name__")).partition(".")[0] not in {"kombu", "redis"}:
+                    # Anybody else's AttributeError is a defect, and starting over would only hide it.
                     raise
                 log.warning("the connection to the broker was torn down (%s): starting over", error)
                 self.on_close()
@@ -113,29 +117,17 @@ class Consumer(CeleryConsumer):
                 return
 
 
-def _raised_in(error: BaseException, *packages: str) -> bool:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    name = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__"))
-    return name.partition(".")[0] in packages
-
-
-class _Service(celery.beat.Service):
-    """Beat's service: its scheduler, whichever it is, shows a sign of life and fills no queue without end."""
-
-    def get_scheduler(self, lazy: bool = False, **options: Any) -> Any:  # noqa: FBT001, FBT002 - Celery's
-        """Celery's hook; `lazy` for the banner only."""
-        scheduler = super().get_scheduler(lazy=lazy, **options)
-        if not lazy:
-            watch(scheduler, self.app)
-        return scheduler
-
-
 class Beat(celery.apps.beat.Beat):
-    """Beat with that service."""
+    class Service(celery.beat.Service):
+        """Beat's service: its scheduler, whichever it is, shows a sign of life and fills no queue without end."""
 
-    Service = _Service
+        def get_scheduler(self, lazy: bool = False, **options: Any) -> Any:  # noqa: FBT001, FBT002 - Celery's
+            """Celery's hook; `lazy` for the banner only."""
+            scheduler = super().get_scheduler(lazy=lazy, **options)
+            if not lazy:
+                file = heartbeat_file(self.app.settings, "beat")
+                watch(scheduler, self.app, Heartbeat(file, "beat", stale_after=BEAT_SILENCE))
+            return scheduler
 
 
 def say_ready(what: str) -> None:
@@ -144,14 +136,14 @@ def say_ready(what: str) -> None:
         print(what, file=sys.stderr, flush=True)  # noqa: T201 - below the banner, which Celery prints
 
 
-def watch(scheduler: Any, app: TidemarkApp) -> None:
-    """Watch a scheduler's ticks and publications."""
-    watch_beat(scheduler, Heartbeat(heartbeat_file(app.settings, "beat"), "beat", stale_after=BEAT_SILENCE))
+def watch(scheduler: Any, app: TidemarkApp, heartbeat: Heartbeat) -> None:
+    """Watch a scheduler's ticks and publications; until the first tick is over, it may wait for the broker."""
     membership = app.once(Membership)
     membership.enter(f"beat@{socket.gethostname()}", program="beat", pid=os.getpid())
     broker = RedisAddress.parse(app.broker_url).client(seconds=1) if is_redis(app.broker_url) else None
-    tick, publish = scheduler.tick, scheduler.apply_async
+    tick, publish, route = scheduler.tick, scheduler.apply_async, app.amqp.router.route
     ready = False
+    heartbeat.wait()
 
     def ticking(*arguments: Any, **options: Any) -> Any:
         nonlocal ready
@@ -160,23 +152,18 @@ def watch(scheduler: Any, app: TidemarkApp) -> None:
             ready = True
             log.info("beat is ready")
             say_ready("beat is ready")
-        membership.renew_when_due()
+            heartbeat.set_ready(ready=True)
+        heartbeat.resume()
+        membership.renew()
         return pause
 
     def publishing(entry: Any, *arguments: Any, **options: Any) -> Any:
-        if broker is not None and _waiting(broker, app, entry.task) >= _TICKS_WAITING:
-            log.warning("nobody takes the ticks from their queue: not adding one", extra={"scheduled": entry.task})
-            return None
+        heartbeat.tick()
+        # Where the broker does not answer, publishing will say what is wrong.
+        with suppress(RedisError):
+            if broker is not None and broker.llen(route({}, entry.task)["queue"].name) >= _TICKS_WAITING:
+                log.warning("nobody takes the ticks from their queue: not adding one", extra={"scheduled": entry.task})
+                return None
         return publish(entry, *arguments, **options)
 
     scheduler.tick, scheduler.apply_async = ticking, publishing
-
-
-def _waiting(broker: Any, app: TidemarkApp, task: str) -> int:
-    """How many messages wait in a task's queue; 0 where the broker does not say."""
-    queue = app.amqp.router.route({}, task)["queue"].name
-    try:
-        return int(broker.llen(queue))
-    except RedisError:
-        # Publishing will say what is wrong.
-        return 0

@@ -10,7 +10,8 @@ from math import inf
 from time import monotonic
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_random_exponential
+from tenacity.stop import stop_after_attempt, stop_before_delay
 
 from config.errors import TransientDatabaseError
 from config.settings import Settings
@@ -37,21 +38,15 @@ def with_retries(
     """
 
     def note(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        if error is not None:
-            log.warning(
-                "attempt failed",
-                extra={"attempt": state.attempt_number, "error": f"{type(error).__name__}: {str(error).strip()}"},
-            )
+        if state.outcome and (error := state.outcome.exception()):
+            said = f"{type(error).__name__}: {str(error).strip()}"
+            log.warning("attempt failed", extra={"attempt": state.attempt_number, "error": said})
             if on_error is not None:
                 on_error(error)
 
-    def is_late(state: RetryCallState) -> bool:
-        return monotonic() + state.upcoming_sleep >= until
-
     attempts = Retrying(
         retry=retry_if_exception(retry),
-        stop=lambda state: is_late(state) or stop_after_attempt(settings.retries + 1)(state),
+        stop=stop_after_attempt(settings.retries + 1) | stop_before_delay(until - monotonic()),
         wait=wait_random_exponential(multiplier=settings.retry_seconds, max=_LONGEST_PAUSE),
         after=note,
         reraise=True,

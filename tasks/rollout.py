@@ -1,14 +1,15 @@
-"""Which strategy a partition gets while a candidate is tried on a share of them.
+"""Which strategy a partition gets while a candidate is tried on a share of them; and who watches the two.
 
 By a hash of the partition's id: the same in every process and every release, independent of its shard, and growing the
 share only adds partitions. Offsets do not depend on it, so changing it while workers run is harmless.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 from config.settings import Settings, Strategy
+from db.materialize import MaterializationMetrics
 
 # Hundredths of a percent.
 _BUCKETS = 10_000
@@ -20,17 +21,6 @@ def bucket_of(partition_id: int) -> int:
     return int.from_bytes(digest, "big") % _BUCKETS
 
 
-def strategy_of(partition_id: int, settings: Settings) -> Strategy:
-    """The candidate for its share of the partitions, the strategy for the others."""
-    if settings.candidate is None or settings.candidate_percent is None:
-        return settings.strategy
-    return settings.candidate if bucket_of(partition_id) < _share(settings.candidate_percent) else settings.strategy
-
-
-def _share(percent: float) -> int:
-    return round(percent * _BUCKETS / 100)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
     """Partitions of a task that share transactions; `compared`: their figures are for `tasks.compare`."""
@@ -38,6 +28,22 @@ class Side:
     strategy: Strategy
     partition_ids: list[int]
     compared: bool = False
+
+
+class Observer:
+    """Hears of everything that happens to a task's partitions, and does nothing about it."""
+
+    def transaction(self, side: Side, done: MaterializationMetrics) -> None:
+        """Hear of one that committed; `done.moved` has each partition's share."""
+
+    def failed(self, side: Side, error: BaseException) -> None:
+        """Hear of an attempt that failed."""
+
+    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
+        """Hear of partitions that this task gives up."""
+
+    def finished(self, partition_ids: Sequence[int], total: MaterializationMetrics) -> None:
+        """Hear what the task did in all."""
 
 
 def split(partition_ids: Iterable[int], settings: Settings) -> list[Side]:
@@ -49,7 +55,7 @@ def split(partition_ids: Iterable[int], settings: Settings) -> list[Side]:
     ids = list(partition_ids)
     if settings.candidate is None or not settings.candidate_percent:
         return [Side(strategy=settings.strategy, partition_ids=ids)]
-    share = _share(settings.candidate_percent)
+    share = round(settings.candidate_percent * _BUCKETS / 100)
     buckets = {i: bucket_of(i) for i in ids}
     candidate = [i for i in ids if buckets[i] < share]
     others = sorted((i for i in ids if buckets[i] >= share), key=lambda i: buckets[i])

@@ -54,8 +54,7 @@ _RESULT = ("events_processed", "records", "partitions_processed", "lock_wait_tim
 _unannounced: ContextVar[set[int] | None] = ContextVar("unannounced", default=None)
 
 
-def _key(partition_id: int) -> str:
-    return f"tidemark:trace:{partition_id}"
+_key = "tidemark:trace:{}".format
 
 
 def _put(redis: Redis, partition_ids: set[int], traceparent: str) -> bool:
@@ -64,8 +63,7 @@ def _put(redis: Redis, partition_ids: set[int], traceparent: str) -> bool:
             pipeline.rpush(key, traceparent)
             pipeline.ltrim(key, 0, _LINKS)
             pipeline.expire(key, _NOTED_SECONDS)
-        pipeline.execute()
-    return True
+        return bool(pipeline.execute())
 
 
 def _pop(redis: Redis, partition_ids: Sequence[int]) -> list[str]:
@@ -97,27 +95,19 @@ def make_provider() -> TracerProvider:
 
 
 class Tracing:
-    """Makes the spans of one app's tasks; `close` ends that."""
+    """Makes the spans of one app's tasks."""
 
     def __init__(self, app: TidemarkApp, provider: TracerProvider | None = None) -> None:
         self._app = app
+        self._hints = app.once(Hints)
         self._provider = provider or make_provider()
         self._tracer = self._provider.get_tracer("tidemark")
         self._running: dict[str, tuple[Span, Token[Context]]] = {}
-        self._receivers = (
-            (signals.before_task_publish, self._before_publish),
-            (signals.task_prerun, self._before_task),
-            (signals.task_postrun, self._after_task),
-            # The children of a prefork pool end without Python's own farewell.
-            (signals.worker_process_shutdown, self._flush),
-        )
-        for signal, receiver in self._receivers:
-            signal.connect(receiver, weak=False)
-
-    def close(self) -> None:
-        for signal, receiver in self._receivers:
-            signal.disconnect(receiver)
-        self._flush()
+        signals.before_task_publish.connect(self._before_publish, weak=False)
+        signals.task_prerun.connect(self._before_task, weak=False)
+        signals.task_postrun.connect(self._after_task, weak=False)
+        # The children of a prefork pool end without Python's own farewell.
+        signals.worker_process_shutdown.connect(self._flush, weak=False)
 
     @contextmanager
     def committing(self, object_key: str, partition_ids: Sequence[int]) -> Iterator[None]:
@@ -137,18 +127,13 @@ class Tracing:
     def _note(self, partition_ids: set[int], span: Span) -> None:
         carrier: dict[str, str] = {}
         propagate.inject(carrier, trace.set_span_in_context(span, Context()))
-        traceparent = carrier.get("traceparent")
-        if (
-            partition_ids
-            and traceparent
-            and not self._app.once(Hints).ask(lambda redis: _put(redis, partition_ids, traceparent), otherwise=False)
-        ):
+        parent = carrier.get("traceparent")
+        if partition_ids and parent and not self._hints.ask(lambda r: _put(r, partition_ids, parent), otherwise=False):
             log.warning("a commit's trace ends with it: Redis does not answer")
 
     def _take(self, partition_ids: Sequence[int]) -> list[SpanContext]:
         """What is noted for partitions, each once."""
-        nothing: list[str] = []
-        noted = self._app.once(Hints).ask(lambda redis: _pop(redis, partition_ids), otherwise=nothing)
+        noted: list[str] = self._hints.ask(lambda redis: _pop(redis, partition_ids), [])
         spans = (
             trace.get_current_span(propagate.extract({"traceparent": value}, Context())).get_span_context()
             for value in dict.fromkeys(noted)
@@ -158,23 +143,20 @@ class Tracing:
     # --- Signals
 
     def _before_publish(self, sender: Any, headers: dict[str, Any], body: Any, **_: Any) -> None:
-        if sender == MATERIALIZE:
-            # Signals swallow what receivers raise; the arguments were looked at by the router.
-            self._publish_materialize(headers, partition_ids_of(body[0], body[1]))
-        elif sender.startswith("tasks.") and trace.get_current_span().get_span_context().is_valid:
-            propagate.inject(headers)
-
-    def _publish_materialize(self, headers: dict[str, Any], partition_ids: list[int]) -> None:
         current = trace.get_current_span()
-        unannounced = _unannounced.get()
-        if unannounced is not None:
+        if sender != MATERIALIZE:
+            if sender.startswith("tasks.") and current.get_span_context().is_valid:
+                propagate.inject(headers)
+            return
+        # Signals swallow what receivers raise; the arguments were looked at by the router.
+        partition_ids = partition_ids_of(*body[:2])
+        if (unannounced := _unannounced.get()) is not None:
             unannounced.difference_update(partition_ids)
         noted = self._take(partition_ids)
         parent = contexts.get_current()
         if noted and getattr(current, "name", None) in {*_FINDERS, None}:
             # Found in Postgres: the trace is the commit's, and fan-out a link.
-            first, *noted = noted
-            parent = trace.set_span_in_context(trace.NonRecordingSpan(first))
+            parent = trace.set_span_in_context(trace.NonRecordingSpan(noted.pop(0)))
             if current.get_span_context().is_valid:
                 noted.append(current.get_span_context())
         span = self._tracer.start_span(
@@ -204,7 +186,7 @@ class Tracing:
         if span is None or token is None:
             return
         contexts.detach(token)
-        result: Mapping[str, Any] = retval if isinstance(retval, Mapping) else {}
+        result = retval if isinstance(retval, Mapping) else {}
         if state == "FAILURE":
             span.set_status(StatusCode.ERROR, str(retval))
             if isinstance(retval, BaseException):

@@ -8,6 +8,10 @@ from urllib.parse import urlsplit
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
+from config.settings import Settings, Strategy
+from tasks.background import Background
+from tasks.rollout import bucket_of
+
 T = TypeVar("T")
 
 _DATABASE_PASSWORD = "kN4wTz8QxV2mRb6Lh0sJ"
@@ -17,6 +21,17 @@ def numbers_in(ranges: str) -> list[int]:
     """`0-2,5` as 0, 1, 2, 5."""
     spans = [span.split("-") for span in ranges.split(",") if span]
     return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+
+
+def finish(background: Background) -> None:
+    """Wait until all that was submitted is done."""
+    background._thread.submit(int).result()
+
+
+def strategy_of(partition_id: int, settings: Settings) -> Strategy:
+    """The candidate for its share of the partitions, the strategy for the others."""
+    share = round((settings.candidate_percent or 0) * 100)
+    return settings.candidate if settings.candidate and bucket_of(partition_id) < share else settings.strategy
 
 
 class Connect(Protocol):

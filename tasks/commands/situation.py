@@ -15,10 +15,10 @@ from config.queues import shard_of, shard_of_queue, shard_queue
 from config.redis import RedisAddress, is_redis
 from config.settings import Settings
 from db.status import Holder, LockWait, PartitionState, Reading, Session, TopicBacklog
-from tasks import membership
+from tasks import hints
 from tasks.app import TidemarkApp
 from tasks.commands.display import NOTHING, count, duration, label, number, statement, table, text
-from tasks.membership import GONE_SECONDS, redis_time
+from tasks.hints import GONE_SECONDS, redis_time
 from tasks.metrics import read_stuck
 from tasks.names import ranges
 
@@ -87,11 +87,11 @@ def read_programs(redis: Redis, *, seconds: float = GONE_SECONDS) -> list[Progra
             host=p.host,
             pid=p.pid,
             shards=p.shards,
-            consumes=p.consumes,
+            consumes=tuple(p.consumes),
             up=max(0.0, now - p.since),
             seen=max(0.0, now - p.seen),
         )
-        for p in membership.read_programs(redis).values()
+        for p in hints.read_programs(redis).values()
     ]
     return sorted((p for p in found if p.seen <= seconds), key=lambda p: p.name)
 

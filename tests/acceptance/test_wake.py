@@ -11,12 +11,13 @@ from config.errors import InvalidCommitError
 from tasks.app import TidemarkApp
 from tasks.background import Background
 from tasks.dispatch import commit_and_wake, wake
-from tasks.drain import serve
+from tasks.drain import observers, serve
 from tasks.hints import Hints
-from tasks.observers import observers, worker_metrics
+from tasks.metrics import WorkerMetrics
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
 from tests.servers import RedisServer
+from tests.support import finish
 
 
 def commit(app: TidemarkApp, log: Log, key: str, partition: int) -> int:
@@ -39,11 +40,11 @@ def test_partitions_that_wait_already_are_not_queued_again(app: TidemarkApp, log
     assert app.redis is not None
     for _ in range(2):
         wake(app, log.partitions)
-        app.once(Background).drain()
+        finish(app.once(Background))
         queues = [app.redis.llen(f"materialize.{shard}") for shard in range(4)]
         assert queues == [1, 1, 1, 1], "eight partitions on four shards are four tasks"
     commit(app, log, "bucket/2", log.partitions[0])
-    app.once(Background).drain()
+    finish(app.once(Background))
     assert app.redis.llen("materialize.0") + app.redis.llen("materialize.1") == 2
 
 
@@ -62,14 +63,14 @@ def test_a_broker_that_is_away_fails_no_commit(
     for number in range(20):
         commit(lonely, log, f"bucket/{number}", log.partitions[0])
     background = lonely.once(Background)
-    background.drain()
+    finish(background)
     assert log.backlog() == 20
     assert caplog.text.count("waking failed") == 1
     crashable_redis.restart()
     background._silent_until = 0
     lonely.once(Hints)._silent_until = 0
     wake(lonely, [log.partitions[0]])
-    background.drain()
+    finish(background)
     assert lonely.redis is not None
     assert lonely.redis.llen(f"materialize.{log.partitions[0] % 4}") == 1
     lonely.redis.close()
@@ -80,7 +81,7 @@ def test_a_broker_that_hangs_holds_up_no_commit(place: Place, log: Log, crashabl
     """SIGSTOP is what a frozen host or a dropped link looks like: the committing thread never talks to Redis."""
     app = make_app(Place(database_url=place.database_url, broker_url=crashable_redis.url, directory=place.directory))
     commit(app, log, "bucket/first", log.partitions[0])
-    app.once(Background).drain()
+    finish(app.once(Background))
     os.kill(crashable_redis.pid, signal.SIGSTOP)
     try:
         longest = 0.0
@@ -96,7 +97,7 @@ def test_a_broker_that_hangs_holds_up_no_commit(place: Place, log: Log, crashabl
     assert number > 100
     # Fifty seconds and more where the committing thread talks to Redis; this machine is shared.
     assert longest < 1.5
-    app.once(Background).drain()
+    finish(app.once(Background))
     assert app.redis is not None
     app.redis.close()
     app.close()
@@ -112,13 +113,13 @@ def test_a_hung_redis_of_hints_costs_a_task_half_a_second(place: Place, log: Log
             directory=place.directory,
         )
     )
-    serve(app, log.partitions[:1], observers(app))
+    serve(app, log.partitions[:1], app.once(observers))
     os.kill(crashable_redis.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
         for _ in range(4):
-            serve(app, log.partitions[:1], observers(app))
-            app.once(worker_metrics).flush()
+            serve(app, log.partitions[:1], app.once(observers))
+            app.once(WorkerMetrics).flush()
         took = time.monotonic() - began
     finally:
         os.kill(crashable_redis.pid, signal.SIGCONT)

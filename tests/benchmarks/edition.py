@@ -303,7 +303,7 @@ def _fleet(url: str, workers: int) -> Iterator[dict[str, list[int]]]:
 def sustained(
     conn: Conn, url: str, partitions: int, batches: int, producers: int, seconds: float, workers: int
 ) -> dict[str, Any]:
-    """Producers for that many seconds beside the workers, until all has its offsets; without workers, producers alone."""
+    """Producers for a time beside the workers, until all has its offsets; without workers, producers alone."""
     fresh(conn, partitions)
     with ExitStack() as stack:
         pids = stack.enter_context(_fleet(url, workers)) if workers else {}

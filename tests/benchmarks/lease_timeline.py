@@ -22,7 +22,7 @@ from redis import Redis
 from db.commit import Batch, commit_batches
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
-from tasks.membership import read_programs, redis_time
+from tasks.hints import read_programs, redis_time
 from tests.demo.programs import Process, Programs
 from tests.servers import PostgresServer, RedisServer
 

@@ -16,9 +16,10 @@ from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.commands.compare import compare
 from tasks.compare import PAIRS_AT_LEAST, Comparison, DrainComparison
-from tasks.observers import worker_metrics
-from tasks.rollout import Side, strategy_of
+from tasks.metrics import WorkerMetrics
+from tasks.rollout import Side
 from tests.integration.conftest import MakeApp, make_topic
+from tests.support import strategy_of
 from tests.support_commands import Cli, app_for, drain
 
 ROLLOUT: dict[str, Any] = {"strategy": "window", "candidate": "incremental", "candidate_percent": 50}
@@ -35,7 +36,7 @@ def side(strategy: Strategy) -> Side:
 
 def note(app: TidemarkApp, strategy: Strategy, **done: Any) -> None:
     """A transaction of a side that is compared."""
-    observer = DrainComparison(app.once(worker_metrics), app.settings)
+    observer = DrainComparison(app)
     observer.transaction(
         side(strategy), MaterializationMetrics(**{"transactions": 1, "partitions_processed": 1, **done})
     )
@@ -50,7 +51,7 @@ def work(app: TidemarkApp, *, n: int, factor: float, seed: int = 1, share: float
             events = max(1, round(chance.lognormvariate(5, 1.5) * fewer))
             took = (2 + events / 100) * slower * chance.lognormvariate(0, 0.3)
             note(app, strategy, events_processed=events, processing_time_ms=took + wait_ms, lock_wait_time_ms=wait_ms)
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
 
 
 def only(app: TidemarkApp, **more: Any) -> Comparison:
@@ -88,7 +89,7 @@ def test_smaller_within_a_cell_is_no_difference_either(app: TidemarkApp) -> None
             events = chance.randint(low, high)
             took = events / 10 * chance.lognormvariate(0, 0.1)
             note(app, strategy, events_processed=events, processing_time_ms=took)
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = only(app)
     assert found.verdict == "not shown"
     assert 30 <= found.pairs <= 100
@@ -121,7 +122,7 @@ def test_sides_of_a_task_are_alike_enough_to_be_compared(
         for number in range(PAIRS_AT_LEAST):
             commit_object(conn, f"object-{number}", ids, [1] * 200, list(range(200)), [10] * 200, [0] * 200)
             drain(app, ids)
-        app.once(worker_metrics).flush()
+        app.once(WorkerMetrics).flush()
         found = only(app)
     assert (found.pairs, found.verdict == "too few transactions") == (PAIRS_AT_LEAST, False)
     assert 0.5 < found.current.events / found.candidate.events < 2
@@ -137,7 +138,7 @@ def test_nothing_alike_is_nothing_to_compare(app: TidemarkApp) -> None:
     for strategy, events in sides:
         for _ in range(100):
             note(app, strategy, events_processed=events, processing_time_ms=5)
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = only(app)
     assert (found.verdict, found.time_ratio, found.pairs) == ("too few transactions", None, 0)
     assert "none of them like one of window's yet" in found.words
@@ -147,7 +148,7 @@ def test_lock_waits_are_no_part_of_the_times(app: TidemarkApp) -> None:
     for n in range(PAIRS_AT_LEAST):
         note(app, "window", events_processed=10, processing_time_ms=5 + n % 3)
         note(app, "incremental", events_processed=10, processing_time_ms=8 + n % 3, lock_wait_time_ms=3)
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = only(app)
     assert found.current.micros_per_event == found.candidate.micros_per_event
     assert found.current.lock_wait_ms == 0
@@ -176,8 +177,8 @@ def test_what_is_kept_is_bounded(app: TidemarkApp, monkeypatch: pytest.MonkeyPat
     for n in range(200):
         note(app, "window", events_processed=n, processing_time_ms=5)
         if n % 120 == 0:
-            app.once(worker_metrics).flush()
-    app.once(worker_metrics).flush()
+            app.once(WorkerMetrics).flush()
+    app.once(WorkerMetrics).flush()
     found = only(app)
     assert (found.current.transactions, found.current.events) == (50, sum(range(150, 200)))
 
@@ -187,7 +188,7 @@ def test_without_a_candidate_nothing_is_kept(database_url: str, redis_url: str, 
         ids = make_topic(conn, partitions=3)
         commit_object(conn, "a", ids, [1] * 3, [0] * 3, [10] * 3, [0] * 3)
         drain(app, ids)
-        app.once(worker_metrics).flush()
+        app.once(WorkerMetrics).flush()
         assert app.redis
         assert comparison.read(app.redis) == []
 
@@ -197,8 +198,8 @@ def test_workers_count_both_sides_and_their_failures(app: TidemarkApp, conn: Con
     commit_object(conn, "a", ids * 2, [1] * 40, list(range(40)), [10] * 40, [0] * 40)
     drain(app, ids)
     drain(app, ids)
-    DrainComparison(app.once(worker_metrics), app.settings).failed(side("incremental"), ValueError())
-    app.once(worker_metrics).flush()
+    DrainComparison(app).failed(side("incremental"), ValueError())
+    app.once(WorkerMetrics).flush()
     found = only(app)
     assert (found.current.transactions, found.candidate.transactions) == (2, 2)
     assert (found.current.empty, found.candidate.empty) == (1, 1)
@@ -242,8 +243,8 @@ def test_without_scipy_it_says_what_to_install(app: TidemarkApp, monkeypatch: py
 
 
 def test_a_side_without_figures_is_shown_all_the_same(app: TidemarkApp) -> None:
-    DrainComparison(app.once(worker_metrics), app.settings).failed(side("incremental"), ValueError())
-    app.once(worker_metrics).flush()
+    DrainComparison(app).failed(side("incremental"), ValueError())
+    app.once(WorkerMetrics).flush()
     cli = Cli(app)
     assert "failed attempts 0 1" in cli(compare).words
     (found,) = cli(compare, "--json").json["comparisons"]
@@ -258,8 +259,8 @@ def test_nothing_compared_says_what_to_do(app: TidemarkApp) -> None:
 
 def test_starting_over_keeps_every_other_figure(app: TidemarkApp) -> None:
     work(app, n=10, factor=1)
-    app.once(worker_metrics).add("sweep_partitions", amount=4)
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).add("sweep_partitions", amount=4)
+    app.once(WorkerMetrics).flush()
     cli = Cli(app)
     assert "compared from now on" in cli(compare, "--reset").out
     assert app.redis

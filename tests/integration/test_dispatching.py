@@ -15,7 +15,7 @@ from db.discover import Pending
 from tasks.app import TidemarkApp
 from tasks.dispatch import dispatch, fan_out, hand_over, sweep
 from tasks.drain import serve
-from tasks.tokens import QueuedTokens
+from tasks.hints import QueuedTokens
 from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import wait_until
 
@@ -163,7 +163,7 @@ def test_a_task_of_fewer_shards_is_grouped_again(
     new = make_app(shards=4)
     with Redis.from_url(redis_url) as redis:
         redis.delete("materialize.0", "materialize.1")
-    done = serve(new, group)
+    done = serve(new, group, ())
     assert done["transactions"] == 0
     found = {queue: m["kwargs"]["partition_ids"] for queue, ms in queued(redis_url).items() for m in ms}
     shards = {i % 4 for i in group}

@@ -13,8 +13,8 @@ from db.materialize import MaterializationMetrics, materialize
 from tasks import exporter, metrics
 from tasks.app import TidemarkApp
 from tasks.drain import drain as drain_sides
-from tasks.drain import together
-from tasks.observers import observers, worker_metrics
+from tasks.drain import observers, together
+from tasks.metrics import WorkerMetrics
 from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import Connect
 
@@ -22,7 +22,7 @@ PARTITIONS = 40
 
 
 def drain(app: TidemarkApp, ids: list[int]) -> MaterializationMetrics:
-    return together(drain_sides(app, ids, observers(app)))
+    return together(drain_sides(app, ids, app.once(observers)))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_partition_that_cannot_be_placed(
     record = next(r for r in caplog.records if r.message == "partitions cannot be materialized")
     assert vars(record)["partitions"] == f"orders/{bad}"
     assert "out of range" in vars(record)["error"]
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     with Redis.from_url(redis_url, decode_responses=True) as redis:
         assert list(metrics.read_stuck(redis, seconds=60)) == [f"orders/{bad}"]
         assert metrics.read_stuck(redis, seconds=-60) == {}

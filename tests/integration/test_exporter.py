@@ -25,19 +25,18 @@ from redis import Redis
 
 import db.status
 from config.errors import UnknownPartitionError
-from config.settings import DEFAULT_STRATEGY
+from config.settings import DEFAULT_STRATEGY, Settings
 from db.audit import audit
 from db.materialize import MaterializationMetrics, Moved, ages_of_run, materialize
 from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tasks import metrics
 from tasks.app import TidemarkApp
+from tasks.drain import observers
 from tasks.exporter import Exporter, ServerError, Source
-from tasks.hints import Hints
-from tasks.membership import Membership
+from tasks.hints import Membership
 from tasks.metrics import DrainMetrics, WorkerMetrics
 from tasks.names import PartitionNames
-from tasks.observers import observers, worker_metrics
 from tasks.rollout import Side
 from tests.integration import conftest
 from tests.integration.conftest import MakeApp, make_topic
@@ -241,7 +240,7 @@ def test_figures_of_the_workers(
     done = drain(app, orders[:1])
     commit(conn, "b", [orders[0], *partition_ids(conn, "payments")])
     drain(app, [orders[0], *partition_ids(conn, "payments")])
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = scrape(exporter)
     own = {"topic": "orders", "strategy": done.strategy}
     both = {"topic": "(several)", "strategy": done.strategy}
@@ -272,7 +271,7 @@ def test_how_long_commits_wait_for_their_offsets(
     for n in range(3):
         commit(conn, f"more {n}", orders[1:2])
         drain(app, orders[1:2])
-    app.once(worker_metrics).flush()
+    app.once(WorkerMetrics).flush()
     found = scrape(exporter)
     assert found("commit_to_offset_seconds_count", topic="orders") == 5
     assert found("commit_to_offset_seconds_bucket", topic="orders", le="2.5") == 2
@@ -294,7 +293,7 @@ def test_a_sample_that_fails_fails_no_task(app: TidemarkApp) -> None:
     def ages_of(partition_id: int, newer: int) -> list[float]:
         raise errors.ConnectionTimeout(f"while reading run {newer} of {partition_id}")
 
-    DrainMetrics(app.once(worker_metrics), app.once(PartitionNames), ages_of).transaction(SIDE, DONE)
+    DrainMetrics(app.once(WorkerMetrics), app.once(PartitionNames), ages_of).transaction(SIDE, DONE)
 
 
 def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: Connect, orders: list[int]) -> None:
@@ -303,8 +302,8 @@ def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: 
     assert drain(app, orders[:1]).stuck_partition_ids == (orders[0],)
     with pytest.raises(UnknownPartitionError):
         drain(app, [2**31 - 1])
-    observers(app)[0].failed(SIDE, ZeroDivisionError())
-    app.once(worker_metrics).flush()
+    app.once(observers)[0].failed(SIDE, ZeroDivisionError())
+    app.once(WorkerMetrics).flush()
     found = scrape(exporter)
     assert found("materialize_errors_total", kind="LockNotAvailable") == 1
     assert found("materialize_stuck_total") == 1
@@ -333,14 +332,11 @@ def counted(worker: WorkerMetrics, topic: str = "orders") -> None:
     DrainMetrics(worker, names).transaction(SIDE, DONE)
 
 
-def hints_of(client: Redis | None) -> Hints:
-    app = TidemarkApp("hints")
-    app.redis = client
-    return Hints(app)
-
-
 def worker_of(client: Redis | None, topics: int = 5) -> WorkerMetrics:
-    return WorkerMetrics(hints_of(client), topics=topics)
+    app = TidemarkApp("worker")
+    app.redis = client
+    app.settings = Settings(metrics_topics=topics)
+    return WorkerMetrics(app)
 
 
 def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
@@ -398,8 +394,7 @@ def test_figures_wait_for_a_redis_that_is_away(
     crashable: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Redis.from_url(crashable.url, decode_responses=True, socket_connect_timeout=1)
-    hints = hints_of(client)
-    worker = WorkerMetrics(hints, topics=5)
+    worker = worker_of(client)
     crashable.kill()
     counted(worker)
     worker.flush()
@@ -410,7 +405,7 @@ def test_figures_wait_for_a_redis_that_is_away(
     worker.flush()
     assert caplog.text == ""
     crashable.restart()
-    hints._silent_until = 0.0
+    worker._hints._silent_until = 0.0
     worker.flush()
     assert metrics.read(client)[f"materialize_events|orders|{DONE.strategy}"] == "20"
     client.close()
@@ -423,7 +418,7 @@ def crashable(server_directory: Path, redis_binary: Path | None) -> Iterator[Red
 
 
 def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
-    worker = app.once(worker_metrics)
+    worker = app.once(WorkerMetrics)
     worker.task_ended("tasks.fan_out", "SUCCESS", 0.5, {"commits": 3, "partitions": 2, "tasks": 1})
     worker.task_ended("tasks.sweep", "SUCCESS", 0.5, {"partitions": 5, "tasks": 2})
     worker.task_ended("tasks.retain", "SUCCESS", 0.5, {"deleted": 4, "log_bytes": 50})
@@ -449,15 +444,16 @@ def test_workers_that_are_heard_of_and_those_that_went(exporter: Exporter) -> No
     """One that is killed and started again under its name is the same; one that is gone for good leaves no series."""
     for name in ("celery@a", "celery@5eb63bbb", "celery@c3fcd3d7"):
         exporter._broker._heard({"hostname": name, "active": 1, "processed": 7})
-    exporter._broker._workers["celery@a"].at -= 90
-    exporter._broker._workers["celery@5eb63bbb"].at -= 90
+    workers = exporter._broker._workers
+    for name in ("celery@a", "celery@5eb63bbb"):
+        workers[name] = (workers[name][0] - 90, workers[name][1])
     killed = scrape(exporter)
     assert killed("workers") == 1
     assert killed.label_values("worker_heartbeat_timestamp_seconds", "worker") == {
         "celery@a", "celery@5eb63bbb", "celery@c3fcd3d7",
     }  # fmt: skip
     exporter._broker._heard({"hostname": "celery@a"})
-    exporter._broker._workers["celery@5eb63bbb"].at -= 900
+    workers["celery@5eb63bbb"] = (workers["celery@5eb63bbb"][0] - 900, {})
     later = scrape(exporter)
     assert later("workers") == 2
     assert later.label_values("worker_heartbeat_timestamp_seconds", "worker") == {"celery@a", "celery@c3fcd3d7"}
@@ -627,13 +623,13 @@ def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], order
     commit(conn, "a", orders)
     materialize(conn, orders)
     audit(conn)
-    counted(app.once(worker_metrics))
-    app.once(worker_metrics).task_ended("tasks.audit", "SUCCESS", 0.1, {"violations": 0})
-    app.once(worker_metrics).observe("commit_to_offset_seconds", 0.1, "orders")
+    counted(app.once(WorkerMetrics))
+    app.once(WorkerMetrics).task_ended("tasks.audit", "SUCCESS", 0.1, {"violations": 0})
+    app.once(WorkerMetrics).observe("commit_to_offset_seconds", 0.1, "orders")
     for family in metrics.FAMILIES:
         if family.kind == "counter":
-            app.once(worker_metrics).add(family.name, *family.labels)
-    app.once(worker_metrics).flush()
+            app.once(WorkerMetrics).add(family.name, *family.labels)
+    app.once(WorkerMetrics).flush()
     exporter._broker._heard({"hostname": "celery@test"})
     app.once(Membership).enter("beat@test", program="beat", pid=1)
     app.once(Membership).renew()
@@ -800,7 +796,7 @@ def test_every_alert_has_its_runbook_and_a_test() -> None:
 
 def test_the_figures_cost_little(app: TidemarkApp) -> None:
     """CPU of a task's figures, in round trips to Redis: the same machine, the same moment."""
-    worker, client = app.once(worker_metrics), app.redis
+    worker, client = app.once(WorkerMetrics), app.redis
     assert client
 
     def cpu_of(work: Callable[[], object]) -> float:

@@ -14,11 +14,9 @@ from tasks.app import TidemarkApp
 from tasks.background import Background
 from tasks.batching import Adaptive
 from tasks.dispatch import publish, wake
-from tasks.drain import controllers, serve
-from tasks.observers import observers
-from tasks.rollout import strategy_of
+from tasks.drain import controllers, observers, serve
 from tests.integration.conftest import MakeApp, make_topic
-from tests.support import Connect
+from tests.support import Connect, finish, strategy_of
 from tests.support_commands import drain
 
 PARTITIONS = 24
@@ -115,7 +113,7 @@ def test_a_growing_rollout_goes_on_where_the_partition_stands(
 def test_a_task_with_both_sides_says_what_each_did(conn: Connection[Any], ids: list[int], make_app: MakeApp) -> None:
     app = make_app(shards=1, **HALF)
     commit(conn, "a", ids)
-    result = serve(app, ids, observers(app))
+    result = serve(app, ids, app.once(observers))
     candidate = sum(strategy_of(i, app.settings) == "incremental" for i in ids)
     assert 0 < candidate < PARTITIONS
     assert (result["strategy"], result["events_processed"]) == ("several", PARTITIONS)
@@ -123,7 +121,7 @@ def test_a_task_with_both_sides_says_what_each_did(conn: Connection[Any], ids: l
     assert result["partitions_processed"] == PARTITIONS
     assert sum(s["events_processed"] for s in result["sides"] if s["strategy"] == "incremental") == candidate
     one = [i for i in ids if strategy_of(i, app.settings) == "incremental"][:1]
-    alone = serve(app, one, observers(app))
+    alone = serve(app, one, app.once(observers))
     assert alone["strategy"] == "incremental"
     assert "sides" not in alone
 
@@ -193,12 +191,12 @@ def test_only_collect_collects_and_only_after_a_wake_up(
 ) -> None:
     app = make_app(shards=1, batching=batching, collect_seconds=0.5)
     wake(app, ids[:1])
-    app.once(Background).drain()
+    finish(app.once(Background))
     publish(app, ids[1:2], at_once=True)
     assert sorted(due(redis_url, "materialize.0")) == [False, batching == "collect"]
     # It collects: what is committed meanwhile is queued already.
     wake(app, ids[:1])
-    app.once(Background).drain()
+    finish(app.once(Background))
     assert len(due(redis_url, "materialize.0")) == 2
 
 

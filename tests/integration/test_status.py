@@ -29,8 +29,8 @@ from db.topics import create_topic, partition_ids
 from tasks.commands.situation import Situation, read_hints
 from tasks.commands.status import status
 from tasks.commands.top import Curves, top
-from tasks.membership import KEY, Program
-from tasks.observers import worker_metrics
+from tasks.hints import KEY, Program
+from tasks.metrics import STUCK_KEY, WorkerMetrics
 from tests.integration.conftest import commit, make_topic
 from tests.servers import PostgresServer, RedisServer
 from tests.support import Connect, wait_until
@@ -185,8 +185,8 @@ def test_a_locked_partition_that_nobody_waits_for(
     blocker.execute(f"select from tidemark.topic_partitions for {strength} -- a comment".encode())
     assert materialize(conn, ids, wait=False).busy_partition_ids == tuple(ids)
     report(redis_url, "worker@one", consumes=range(8))
-    cli.app.once(worker_metrics).stuck(["orders/0"], "ValueError: locked\nfor long")
-    cli.app.once(worker_metrics).flush()
+    cli.app.once(WorkerMetrics).keep({"orders/0": f"{time.time():.0f} ValueError: locked\nfor long"}, STUCK_KEY)
+    cli.app.once(WorkerMetrics).flush()
     found = cli(status, "--json", "--interval", "0", "--after", "0").json
     pids = {blocker.info.backend_pid} | ({other.info.backend_pid} if way == "share by two" else set())
     assert {lock["pid"] for lock in found["row_locks"]} == pids
@@ -327,8 +327,8 @@ def test_why_a_partition_cannot_be_materialized(
     commit(conn, "a", ids)
     save_fan_out(conn, find_committed(conn))
     error = ValueError("disk on fire")
-    cli.app.once(worker_metrics).stuck(["orders/1"], f"{type(error).__name__}: {error}")
-    cli.app.once(worker_metrics).flush()
+    cli.app.once(WorkerMetrics).keep({"orders/1": f"{time.time():.0f} {type(error).__name__}: {error}"}, STUCK_KEY)
+    cli.app.once(WorkerMetrics).flush()
     report(redis_url, "worker@one")
     assert waits_for(cli) == {
         0: f"a worker on materialize.{ids[0] % 8}",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import signals
 from celery.contrib.testing.worker import start_worker
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -25,7 +26,7 @@ from tasks.dispatch import committing
 from tasks.dispatch import wake as wake_up
 from tasks.tracing import Tracing, make_provider
 from tests.integration.conftest import MakeApp, make_topic
-from tests.support import wait_until
+from tests.support import finish, wait_until
 from tests.support_commands import declare_jobs
 
 
@@ -59,6 +60,17 @@ def trace_with(app: TidemarkApp, provider: TracerProvider) -> Tracing:
     return tracing
 
 
+def close(tracing: Tracing) -> None:
+    for signal, receiver in (
+        (signals.before_task_publish, tracing._before_publish),
+        (signals.task_prerun, tracing._before_task),
+        (signals.task_postrun, tracing._after_task),
+        (signals.worker_process_shutdown, tracing._flush),
+    ):
+        signal.disconnect(receiver)
+    tracing._flush()
+
+
 @pytest.fixture
 def traced(make_app: MakeApp, tmp_path: Path) -> Iterator[Traced]:
     spans = InMemorySpanExporter()
@@ -70,7 +82,7 @@ def traced(make_app: MakeApp, tmp_path: Path) -> Iterator[Traced]:
     tracing = trace_with(app, provider)
     with start_worker(app, pool="solo", perform_ping_check=False, queues=all_queues(2), loglevel="WARNING"):
         yield Traced(app, spans)
-    tracing.close()
+    close(tracing)
 
 
 @pytest.fixture
@@ -84,7 +96,7 @@ def commit(app: TidemarkApp, conn: Connection[Any], key: str, partitions: Sequen
         commit_object(conn, key, partitions, [1] * count, [0] * count, [1] * count, [0] * count)
         if wake:
             wake_up(app, partitions)
-    app.once(Background).drain()
+    finish(app.once(Background))
 
 
 def context_of(span: ReadableSpan) -> SpanContext:
@@ -163,12 +175,12 @@ def test_a_trace_that_is_not_sampled_is_not_noted(make_app: MakeApp, tmp_path: P
     tracing = trace_with(app, TracerProvider(sampler=ALWAYS_OFF))
     with committing(app, "a", [1]):
         pass
-    app.once(Background).drain()
-    app.once(Background).drain()
-    app.once(Background).drain()
+    finish(app.once(Background))
+    finish(app.once(Background))
+    finish(app.once(Background))
     assert app.redis
     assert app.redis.keys("tidemark:trace:*") == []
-    tracing.close()
+    close(tracing)
 
 
 def test_a_failed_commit_notes_nothing(traced: Traced, conn: Connection[TupleRow]) -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from config.errors import SettingsError
 from config.settings import BATCHINGS, STRATEGIES, Settings, load_settings
 from db.materialize import MaterializationMetrics
-from tasks.batching import Adaptive, Complete, Fixed, make_controller, make_controllers
+from tasks.batching import Adaptive, Complete, Controller, make_controller
+from tasks.drain import controllers
+from tests.support_commands import new_app
 
 TARGET = 0.2
 
@@ -36,7 +38,7 @@ def metrics(seconds: float, events: int, *, backlog: Iterable[int] = (), wait: f
 
 
 def test_fixed_takes_all_partitions_and_the_same_number_of_each() -> None:
-    plan = Fixed(500).plan([3, 1, 2], again=True)
+    plan = Controller(500).plan([3, 1, 2], again=True)
     assert (plan.partition_ids, plan.events_per_partition) == ((3, 1, 2), 500)
 
 
@@ -72,10 +74,12 @@ def test_a_plan_is_bounded_and_takes_something_of_each(
 
 
 def test_each_strategy_has_its_own_controller() -> None:
-    controllers = make_controllers(Settings(batching="adaptive"))
-    assert set(controllers) == set(STRATEGIES)
-    controllers["incremental"].failed()
-    assert controllers["window"].plan([1], again=False) != controllers["incremental"].plan([1], again=False)
+    app = new_app(batching="adaptive")
+    found = app.once(controllers)
+    assert set(found) == set(STRATEGIES)
+    found["incremental"].failed()
+    assert found["window"].plan([1], again=False) != found["incremental"].plan([1], again=False)
+    app.close()
 
 
 # --- Adaptive

@@ -15,8 +15,10 @@ from config import heartbeat as probe
 from config.heartbeat import examine
 from config.settings import Settings
 from tasks import health
-from tasks.health import Heartbeat, heartbeat_file, solo_silence, watch_beat
+from tasks.health import Heartbeat, heartbeat_file, solo_silence
+from tasks.programs import watch
 from tests.support import wait_until
+from tests.support_commands import new_app
 
 
 @pytest.fixture
@@ -103,7 +105,8 @@ def test_a_forked_child_leaves_its_parents_sign(
 def test_beat_is_ready_after_its_first_tick(beating: Heartbeat, file: Path) -> None:
     published = []
     scheduler = SimpleNamespace(tick=lambda: 5.0, apply_async=lambda entry, **_: published.append(entry))
-    watch_beat(scheduler, beating)
+    app = new_app(broker_url="amqp://nobody")
+    watch(scheduler, app, beating)
     age(file, 100)
 
     def it_beats_before_its_first_tick() -> bool:
@@ -119,6 +122,7 @@ def test_beat_is_ready_after_its_first_tick(beating: Heartbeat, file: Path) -> N
         work()
         assert examine(file).alive
     assert published == ["fan_out"]
+    app.close()
 
 
 def test_where_the_file_is(tmp_path: Path) -> None:

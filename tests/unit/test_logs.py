@@ -15,8 +15,9 @@ from config.settings import Settings
 from db.materialize import MaterializationMetrics
 from tasks import logs
 from tasks.app import TidemarkApp
+from tasks.drain import DrainLog
+from tasks.jobs import Job
 from tasks.names import PartitionNames
-from tasks.observers import DrainLog, Job
 
 log = logging.getLogger("tests.logs")
 
@@ -135,7 +136,7 @@ def test_a_job_names_its_task_topics_partitions_and_shard(json_file: Path, monke
 
     some.apply(task_id="the-task")
     log.info("later")
-    during, after = (e for e in map(json.loads, lines(json_file)) if e["logger"] in {"tasks.observers", "tests.logs"})
+    during, after = (e for e in map(json.loads, lines(json_file)) if e["logger"] in {"tasks.drain", "tests.logs"})
     assert (during["task"], during["task_id"]) == ("tasks.some", "the-task")
     assert (during["partitions"], during["shard"]) == ("orders/1-2 payments/0", 2)
     assert (during["events"], during["records"]) == (5, 9)

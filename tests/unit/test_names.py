@@ -29,5 +29,6 @@ def test_a_long_list_is_cut_with_a_sign_that_it_was() -> None:
     assert text.endswith("…")
 
 
-def test_topics_are_named_once_each() -> None:
-    assert names({1: ("b", 0), 2: ("a", 0), 3: ("b", 1)}).topics([1, 2, 3, 4]) == ["a", "b"]
+def test_the_topic_of_a_partition_is_known_or_none() -> None:
+    known = names({1: ("b", 0), 2: ("a", 0), 3: ("b", 1)})
+    assert [known.topic(i) for i in (1, 2, 3, 4)] == ["b", "a", "b", None]

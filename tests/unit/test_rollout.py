@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from config.errors import SettingsError
 from config.queues import shard_of
 from config.settings import Settings, load_settings
-from tasks.rollout import Side, bucket_of, split, strategy_of
+from tasks.rollout import Side, bucket_of, split
+from tests.support import strategy_of
 
 IDS = st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=100, unique=True)
 
