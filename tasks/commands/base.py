@@ -15,17 +15,18 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
-from celery.bin.base import CeleryCommand, handle_preload_options
 
 from config.errors import TidemarkError
 from tasks.commands.parameters import Seconds
 
 if TYPE_CHECKING:
     import psycopg
+    from rich.console import RenderableType
 
     from tasks.app import TidemarkApp
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Declare = Callable[[Callable[..., None]], click.Command]
 
 # With the start of the program that is an answer within 5 s.
 ANSWER_SECONDS = 2.5
@@ -92,13 +93,13 @@ def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None
     return click.ClickException(text) if "celery" in origins else None
 
 
-class _Reporting(click.Command):
+class Command(click.Command):
     """Reports errors as this module says."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        # Parsing takes them away.
+        # Parsing takes them away, and an error of parsing is reported, too.
         as_json = "--json" in args
         try:
             ctx = super().make_context(info_name, args, parent, **extra)
@@ -124,32 +125,16 @@ class _Reporting(click.Command):
             raise explained from error
 
 
-class TidemarkCommand(_Reporting, CeleryCommand):
-    """A subcommand of `celery -A tasks`."""
-
-
-class TidemarkGroup(_Reporting, click.Group):
+class Group(Command, click.Group):
     """One with subcommands of its own: `celery -A tasks topics create`."""
 
-    command_class = TidemarkCommand
-
-    def subcommand(self, name: str) -> Callable[[_Function], click.Command]:
-        """Declare a subcommand; the function gets the click context first."""
-        return _declare(self.command(name))
+    command_class = Command
 
 
-def command(name: str) -> Callable[[_Function], click.Command]:
-    """Declare a subcommand of `celery -A tasks`; the function gets the click context first."""
-    return _declare(click.command(name, cls=TidemarkCommand))
-
-
-def group(name: str) -> Callable[[_Function], TidemarkGroup]:
-    """Declare a group; the function's docstring is its help."""
-    return cast("Callable[[Any], TidemarkGroup]", _declare(click.group(name, cls=TidemarkGroup)))
-
-
-def _declare(make: Callable[[Any], click.Command]) -> Callable[[Any], click.Command]:
-    return lambda function: make(click.pass_context(handle_preload_options(function)))
+def command(name: str, within: Group | None = None) -> _Declare:
+    """Declare a subcommand of `celery -A tasks`, or of a group; the function gets the click context first."""
+    declare = click.command(name, cls=Command) if within is None else within.command(name)
+    return lambda function: declare(click.pass_context(function))
 
 
 def app_of(ctx: click.Context) -> "TidemarkApp":
@@ -159,11 +144,6 @@ def app_of(ctx: click.Context) -> "TidemarkApp":
 
 # --- Servers
 
-
-def _remember_timeout(ctx: click.Context, _: click.Parameter, seconds: float) -> None:
-    ctx.meta[_TIMEOUT] = seconds
-
-
 # For commands that wait for nothing but a server's first answer: `reaching` looks it up.
 timeout_option = click.option(
     "--timeout",
@@ -171,7 +151,7 @@ timeout_option = click.option(
     default=ANSWER_SECONDS,
     show_default=True,
     expose_value=False,
-    callback=_remember_timeout,
+    callback=lambda ctx, _, seconds: ctx.meta.update({_TIMEOUT: seconds}),
     metavar="SECONDS",
     help="Give up on a server that does not answer within this time.",
 )
@@ -214,7 +194,20 @@ def database(ctx: click.Context) -> "Iterator[psycopg.Connection[Any]]":
 
 # --- Output for programs
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+# `answer` looks it up.
+json_option = click.option("--json", is_flag=True, expose_value=False, help="Print JSON, for programs.")
+
+
+def answer(ctx: click.Context, document: Any, words: "RenderableType", *, err: bool = False) -> None:
+    """Print the result of a command: the document with --json, else the words, with `err` on standard error."""
+    if ctx.meta[_AS_JSON]:
+        echo_json(document)
+    elif isinstance(words, str):
+        click.echo(words, err=err)
+    else:
+        from tasks.commands.display import console  # noqa: PLC0415 - slow to import, and few words need it
+
+        console(ctx).print(words)
 
 
 def output_options(function: _Function) -> _Function:

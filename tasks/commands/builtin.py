@@ -7,10 +7,9 @@ called the program has chosen its command object, but has not parsed for it yet;
 The other commands of Celery's stay. They report in one line what a user or an outage caused, as ours do.
 """
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
 
 import click
 
@@ -37,55 +36,46 @@ def adapt(program: click.Group) -> None:
         if command.callback is not None:
             callback = command.callback
             if name == "flower":
-                callback = _flower(callback)
+                callback = _flower()(callback)
             elif name in _BRIEF:
-                callback = _soon(callback)
-            command.callback = _in_one_line(callback)
+                callback = _soon()(callback)
+            command.callback = _in_one_line()(callback)
 
 
-def _in_one_line(callback: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(callback)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return callback(*args, **kwargs)
-        except ImportError as error:
-            # What an option names, such as beat's -S.
-            raise click.ClickException(str(error)) from error
-        except Exception as error:
-            explained = import_module("tasks.commands.base").explain(error, click.get_current_context().obj.app)
-            if explained is None:
-                raise
-            raise explained from error
-
-    return run
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        # What an option names, such as beat's -S.
+        raise click.ClickException(str(error)) from error
+    except Exception as error:
+        explained = import_module("tasks.commands.base").explain(error, click.get_current_context().obj.app)
+        if explained is None:
+            raise
+        raise explained from error
 
 
-def _soon(callback: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(callback)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        base = import_module("tasks.commands.base")
-        # `inspect` and `control` wait for their answers as long as they are told to.
-        with base.reaching(click.get_current_context(), base.Server.BROKER, more=float(kwargs.get("timeout") or 0)):
-            return callback(*args, **kwargs)
-
-    return run
+@contextmanager
+def _soon() -> Iterator[None]:
+    base, ctx = import_module("tasks.commands.base"), click.get_current_context()
+    # `inspect` and `control` wait for their answers as long as they are told to.
+    with base.reaching(ctx, base.Server.BROKER, more=float(ctx.params.get("timeout") or 0)):
+        yield
 
 
-def _flower(callback: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(callback)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        ours, options = import_module("tasks.flower"), import_module("tornado.options")
-        click.echo(ours.apply(click.get_current_context().obj.app.settings), err=True)
-        for option in kwargs["tornado_argv"]:
-            name, _, value = option.lstrip("-").partition("=")
-            if name == "port" and value.isdecimal() and int(value) > _LAST_PORT:
-                # It would take a port nobody asked for.
-                raise click.ClickException(f"Flower's --port is a number up to {_LAST_PORT}, not {value}")
-        try:
-            return callback(*args, **kwargs)
-        # What its options may raise, and a port or a file that another Flower has.
-        except (OSError, OverflowError, ValueError, options.Error) as error:
-            where = f"{options.options.address}:{options.options.port}"
-            raise click.ClickException(f"Flower does not start at {where}: {error}; see its --port and --db") from error
-
-    return run
+@contextmanager
+def _flower() -> Iterator[None]:
+    ours, options, ctx = import_module("tasks.flower"), import_module("tornado.options"), click.get_current_context()
+    click.echo(ours.apply(ctx.obj.app.settings), err=True)
+    for option in ctx.params["tornado_argv"]:
+        name, _, value = option.lstrip("-").partition("=")
+        if name == "port" and value.isdecimal() and int(value) > _LAST_PORT:
+            # It would take a port nobody asked for.
+            raise click.ClickException(f"Flower's --port is a number up to {_LAST_PORT}, not {value}")
+    try:
+        yield
+    # What its options may raise, and a port or a file that another Flower has.
+    except (OSError, OverflowError, ValueError, options.Error) as error:
+        where = f"{options.options.address}:{options.options.port}"
+        raise click.ClickException(f"Flower does not start at {where}: {error}; see its --port and --db") from error

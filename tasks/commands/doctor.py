@@ -14,8 +14,9 @@ import click
 import kombu.exceptions
 import psycopg
 from redis import RedisError
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.padding import Padding
+from rich.text import Text
 
 from config.errors import EmbeddedServerError, SettingsError, TransientDatabaseError
 from config.redis import is_redis
@@ -23,8 +24,8 @@ from config.settings import Settings
 from db.doctor import Finding, Level, Row, examine, judge, judge_clock, worst
 from db.pool import open_connection
 from tasks.app import TidemarkApp
-from tasks.commands.base import app_of, command, echo_json, json_option
-from tasks.commands.display import console, duration, hanging, progress, text
+from tasks.commands.base import answer, app_of, command, json_option
+from tasks.commands.display import duration, pairs, progress, text
 from tasks.commands.situation import SILENT_SECONDS, Hints, impatient, read_hints
 
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
@@ -40,7 +41,7 @@ _POSTGRES_SECONDS = 4.0
 @command("doctor")
 @click.option("--bad", is_flag=True, help="Show only what is not right.")
 @json_option
-def doctor(ctx: click.Context, *, bad: bool, as_json: bool) -> None:
+def doctor(ctx: click.Context, *, bad: bool) -> None:
     """Check servers, settings, schema, privileges, programs and environment.
 
     Each check is ok, warn (slower or less safe than it could be) or fail (wrong), and what is not right comes with the
@@ -53,10 +54,8 @@ def doctor(ctx: click.Context, *, bad: bool, as_json: bool) -> None:
         for found in _examine(app):
             findings.append(found)
             bar.update(task, description=found.area, advance=1)
-    if as_json:
-        echo_json({"level": worst(findings), "findings": [asdict(finding) for finding in findings]})
-    else:
-        _show(console(ctx), findings, only_bad=bad)
+    document = {"level": worst(findings), "findings": [asdict(finding) for finding in findings]}
+    answer(ctx, document, Group(*_show(findings, only_bad=bad)))
     if worst(findings) is Level.FAIL:
         ctx.exit(1)
 
@@ -209,17 +208,16 @@ def _row(area: str, check: str, bad: object, level: Level, found: str, why: str 
     return Row(area=area, check=check, bad=bool(bad), level=level, found=found, why=why, repair=repair)
 
 
-def _show(out: Console, findings: Sequence[Finding], *, only_bad: bool) -> None:
+def _show(findings: Sequence[Finding], *, only_bad: bool) -> Iterator[RenderableType]:
     areas = list(dict.fromkeys(finding.area for finding in findings))
     shown = [f for f in findings if not only_bad or f.level is not Level.OK]
     for area, group in groupby(sorted(shown, key=lambda f: areas.index(f.area)), key=lambda f: f.area):
-        out.print(text(area.capitalize(), "bold"))
+        yield text(area.capitalize(), "bold")
         for finding in group:
-            lead = text(f"{finding.level.value:<4}", _STYLES[finding.level])
-            what = text(f"{finding.check}: {finding.found}")
-            why = [text(finding.why)] * bool(finding.why)
-            repair = [Padding(text(statement, "cyan"), (0, 0, 0, 2), expand=False) for statement in finding.repair]
-            out.print(hanging(lead, what, *why, *repair))
-        out.print()
+            body = [text(f"{finding.check}: {finding.found}"), *[text(finding.why)] * bool(finding.why)]
+            repair = (Padding(text(statement, "cyan"), (0, 0, 0, 2), expand=False) for statement in finding.repair)
+            lead = text(f"  {finding.level.value:<4}", _STYLES[finding.level])
+            yield pairs((lead, Group(*body, *repair)), gap=1)
+        yield Text()
     counts = Counter(finding.level for finding in findings)
-    out.print(text(", ".join(f"{counts[level]} {level}" for level in Level), _STYLES[worst(findings)]))
+    yield text(", ".join(f"{counts[level]} {level}" for level in Level), _STYLES[worst(findings)])

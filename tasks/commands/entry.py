@@ -33,6 +33,20 @@ SUMMARIES: Mapping[str, str] = MappingProxyType(
     }
 )
 
+# Of those that share a module; the others have one of their own name.
+_MODULES = {
+    **dict.fromkeys(("audit", "materialize", "migrate", "rebase"), "upkeep"),
+    **dict.fromkeys(("commit", "fetch"), "batches"),
+    **dict.fromkeys(("health", "servers"), "local"),
+    "top": "status",
+}
+
+
+def load(name: str) -> click.Command:
+    """The command itself, for which its module is imported."""
+    found: click.Command = getattr(import_module(f"tasks.commands.{_MODULES.get(name, name)}"), name)
+    return found
+
 
 class LazyCommand(click.Command):
     """Stands for a command until it is needed."""
@@ -52,9 +66,8 @@ class LazyCommand(click.Command):
         asks = extra.get("resilient_parsing") or "--help" in args
         if not asks and not isinstance(getattr(app, "user_options", None), OurCommands):
             raise click.ClickException(f"start it as: celery -A tasks {self.name}")
-        command: click.Command = getattr(import_module(f"tasks.commands.{self.name}"), str(self.name))
         # Usage lines begin with `celery` and this.
-        return command.make_context(f"-A tasks {self.name}", args, parent=parent, **extra)
+        return load(str(self.name)).make_context(f"-A tasks {self.name}", args, parent=parent, **extra)
 
 
 class OurCommands(defaultdict[str, set[Any]]):

@@ -1,7 +1,8 @@
 """`celery -A tasks workers`: which workers are up, what they serve and what they do."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
@@ -18,34 +19,20 @@ _CSV = ("worker", "pid", "slots", "shards", "other_queues", "tasks", "running", 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ActiveTask:
-    """A task that runs, with its arguments as Flower shows them, and for how many seconds."""
-
-    id: str
-    name: str
-    arguments: str
-    running: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
-    """A worker that answered. `processed` counts tasks by name since it started."""
+    """A worker that answered.
+
+    `active` are the tasks that run, with their arguments as Flower shows them and for how many seconds; `processed`
+    counts tasks by name since it started.
+    """
 
     name: str
     pid: int | None
     uptime: float | None
     concurrency: int | None
-    queues: tuple[str, ...]
-    active: tuple[ActiveTask, ...] = ()
-    processed: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def shards(self) -> list[int]:
-        return sorted(s for s in map(shard_of_queue, self.queues) if s is not None)
-
-    @property
-    def other_queues(self) -> list[str]:
-        return sorted(q for q in self.queues if shard_of_queue(q) is None)
+    queues: list[str]
+    active: list[dict[str, Any]]
+    processed: dict[str, int]
 
 
 @command("workers")
@@ -64,11 +51,9 @@ def workers(ctx: click.Context, timeout: float, output: str | None) -> None:
     Exit code 1 when no worker answers, or a queue has no worker.
     """
     found = _ask(ctx, timeout)
-    unserved = sorted(
-        set(all_queues(app_of(ctx).settings.shards)) - {q for w in found for q in w.queues}, key=_by_shard
-    )
+    unserved = sorted({*all_queues(app_of(ctx).settings.shards)} - {q for w in found for q in w.queues}, key=_by_shard)
     if output == "json":
-        rows = [{**asdict(w), "shards": w.shards} for w in found]
+        rows = [{**asdict(w), "shards": _split(w.queues)[0]} for w in found]
         echo_json({"workers": rows, "unserved_queues": unserved})
     elif output == "csv":
         echo_csv(_CSV, map(_row, found))
@@ -78,13 +63,20 @@ def workers(ctx: click.Context, timeout: float, output: str | None) -> None:
         ctx.exit(1)
 
 
+def _split(queues: Iterable[str]) -> tuple[list[int], list[str]]:
+    """The shards, and the queues that are no shard's."""
+    by_queue = {queue: shard_of_queue(queue) for queue in queues}
+    return sorted(s for s in by_queue.values() if s is not None), sorted(q for q, s in by_queue.items() if s is None)
+
+
 def _row(worker: Worker) -> dict[str, Any]:
+    shards, others = _split(worker.queues)
     return {
         "worker": worker.name,
         "pid": worker.pid,
         "slots": worker.concurrency,
-        "shards": ranges(worker.shards) if worker.shards else "",
-        "other_queues": ",".join(worker.other_queues),
+        "shards": ranges(shards) if shards else "",
+        "other_queues": ",".join(others),
         "tasks": sum(worker.processed.values()),
         "running": len(worker.active),
         "uptime_seconds": worker.uptime,
@@ -109,25 +101,25 @@ def _ask(ctx: click.Context, timeout: float) -> list[Worker]:
     return [
         Worker(
             name=name,
-            pid=stats[name].get("pid"),
-            uptime=stats[name].get("uptime"),
-            concurrency=(stats[name].get("pool") or {}).get("max-concurrency"),
-            queues=tuple(sorted((q["name"] for q in queues.get(name) or ()), key=_by_shard)),
-            active=tuple(_active(task) for task in active.get(name) or ()),
-            processed=dict(sorted((stats[name].get("total") or {}).items())),
+            pid=told.get("pid"),
+            uptime=told.get("uptime"),
+            concurrency=(told.get("pool") or {}).get("max-concurrency"),
+            queues=sorted((q["name"] for q in queues.get(name) or ()), key=_by_shard),
+            active=[_active(task) for task in active.get(name) or ()],
+            processed=dict(sorted((told.get("total") or {}).items())),
         )
-        for name in sorted(stats)
+        for name, told in sorted(stats.items())
     ]
 
 
-def _active(task: dict[str, Any]) -> ActiveTask:
+def _active(task: dict[str, Any]) -> dict[str, Any]:
     started = task.get("time_start")
-    return ActiveTask(
-        id=str(task.get("id")),
-        name=str(task.get("name")),
-        arguments=str(task.get("kwargs") if task.get("args") in (None, "()", [], ()) else task.get("args")),
-        running=None if started is None else max(0.0, time.time() - float(started)),
-    )
+    return {
+        "id": str(task.get("id")),
+        "name": str(task.get("name")),
+        "arguments": str(task.get("kwargs") if task.get("args") in (None, "()", [], ()) else task.get("args")),
+        "running": None if started is None else max(0.0, time.time() - float(started)),
+    }
 
 
 def _by_shard(queue: str) -> tuple[bool, int, str]:
@@ -141,11 +133,12 @@ def _show(out: Console, found: list[Worker], unserved: list[str], timeout: float
         return
     rows = table("Worker", ">Slots", "Shards", "Other queues", ">Tasks", ">Up for")
     for worker in found:
+        shards, others = _split(worker.queues)
         rows.add_row(
             label(worker.name),
             NOTHING if worker.concurrency is None else str(worker.concurrency),
-            ranges(worker.shards) if worker.shards else NOTHING,
-            label(", ".join(worker.other_queues) or NOTHING),
+            ranges(shards) if shards else NOTHING,
+            label(", ".join(others) or NOTHING),
             number(sum(worker.processed.values())),
             duration(worker.uptime),
         )
@@ -155,11 +148,11 @@ def _show(out: Console, found: list[Worker], unserved: list[str], timeout: float
         out.print()
         rows = table("Runs now", "Task", "Arguments", ">For")
         for worker, task in busy:
-            rows.add_row(label(worker.name), label(task.name), text(task.arguments[:200]), duration(task.running))
+            arguments = text(task["arguments"][:200])
+            rows.add_row(label(worker.name), label(task["name"]), arguments, duration(task["running"]))
         out.print(rows)
     if unserved:
         out.print()
-        shards = [s for s in map(shard_of_queue, unserved) if s is not None]
-        others = [q for q in unserved if shard_of_queue(q) is None]
+        shards, others = _split(unserved)
         missing = [f"shards {ranges(shards)}"] * bool(shards) + others
         out.print(text(f"without a worker: {', '.join(missing)}", "bold red"))
