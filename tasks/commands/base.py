@@ -5,12 +5,12 @@ Standard output has results only. Errors go to standard error, as `Error: …`, 
 The exit code is 1, and 2 for wrong arguments.
 """
 
-import csv
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from csv import DictWriter
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -32,6 +32,8 @@ _Declare = Callable[[Callable[..., None]], click.Command]
 ANSWER_SECONDS = 2.5
 _AS_JSON = f"{__name__}.as_json"
 _TIMEOUT = f"{__name__}.timeout"
+# `json`, `csv` or nothing: what a command prints.
+OUTPUT = f"{__name__}.output"
 
 
 class Server(Enum):
@@ -96,13 +98,11 @@ def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None
 class Command(click.Command):
     """Reports errors as this module says."""
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> click.Context:
         # Parsing takes them away, and an error of parsing is reported, too.
         as_json = "--json" in args
         try:
-            ctx = super().make_context(info_name, args, parent, **extra)
+            ctx = super().make_context(info_name, args, *others, show_default=True, **extra)
         except click.UsageError as error:
             if as_json:
                 raise JsonError(error, error) from error
@@ -149,10 +149,8 @@ timeout_option = click.option(
     "--timeout",
     type=Seconds(0.1, 3600),
     default=ANSWER_SECONDS,
-    show_default=True,
     expose_value=False,
     callback=lambda ctx, _, seconds: ctx.meta.update({_TIMEOUT: seconds}),
-    metavar="SECONDS",
     help="Give up on a server that does not answer within this time.",
 )
 
@@ -192,16 +190,36 @@ def database(ctx: click.Context) -> "Iterator[psycopg.Connection[Any]]":
         yield conn
 
 
-# --- Output for programs
-
-# `answer` looks it up.
-json_option = click.option("--json", is_flag=True, expose_value=False, help="Print JSON, for programs.")
+# --- Output
 
 
-def answer(ctx: click.Context, document: Any, words: "RenderableType", *, err: bool = False) -> None:
-    """Print the result of a command: the document with --json, else the words, with `err` on standard error."""
-    if ctx.meta[_AS_JSON]:
-        echo_json(document)
+def _output(name: str) -> Callable[[_Function], _Function]:
+    return click.option(
+        f"--{name}",
+        is_flag=True,
+        expose_value=False,
+        callback=lambda ctx, _, given: given and ctx.meta.update({OUTPUT: name}),
+        help=f"Print {name.upper()}, for programs.",
+    )
+
+
+json_option, csv_option = _output("json"), _output("csv")
+
+
+def answer(
+    ctx: click.Context,
+    document: Any,
+    words: "RenderableType",
+    *,
+    csv: tuple[Iterable[str], Iterable[Mapping[str, Any]]] = ((), ()),
+    err: bool = False,
+) -> None:
+    """Print the result of a command: as --json or --csv (columns and rows), else in words, with `err` as an error."""
+    output = ctx.meta.get(OUTPUT)
+    if output == "json":
+        click.echo(json.dumps(document, indent=2, default=str))
+    elif output == "csv":
+        echo_csv(*csv)
     elif isinstance(words, str):
         click.echo(words, err=err)
     else:
@@ -210,21 +228,8 @@ def answer(ctx: click.Context, document: Any, words: "RenderableType", *, err: b
         console(ctx).print(words)
 
 
-def output_options(function: _Function) -> _Function:
-    """--json and --csv, for lists: `output` is `json`, `csv` or None."""
-    for name in ("csv", "json"):
-        option: Any = click.option(f"--{name}", "output", flag_value=name, help=f"Print {name.upper()}, for programs.")
-        function = option(function)
-    return function
-
-
-def echo_json(value: Any) -> None:
-    """Print one JSON document."""
-    click.echo(json.dumps(value, indent=2, default=str))
-
-
-def echo_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def echo_csv(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Print these columns of the rows under a header, which is there without rows as well."""
-    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer = DictWriter(sys.stdout, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

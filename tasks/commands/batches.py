@@ -10,24 +10,15 @@ from typing import Annotated, Any, BinaryIO
 import click
 import psycopg
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
+from rich.console import Group, RenderableType
 
 from config.errors import OffsetOutOfRangeError, UnknownTopicError
 from db.commit import Batch, commit_batches
 from db.fetch import FetchedBatch, fetch_batches
 from db.status import find_partition, read_offsets
 from db.topics import PartitionIds
-from tasks.commands.base import (
-    answer,
-    command,
-    database,
-    echo_csv,
-    echo_json,
-    json_option,
-    output_options,
-    timeout_option,
-)
-from tasks.commands.display import console, count, label, moment, number, plain, size, table, text
+from tasks.commands.base import OUTPUT, answer, command, csv_option, database, echo_csv, json_option, timeout_option
+from tasks.commands.display import count, label, moment, number, plain, size, table, text
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME, OFFSET, PARTITION, SIZE
 
 _SHOWN = 10
@@ -129,17 +120,17 @@ def _resolve(conn: psycopg.Connection[Any], lines: Iterable[tuple[int, Line]], e
 @click.argument("topic", type=NAME)
 @click.argument("partition", type=PARTITION)
 @click.argument("offset", type=OFFSET, default="earliest")
-@click.option("--max-bytes", type=SIZE, default="50MiB", show_default=True)
-@click.option("--max-batches", type=click.IntRange(1, MAX_INT), default=100, show_default=True)
+@click.option("--max-bytes", type=SIZE, default="50MiB")
+@click.option("--max-batches", type=click.IntRange(1, MAX_INT), default=100)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes until Ctrl-C; with --json one line a batch.")
 @timeout_option
-@output_options
+@json_option
+@csv_option
 def fetch(
     ctx: click.Context,
     topic: str,
     partition: int,
     offset: str | int,
-    output: str | None,
     *,
     follow: bool,
     **limits: int,
@@ -148,6 +139,7 @@ def fetch(
 
     From OFFSET on: a number, earliest (the default) or latest. The first batch contains OFFSET, perhaps in its middle.
     """
+    output = ctx.meta.get(OUTPUT)
     with database(ctx) as conn:
         partition_id = find_partition(conn, topic, partition)
         with conn.transaction():
@@ -176,24 +168,22 @@ def fetch(
             elif follow:
                 for batch in coming():
                     click.echo(json.dumps(asdict(batch)) if output == "json" else _line(batch))
-            elif output == "json":
-                log = {"topic": topic, "partition": partition, "start_offset": start, "end_offset": end}
-                echo_json({**log, "batches": [asdict(batch) for batch in batches]})
             else:
-                _show(console(ctx), start, end, batches)
+                log = {"topic": topic, "partition": partition, "start_offset": start, "end_offset": end}
+                document = {**log, "batches": [asdict(batch) for batch in batches]}
+                answer(ctx, document, _show(start, end, batches))
 
 
-def _show(out: Console, start: int, end: int, batches: list[FetchedBatch]) -> None:
-    if batches:
-        rows = table(">Offset", ">Records", ">Newest record", ">From byte", ">Bytes", "Object")
-        for b in batches:
-            numbers = [number(n) for n in (b.start_offset, b.n_records, b.byte_offset, b.byte_length)]
-            rows.add_row(*numbers[:2], moment(b.max_timestamp), *numbers[2:], label(b.object_key))
-        out.print(rows)
+def _show(start: int, end: int, batches: list[FetchedBatch]) -> RenderableType:
+    rows = table(">Offset", ">Records", ">Newest record", ">From byte", ">Bytes", "Object")
+    for b in batches:
+        numbers = [number(n) for n in (b.start_offset, b.n_records, b.byte_offset, b.byte_length)]
+        rows.add_row(*numbers[:2], moment(b.max_timestamp), *numbers[2:], label(b.object_key))
     records = sum(batch.n_records for batch in batches)
     log_bytes = size(sum(batch.byte_length for batch in batches))
     total = f"{count(len(batches), 'batch')}, {count(records, 'record')}, {log_bytes}"
-    out.print(text(f"{total}; the log holds {number(start)} to {number(end)}", "dim"))
+    last = text(f"{total}; the log holds {number(start)} to {number(end)}", "dim")
+    return Group(rows, last) if batches else last
 
 
 def _line(batch: FetchedBatch) -> str:

@@ -21,7 +21,6 @@ _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": 
     "--confidence",
     type=click.FloatRange(0.5, 0.9999),
     default=0.99,
-    show_default=True,
     help="How sure an interval is to hold the true value.",
 )
 @click.option("--reset", is_flag=True, help="Drop what was compared so far, and show nothing.")

@@ -15,12 +15,11 @@ _SHOWN = 40
 
 
 class Name(click.ParamType[str]):
-    """Text that Postgres can store."""
+    """Text that Postgres can store: no NUL, and no bytes that are no UTF-8, which Python hides in surrogates."""
 
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Refuse what is no UTF-8, which Python hides in surrogates, and NUL."""
         given = str(value)
         try:
             given.encode()
@@ -37,7 +36,6 @@ class Offset(click.ParamType[str | int]):
     name = "offset"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        """The word, or the number where it is one."""
         given = str(value).lower()
         if given in {"earliest", "latest"}:
             return given
@@ -50,7 +48,7 @@ class Offset(click.ParamType[str | int]):
 
 
 class Quantity(click.ParamType[int | None]):
-    """A positive number with a unit, in the smallest of the units; None for `none`, where that is allowed."""
+    """A positive number with a unit, rounded to the smallest of the units; None for `none`, where that is allowed."""
 
     def __init__(self, name: str, units: Mapping[str, int], examples: str, *, none: bool = False) -> None:
         self.name = f"{name}|none" if none else name
@@ -59,7 +57,6 @@ class Quantity(click.ParamType[int | None]):
         self._wanted = f"a {name} such as {examples}{' or none' * none}; units: {', '.join(filter(None, units))}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """The number, rounded to the smallest unit."""
         given = str(value).strip().lower()
         if self._none and given == "none":
             return None
@@ -76,8 +73,10 @@ class Quantity(click.ParamType[int | None]):
 class Seconds(click.FloatRange):
     """A number of seconds. Unlike click's own, no `nan`, which lies within every range."""
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002 - click's signature
+        return "SECONDS"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, within the range."""
         seconds = super().convert(value, param, ctx)
         if not math.isfinite(seconds):
             self.fail(f"{value} is not a number of seconds", param, ctx)

@@ -31,25 +31,13 @@ _NOTHING_YET = (0.0, 0.0)
 _END_KEYS = {"q", "Q", "\x03", "\x04", "\x1b"}
 
 after_option = click.option(
-    "--after",
-    type=Seconds(min=0),
-    default=5.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Report what waits, or is open, this long.",
+    "--after", type=Seconds(min=0), default=5.0, help="Report what waits, or is open, this long."
 )
 
 
 @command("status")
 @click.argument("topic", type=NAME, nargs=-1)
-@click.option(
-    "--interval",
-    type=Seconds(0, 60),
-    default=1.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Measure the rate over this time; 0: do without.",
-)
+@click.option("--interval", type=Seconds(0, 60), default=1.0, help="Measure the rate over this time; 0: do without.")
 @after_option
 @timeout_option
 @json_option
@@ -72,14 +60,7 @@ def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: f
 
 @command("top")
 @click.argument("topic", type=NAME, nargs=-1)
-@click.option(
-    "--interval",
-    type=Seconds(0.1, 3600),
-    default=1.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Look this often.",
-)
+@click.option("--interval", type=Seconds(0.1, 3600), default=1.0, help="Look this often.")
 @click.option("-n", "--count", type=click.IntRange(min=1), help="End after so many looks.")
 @after_option
 @timeout_option

@@ -4,24 +4,15 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from rich.console import Group as Lines
 from rich.console import RenderableType
+from rich.text import Text
 
 from config.queues import shard_of, shard_queue
 from db.status import PartitionState, TopicState, describe_partitions, describe_topics
 from db.topics import create_topic, set_retention
-from tasks.commands.base import (
-    Group,
-    answer,
-    app_of,
-    command,
-    database,
-    echo_csv,
-    echo_json,
-    json_option,
-    output_options,
-    timeout_option,
-)
-from tasks.commands.display import NOTHING, console, count, duration, label, number, pairs, size, table, text
+from tasks.commands.base import Group, answer, app_of, command, csv_option, database, json_option, timeout_option
+from tasks.commands.display import NOTHING, count, duration, label, number, pairs, size, table, text
 from tasks.commands.parameters import NAME, SIZE_LIMIT, TIME_LIMIT
 
 topics = Group("topics", help="Create topics, list them, show one and set its retention.")
@@ -53,7 +44,7 @@ _PARTITION_CSV = (
 
 @command("create", topics)
 @click.argument("name", type=NAME)
-@click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1, show_default=True)
+@click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1)
 @_time_option
 @_size_option
 @timeout_option
@@ -72,42 +63,33 @@ def create(
 
 @command("list", topics)
 @timeout_option
-@output_options
-def list_(ctx: click.Context, output: str | None) -> None:
+@json_option
+@csv_option
+def list_(ctx: click.Context) -> None:
     """List all topics."""
     with database(ctx) as conn:
         found = describe_topics(conn)
-    if output == "json":
-        echo_json([_topic(topic) for topic in found])
-    elif output == "csv":
-        echo_csv([*_TOPIC, "created_at"], map(_topic, found))
-    elif not found:
-        console(ctx).print(text("no topics; create one with: celery -A tasks topics create NAME"))
-    else:
-        rows = table("Topic", ">Partitions", ">Records", ">Size", "Retention")
+    words: RenderableType = text("no topics; create one with: celery -A tasks topics create NAME")
+    if found:
+        words = rows = table("Topic", ">Partitions", ">Records", ">Size", "Retention")
         for t in found:
             rows.add_row(label(t.name), number(t.partitions), number(t.records), size(t.byte_size), _retention(t))
-        console(ctx).print(rows)
+    told = [_topic(topic) for topic in found]
+    answer(ctx, told, words, csv=([*_TOPIC, "created_at"], told))
 
 
 @command("show", topics)
 @click.argument("topic", metavar="NAME", type=NAME)
 @click.option("--pending", is_flag=True, help="Only partitions with a backlog.")
 @timeout_option
-@output_options
-def show(ctx: click.Context, topic: str, output: str | None, *, pending: bool) -> None:
+@json_option
+@csv_option
+def show(ctx: click.Context, topic: str, *, pending: bool) -> None:
     """Show topic NAME and its partitions."""
     with database(ctx) as conn:
         [found] = describe_topics(conn, [topic])
         states = describe_partitions(conn, [topic], only_pending=pending)
     partitions = [_partition(p, app_of(ctx).settings.shards) for p in states]
-    if output == "json":
-        echo_json({**_topic(found), "partitions": partitions})
-        return
-    if output == "csv":
-        echo_csv(_PARTITION_CSV, ({"topic": topic, **p} for p in partitions))
-        return
-    out = console(ctx)
     about: dict[str, RenderableType] = {
         "Topic": label(found.name),
         "Id": str(found.id),
@@ -116,19 +98,20 @@ def show(ctx: click.Context, topic: str, output: str | None, *, pending: bool) -
         "Partitions": number(found.partitions),
         "Records": f"{number(found.records)} ({size(found.byte_size)})",
     }
-    out.print(pairs(*((text(name, "bold"), value) for name, value in about.items())))
-    out.print()
-    if not states:
-        out.print(text("no partition has a backlog"))
-        return
+    words: list[RenderableType] = [pairs(*((text(name, "bold"), value) for name, value in about.items())), Text()]
     rows = table(">Partition", ">Id", ">Shard", ">Start", ">End", ">Size", ">Backlog", ">Lag")
     for p, row in zip(states, partitions, strict=True):
         ids = str(p.partition), str(p.partition_id), str(row["shard"])
         backlog = number(p.backlog) + "+" * (not p.counted)
         ends = number(p.start_offset), number(p.end_offset)
         rows.add_row(*ids, *ends, size(p.byte_size), backlog, duration(p.lag))
-    out.print(rows)
-    out.print(text(f"Shard n is the queue {shard_queue(0).removesuffix('0')}n; backlog in events.", "dim"))
+    if states:
+        legend = f"Shard n is the queue {shard_queue(0).removesuffix('0')}n; backlog in events."
+        words += [rows, text(legend, "dim")]
+    else:
+        words.append(text("no partition has a backlog"))
+    csv = _PARTITION_CSV, ({"topic": topic, **p} for p in partitions)
+    answer(ctx, {**_topic(found), "partitions": partitions}, Lines(*words), csv=csv)
 
 
 @command("set", topics)

@@ -58,9 +58,7 @@ def rebase(ctx: click.Context) -> None:
 @click.argument("topic", type=NAME)
 @click.option("-p", "--partition", type=PARTITION, help="Only this partition.")
 @click.option("--wait", is_flag=True, help="Wait until it is done, and print what was done.")
-@click.option(
-    "--timeout", type=Seconds(0), default=300, show_default=True, metavar="SECONDS", help="How long --wait waits."
-)
+@click.option("--timeout", type=Seconds(0), default=300, help="How long --wait waits.")
 @json_option
 def materialize(ctx: click.Context, topic: str, partition: int | None, *, wait: bool, timeout: float) -> None:
     """Materialize the backlog of TOPIC now: enqueue the tasks that do it."""
