@@ -126,15 +126,7 @@ def _resolve(conn: psycopg.Connection[Any], lines: Iterable[tuple[int, Line]], e
 @timeout_option
 @json_option
 @csv_option
-def fetch(
-    ctx: click.Context,
-    topic: str,
-    partition: int,
-    offset: str | int,
-    *,
-    follow: bool,
-    **limits: int,
-) -> None:
+def fetch(ctx: click.Context, topic: str, partition: int, offset: str | int, *, follow: bool, **limits: int) -> None:
     """List the batches of a partition.
 
     From OFFSET on: a number, earliest (the default) or latest. The first batch contains OFFSET, perhaps in its middle.

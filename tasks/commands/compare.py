@@ -2,7 +2,6 @@
 
 import click
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from config.errors import SettingsError
 from tasks.commands.base import Server, answer, app_of, command, json_option, reaching, timeout_option
@@ -60,7 +59,7 @@ def _table(found: Comparison) -> RenderableType:
     }
     for name, values in rows.items():
         shown.add_row(name, *values)
-    return Group(shown, Text(), text(found.words, _STYLES[found.verdict]))
+    return Group(shown, "", text(found.words, _STYLES[found.verdict]))
 
 
 def _rounded(value: float | None) -> str:

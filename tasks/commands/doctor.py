@@ -16,7 +16,6 @@ import psycopg
 from redis import RedisError
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.text import Text
 
 from config.errors import EmbeddedServerError, SettingsError, TransientDatabaseError
 from config.redis import is_redis
@@ -218,6 +217,6 @@ def _show(findings: Sequence[Finding], *, only_bad: bool) -> Iterator[Renderable
             repair = (Padding(text(statement, "cyan"), (0, 0, 0, 2), expand=False) for statement in finding.repair)
             lead = text(f"  {finding.level.value:<4}", _STYLES[finding.level])
             yield pairs((lead, Group(*body, *repair)), gap=1)
-        yield Text()
+        yield ""
     counts = Counter(finding.level for finding in findings)
     yield text(", ".join(f"{counts[level]} {level}" for level in Level), _STYLES[worst(findings)])

@@ -246,20 +246,20 @@ class Situation:
             wrong.append(f"Redis does not answer: {self.hints.error}")
         if (numbers := self.hints.shards_differ(self.settings.shards)) is not None:
             wrong.append(f"TIDEMARK_SHARDS differs: {numbers}")
-        parts = [self._topics(curves), *(part for what in wrong for part in (Text(), text(what, "bold red")))]
+        parts = [self._topics(curves), *(part for what in wrong for part in ("", text(what, "bold red")))]
         if self.waiting:
-            parts += [Text(), text(f"Waiting {duration(self.after)} or longer", "bold"), *self._waiting()]
+            parts += ["", text(f"Waiting {duration(self.after)} or longer", "bold"), *self._waiting()]
         if self.lock_waits:
-            parts += [Text(), text("Waiting for locks", "bold"), *(_lock_wait(w) for w in self.lock_waits)]
+            parts += ["", text("Waiting for locks", "bold"), *(_lock_wait(w) for w in self.lock_waits)]
         named = {blocker.name for blocker in self._blockers.values()}
         holders = [h for h in self.reading.holders if (h.seconds or 0.0) >= self.after and h.name not in named]
         if holders:
             title = "Open (keeps dead rows from vacuum; with an id, what it commits comes late)"
-            parts += [Text(), text(title, "bold"), *(_holder(h) for h in holders)]
+            parts += ["", text(title, "bold"), *(_holder(h) for h in holders)]
         queries = [b.query for b in self._blockers.values()] + [h.query for h in holders]
         if _HIDDEN in queries:
             hint = "Queries of other roles are hidden; a superuser can: grant pg_monitor to <role>"
-            parts += [Text(), text(hint, "dim")]
+            parts += ["", text(hint, "dim")]
         return Group(*parts)
 
     def _topics(self, curves: Callable[[str], tuple[str, str]] | None) -> RenderableType:

@@ -13,11 +13,10 @@ from itertools import count as counter
 import click
 from rich.console import Group
 from rich.live import Live
-from rich.text import Text
 from sparklines import sparklines
 
 from db.status import read_status
-from tasks.commands.base import answer, app_of, command, database, json_option, timeout_option
+from tasks.commands.base import OUTPUT, answer, app_of, command, database, json_option, timeout_option
 from tasks.commands.display import NOTHING, console, duration, number, plain, text
 from tasks.commands.parameters import NAME, Seconds
 from tasks.commands.situation import Situation, read_hints
@@ -64,18 +63,15 @@ def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: f
 @click.option("-n", "--count", type=click.IntRange(min=1), help="End after so many looks.")
 @after_option
 @timeout_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-def top(
-    ctx: click.Context, topic: tuple[str, ...], interval: float, count: int | None, after: float, *, as_json: bool
-) -> None:
+@json_option
+def top(ctx: click.Context, topic: tuple[str, ...], interval: float, count: int | None, after: float) -> None:
     """Show status, live, what lags first.
 
     q or Ctrl-C ends.
 
     Without a terminal, or with --json, it prints lines: one a topic, or one JSON document a look.
     """
-    app = app_of(ctx)
-    out = console(ctx)
+    app, out, as_json = app_of(ctx), console(ctx), OUTPUT in ctx.meta
 
     def looks(pause: Callable[[float], bool]) -> Iterator[Situation]:
         """A situation each interval, until `pause` says that it is enough."""
@@ -103,7 +99,7 @@ def top(
                 curves.add(situation)
                 what = f"every {duration(interval)}, curves of {duration(curves.seconds)}, q ends"
                 heading = text(f"{time.strftime('%H:%M:%S')}  {what}", "dim")
-                live.update(Group(heading, Text(), situation.render(curves.of)), refresh=True)
+                live.update(Group(heading, "", situation.render(curves.of)), refresh=True)
 
 
 class Curves:

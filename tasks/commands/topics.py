@@ -6,7 +6,6 @@ import click
 from click.core import ParameterSource
 from rich.console import Group as Lines
 from rich.console import RenderableType
-from rich.text import Text
 
 from config.queues import shard_of, shard_queue
 from db.status import PartitionState, TopicState, describe_partitions, describe_topics
@@ -98,7 +97,7 @@ def show(ctx: click.Context, topic: str, *, pending: bool) -> None:
         "Partitions": number(found.partitions),
         "Records": f"{number(found.records)} ({size(found.byte_size)})",
     }
-    words: list[RenderableType] = [pairs(*((text(name, "bold"), value) for name, value in about.items())), Text()]
+    words: list[RenderableType] = [pairs(*((text(name, "bold"), value) for name, value in about.items())), ""]
     rows = table(">Partition", ">Id", ">Shard", ">Start", ">End", ">Size", ">Backlog", ">Lag")
     for p, row in zip(states, partitions, strict=True):
         ids = str(p.partition), str(p.partition_id), str(row["shard"])

@@ -6,7 +6,6 @@ from dataclasses import asdict
 import click
 from celery.exceptions import TimeoutError as ResultTimeoutError
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from db.audit import AuditResult
 from db.audit import audit as audit_log
@@ -131,15 +130,15 @@ def _show(result: AuditResult, names: dict[int, tuple[str, int]]) -> RenderableT
         return text("nothing to audit: there is no topic", "yellow")
     if not result.violations:
         return text(f"{read}: all invariants hold", "green")
-    lines = [text(f"{read}: {count(len(result.violations), 'violation')}", "bold red")]
+    lines: list[RenderableType] = [text(f"{read}: {count(len(result.violations), 'violation')}", "bold red")]
     if not result.complete:
         lines.append(text("The audit ended early; repair these and repeat it.", "yellow"))
     for v in result.violations[:_SHOWN]:
         topic, partition = names.get(v.partition_id, (None, None))
         where = f"partition id {v.partition_id}" if topic is None else f"{topic}, partition {partition}"
         at = "" if v.offset is None else f", offset {number(v.offset)}"
-        lines += [Text(), text(f"{v.invariant}: {where}{at}", "bold"), text(f"  {v.detail}")]
+        lines += ["", text(f"{v.invariant}: {where}{at}", "bold"), text(f"  {v.detail}")]
     if len(result.violations) > _SHOWN:
         more = f"… and {number(len(result.violations) - _SHOWN)} more (--json lists them)"
-        lines += [Text(), text(more, "dim")]
+        lines += ["", text(more, "dim")]
     return Group(*lines)

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from config.queues import all_queues, shard_of_queue
 from tasks.commands.base import Server, answer, app_of, command, csv_option, json_option, reaching
@@ -124,8 +123,8 @@ def _show(found: list[dict[str, Any]], unserved: list[str], timeout: float) -> I
         rows = table("Runs now", "Task", "Arguments", ">For")
         for name, task in busy:
             rows.add_row(label(name), label(task["name"]), text(task["arguments"][:200]), duration(task["running"]))
-        yield from (Text(), rows)
+        yield from ("", rows)
     if unserved:
         shards = _shards(unserved)
         missing = [f"shards {ranges(shards)}"] * bool(shards) + _others(unserved)
-        yield from (Text(), text(f"without a worker: {', '.join(missing)}", "bold red"))
+        yield from ("", text(f"without a worker: {', '.join(missing)}", "bold red"))
