@@ -46,11 +46,10 @@ def doctor(ctx: click.Context, *, bad: bool) -> None:
     Each check is ok, warn (slower or less safe than it could be) or fail (wrong), and what is not right comes with the
     reason and what repairs it. Changes nothing. Exit code 1 when a check fails.
     """
-    app = app_of(ctx)
+    findings = []
     with progress(ctx) as bar:
         task = bar.add_task("looking", total=None)
-        findings = []
-        for found in _examine(app):
+        for found in _examine(app_of(ctx)):
             findings.append(found)
             bar.update(task, description=found.area, advance=1)
     document = {"level": worst(findings), "findings": [asdict(finding) for finding in findings]}
@@ -89,18 +88,15 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> Iterator[R
     """Variables that look like ours and are none."""
     known = {f"{_PREFIX}{name}".upper() for name in Settings.model_fields}
     # Names are read without regard to case, as pydantic-settings does.
-    unknown = sorted(
-        name
-        for name in environment
-        if name.upper().startswith(_PREFIX) and name.upper() not in known and not name.upper().startswith(_TESTS)
-    )
+    ours = [name for name in environment if name.upper().startswith(_PREFIX)]
+    unknown = sorted(name for name in ours if name.upper() not in known and not name.upper().startswith(_TESTS))
     for name in unknown:
         near = difflib.get_close_matches(name.upper(), known, n=1)
         why = "It has no effect." + (f" Did you mean {near[0]}?" if near else "")
         yield _row("environment", name, name, Level.WARN, "no setting of Tidemark's", why, f"unset {name}")
     if not unknown:
-        count = sum(name.upper() in known for name in environment)
-        yield _row("environment", f"{_PREFIX}…", unknown, Level.OK, f"{count} set, all known")
+        count = sum(name.upper() in known for name in ours)
+        yield _row("environment", f"{_PREFIX}…", None, Level.OK, f"{count} set, all known")
 
 
 # --- Redis
@@ -132,8 +128,8 @@ def _redis(name: str, url: str) -> Iterator[Row]:
         after = time()
     version = str(info.get("redis_version", "unknown version"))
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    why = "Tidemark needs 6.2 or later."
-    yield _row("redis", name, numbers < _OLDEST_REDIS, Level.FAIL, version, why, "upgrade Redis")
+    old, why = numbers < _OLDEST_REDIS, "Tidemark needs 6.2 or later."
+    yield _row("redis", name, old, Level.FAIL, version, why, "upgrade Redis")
     why = f"Tidemark was tested up to {_NEWEST_REDIS}."
     yield _row("redis", name, numbers[:1] > (_NEWEST_REDIS,), Level.WARN, version, why, "install a newer tidemark")
     why = "It answers no commands until it is done."

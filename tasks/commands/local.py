@@ -48,9 +48,8 @@ def servers(ctx: click.Context, *, only_print: bool) -> None:
     if app.settings.broker_url is None:
         leases["TIDEMARK_BROKER_URL"] = app.embedded_redis
     if not leases:
-        raise click.ClickException(
-            "TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL are set: no embedded server is needed"
-        )
+        both = "TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL"
+        raise click.ClickException(f"{both} are set: no embedded server is needed")
     urls = {name: lease.url for name, lease in leases.items()}
     answer(ctx, urls, "\n".join(f"export {name}='{url}'" for name, url in urls.items()))
     if not only_print:

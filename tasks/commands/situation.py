@@ -188,8 +188,7 @@ class Situation:
         return shard_queue(shard_of(partition.partition_id, self.settings.shards))
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        backlogs = self.reading.backlogs()
+        reading, hints, backlogs = self.reading, self.hints, self.reading.backlogs()
         return {
             "topics": [
                 {
@@ -206,7 +205,7 @@ class Situation:
                     "lag_seconds": backlogs[topic.name].lag,
                     "records_per_second": None if self.rates is None else round(self.rates.get(topic.name, 0.0), 3),
                 }
-                for topic in self.reading.topics
+                for topic in reading.topics
             ],
             "waiting": [
                 {
@@ -222,18 +221,13 @@ class Situation:
                 for p, cause in ((p, self.cause(p)) for p in self.waiting[:_IN_JSON])
             ],
             "waiting_partitions": len(self.waiting),
-            "row_locks": [asdict(r) for r in self.reading.row_locks],
-            "lock_waits": [asdict(w) for w in self.reading.lock_waits],
-            "holders": [asdict(h) for h in self.reading.holders],
-            "fan_out": {
-                "last_seconds": self.reading.dispatch.last,
-                "undispatched_seconds": self.reading.dispatch.undispatched,
-            },
-            "own_cluster": self.reading.dispatch.own_cluster,
-            "programs": None
-            if self.hints.programs is None
-            else [{**{name: getattr(p, name) for name in _PROGRAM}, "up": p.since} for p in self.hints.programs],
-            "redis_error": self.hints.error,
+            "row_locks": [asdict(r) for r in reading.row_locks],
+            "lock_waits": [asdict(w) for w in reading.lock_waits],
+            "holders": [asdict(h) for h in reading.holders],
+            "fan_out": {"last_seconds": reading.dispatch.last, "undispatched_seconds": reading.dispatch.undispatched},
+            "own_cluster": reading.dispatch.own_cluster,
+            "programs": None if hints.programs is None else [_program(p) for p in hints.programs],
+            "redis_error": hints.error,
         }
 
     def render(self, curves: Callable[[str], tuple[str, str]] | None = None) -> RenderableType:
@@ -310,6 +304,10 @@ class Situation:
         if len(groups) > _SHOWN:
             parts.append(text(f"  … and {number(len(groups) - _SHOWN)} more causes (--json lists them)", "dim"))
         return parts
+
+
+def _program(program: Program) -> dict[str, Any]:
+    return {**{name: getattr(program, name) for name in _PROGRAM}, "up": program.since}
 
 
 def _names(partitions: Iterable[PartitionState]) -> str:

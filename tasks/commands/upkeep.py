@@ -78,9 +78,8 @@ def materialize(ctx: click.Context, topic: str, partition: int | None, *, wait: 
     try:
         done = [app.AsyncResult(i).get(timeout=timeout) for i in ids]
     except ResultTimeoutError:
-        raise click.ClickException(
-            f"{topic}: not done after {timeout:g} s; is a worker running (celery -A tasks worker)?"
-        ) from None
+        late = f"not done after {timeout:g} s"
+        raise click.ClickException(f"{topic}: {late}; is a worker running (celery -A tasks worker)?") from None
     events, records = (sum(d[key] for d in done) for key in ("events_processed", "records"))
     said = f"{topic}: {count(events, 'event')} materialized, {number(records)} records"
     answer(ctx, {"tasks": ids, "events": events, "records": records, "metrics": done}, said)

@@ -69,27 +69,23 @@ def _ask(ctx: click.Context, timeout: float) -> list[dict[str, Any]]:
         if not stats:
             return []
         # Who they are is known: no need to wait for more than their answers.
-        known = app.control.inspect(
-            destination=list(stats), limit=len(stats), timeout=max(timeout, _REPLY_SECONDS), connection=connection
-        )
+        limits = {"limit": len(stats), "timeout": max(timeout, _REPLY_SECONDS)}
+        known = app.control.inspect(destination=list(stats), connection=connection, **limits)
         queues = known.active_queues() or {}
         active = known.active() or {}
-    found = []
-    for name, told in sorted(stats.items()):
-        served = sorted((q["name"] for q in queues.get(name) or ()), key=_by_shard)
-        found.append(
-            {
-                "name": name,
-                "pid": told.get("pid"),
-                "uptime": told.get("uptime"),
-                "concurrency": (told.get("pool") or {}).get("max-concurrency"),
-                "queues": served,
-                "active": [_active(task) for task in active.get(name) or ()],
-                "processed": dict(sorted((told.get("total") or {}).items())),
-                "shards": _shards(served),
-            }
-        )
-    return found
+    return [
+        {
+            "name": name,
+            "pid": told.get("pid"),
+            "uptime": told.get("uptime"),
+            "concurrency": (told.get("pool") or {}).get("max-concurrency"),
+            "queues": sorted((served := [q["name"] for q in queues.get(name) or ()]), key=_by_shard),
+            "active": [_active(task) for task in active.get(name) or ()],
+            "processed": dict(sorted((told.get("total") or {}).items())),
+            "shards": _shards(served),
+        }
+        for name, told in sorted(stats.items())
+    ]
 
 
 def _active(task: dict[str, Any]) -> dict[str, Any]:
@@ -114,9 +110,9 @@ def _show(found: list[dict[str, Any]], unserved: list[str], timeout: float) -> I
         return
     rows = table("Worker", ">Slots", "Shards", "Other queues", ">Tasks", ">Up for")
     for worker in found:
-        shown = {name: NOTHING if value in (None, "") else str(value) for name, value in _row(worker).items()}
-        names, done = (label(shown["worker"]), label(shown["other_queues"])), number(sum(worker["processed"].values()))
-        rows.add_row(names[0], shown["slots"], shown["shards"], names[1], done, duration(worker["uptime"]))
+        row = {column: NOTHING if value in (None, "") else str(value) for column, value in _row(worker).items()}
+        ids, others = (label(row["worker"]), row["slots"], row["shards"]), label(row["other_queues"])
+        rows.add_row(*ids, others, number(sum(worker["processed"].values())), duration(worker["uptime"]))
     yield rows
     busy = [(worker["name"], task) for worker in found for task in worker["active"]]
     if busy:
