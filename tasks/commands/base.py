@@ -37,15 +37,15 @@ OUTPUT = f"{__name__}.output"
 
 
 class Server(Enum):
-    """What a command talks to, and the setting that says where it is."""
+    """What a command talks to, the setting that says where it is, and the libraries that talk to it."""
 
-    POSTGRES = "Postgres", "database_url"
-    BROKER = "the broker", "broker_url"
-    REDIS = "Redis", "redis_url"
+    POSTGRES = "Postgres", "database_url", {"psycopg", "psycopg_pool", "sqlalchemy"}
+    REDIS = "Redis", "redis_url", {"redis"}
+    BROKER = "the broker", "broker_url", {"kombu", "amqp"}
 
     def describe(self, app: "TidemarkApp") -> str:
         """Its name, its place and the variable to look at, without the password."""
-        name, setting = self.value
+        name, setting, _ = self.value
         url = getattr(app.settings, setting)
         if self is Server.REDIS and url is None:
             # It is the broker's.
@@ -85,12 +85,8 @@ def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None
         return click.ClickException(text)
     # By name: nothing is imported for an error that did not happen.
     origins = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    for server, libraries in (
-        (Server.POSTGRES, {"psycopg", "psycopg_pool", "sqlalchemy"}),
-        (Server.REDIS, {"redis"}),
-        (Server.BROKER, {"kombu", "amqp"}),
-    ):
-        if origins & libraries:
+    for server in Server:
+        if origins & server.value[2]:
             return UnreachableError(f"{server.describe(app)}: {type(error).__name__}: {text}")
     return click.ClickException(text) if "celery" in origins else None
 

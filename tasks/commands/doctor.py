@@ -63,7 +63,8 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
     try:
         broker_url, redis_url, database_url = app.broker_url, app.redis_url, app.database_url
     except (EmbeddedServerError, TransientDatabaseError) as error:
-        yield _silent("servers", "embedded servers", error, "set TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL")
+        why, repair = str(error), "set TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL"
+        yield from judge([_silent("servers", "embedded servers", why, repair)])
         return
     yield from judge(check_broker(broker_url, redis_url))
     yield from judge(check_programs(app, read_hints(app)))
@@ -73,12 +74,12 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
             for _, findings in examine(conn, app.settings):
                 yield from findings
     except (TransientDatabaseError, SettingsError, psycopg.Error) as error:
-        yield _silent("server", "Postgres", error, "start it, or correct TIDEMARK_DATABASE_URL")
+        yield from judge([_silent("server", "Postgres", str(error), "start it, or correct TIDEMARK_DATABASE_URL")])
 
 
-def _silent(area: str, check: str, error: Exception, repair: str) -> Finding:
-    why = " ".join(str(error).split())
-    return Finding(area=area, check=check, level=Level.FAIL, found="does not answer", why=why, repair=(repair,))
+def _silent(area: str, check: str, why: str, repair: str) -> Row:
+    why = " ".join(why.split())
+    return Row(area, check, bad=True, level=Level.FAIL, found="does not answer", why=why, repair=(repair,))
 
 
 # --- the environment
@@ -112,9 +113,8 @@ def check_broker(broker_url: str, redis_url: str | None) -> Iterator[Row]:
         try:
             yield from _redis(name, url)
         except (RedisError, ValueError) as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             repair = "start it, or correct TIDEMARK_BROKER_URL and TIDEMARK_REDIS_URL"
-            yield _row("redis", name, error, Level.FAIL, "does not answer", why, repair)
+            yield _silent("redis", name, f"{type(error).__name__}: {error}", repair)
 
 
 def _redis(name: str, url: str) -> Iterator[Row]:

@@ -73,7 +73,7 @@ def top(ctx: click.Context, topic: tuple[str, ...], interval: float, count: int 
     """
     app, out, as_json = app_of(ctx), console(ctx), OUTPUT in ctx.meta
 
-    def looks(pause: Callable[[float], bool]) -> Iterator[Situation]:
+    def looks(pause: Callable[[float], bool | None]) -> Iterator[Situation]:
         """A situation each interval, until `pause` says that it is enough."""
         with database(ctx) as conn:
             before = read_status(conn, topic or None)
@@ -90,7 +90,7 @@ def top(ctx: click.Context, topic: tuple[str, ...], interval: float, count: int 
     # Ctrl-C is how this ends.
     with suppress(KeyboardInterrupt):
         if as_json or not out.is_terminal:
-            for situation in looks(_sleep):
+            for situation in looks(time.sleep):
                 click.echo(json.dumps(situation.as_dict(), default=str) if as_json else _lines(situation))
             return
         curves = Curves(interval)
@@ -146,16 +146,11 @@ def _greatest(a: _Look, b: _Look) -> _Look:
     return {t: tuple(map(max, a.get(t, _NOTHING_YET), b.get(t, _NOTHING_YET))) for t in a | b}
 
 
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
-
-
 @contextmanager
-def _keys() -> Iterator[Callable[[float], bool]]:
+def _keys() -> Iterator[Callable[[float], bool | None]]:
     """A function that waits so many seconds, or until a key that ends us is pressed: then it returns True."""
     if not sys.stdin.isatty():
-        yield _sleep
+        yield time.sleep
         return
     before = termios.tcgetattr(sys.stdin)
 

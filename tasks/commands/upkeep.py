@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from typing import Any
 
 import click
 from celery.exceptions import TimeoutError as ResultTimeoutError
@@ -118,12 +119,12 @@ def audit(ctx: click.Context, topic: str | None, *, from_scratch: bool) -> None:
     found = [{"topic": t, "partition": p, **asdict(v)} for (t, p), v in zip(places, result.violations, strict=True)]
     complete = result.complete and result.partitions > 0
     counts = {"partitions": result.partitions, "batches": result.batches, "complete": complete}
-    answer(ctx, {**counts, "violations": found}, _show(result, names))
+    answer(ctx, {**counts, "violations": found}, _show(result, found))
     if result.violations:
         ctx.exit(1)
 
 
-def _show(result: AuditResult, names: dict[int, tuple[str, int]]) -> RenderableType:
+def _show(result: AuditResult, violations: list[dict[str, Any]]) -> RenderableType:
     read = f"{count(result.partitions, 'partition')}, {count(result.batches, 'new batch')} read"
     if not result.partitions:
         return text("nothing to audit: there is no topic", "yellow")
@@ -132,11 +133,10 @@ def _show(result: AuditResult, names: dict[int, tuple[str, int]]) -> RenderableT
     lines: list[RenderableType] = [text(f"{read}: {count(len(result.violations), 'violation')}", "bold red")]
     if not result.complete:
         lines.append(text("The audit ended early; repair these and repeat it.", "yellow"))
-    for v in result.violations[:_SHOWN]:
-        topic, partition = names.get(v.partition_id, (None, None))
-        where = f"partition id {v.partition_id}" if topic is None else f"{topic}, partition {partition}"
-        at = "" if v.offset is None else f", offset {number(v.offset)}"
-        lines += ["", text(f"{v.invariant}: {where}{at}", "bold"), text(f"  {v.detail}")]
+    for v in violations[:_SHOWN]:
+        where = "{topic}, partition {partition}" if v["topic"] is not None else "partition id {partition_id}"
+        at = "" if v["offset"] is None else f", offset {number(v['offset'])}"
+        lines += ["", text(f"{v['invariant']}: {where.format(**v)}{at}", "bold"), text(f"  {v['detail']}")]
     if len(result.violations) > _SHOWN:
         more = f"… and {number(len(result.violations) - _SHOWN)} more (--json lists them)"
         lines += ["", text(more, "dim")]
