@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from csv import DictWriter
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from tasks.app import TidemarkApp
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 _Declare = Callable[[Callable[..., None]], click.Command]
 
 # With the start of the program that is an answer within 5 s.
@@ -127,10 +126,16 @@ class Group(Command, click.Group):
     command_class = Command
 
 
-def command(name: str, within: Group | None = None) -> _Declare:
+def command(name: str, *options: click.Option, within: Group | None = None) -> _Declare:
     """Declare a subcommand of `celery -A tasks`, or of a group; the function gets the click context first."""
     declare = click.command(name, cls=Command) if within is None else within.command(name)
-    return lambda function: declare(click.pass_context(function))
+
+    def finish(function: Callable[..., None]) -> click.Command:
+        made = declare(click.pass_context(function))
+        made.params += options
+        return made
+
+    return finish
 
 
 def app_of(ctx: click.Context) -> "TidemarkApp":
@@ -141,8 +146,8 @@ def app_of(ctx: click.Context) -> "TidemarkApp":
 # --- Servers
 
 # For commands that wait for nothing but a server's first answer: `reaching` looks it up.
-timeout_option = click.option(
-    "--timeout",
+TIMEOUT = click.Option(
+    ["--timeout"],
     type=Seconds(0.1, 3600),
     default=ANSWER_SECONDS,
     expose_value=False,
@@ -189,9 +194,9 @@ def database(ctx: click.Context) -> "Iterator[psycopg.Connection[Any]]":
 # --- Output
 
 
-def _output(name: str) -> Callable[[_Function], _Function]:
-    return click.option(
-        f"--{name}",
+def _output(name: str) -> click.Option:
+    return click.Option(
+        [f"--{name}"],
         is_flag=True,
         expose_value=False,
         callback=lambda ctx, _, given: given and ctx.meta.update({OUTPUT: name}),
@@ -199,7 +204,7 @@ def _output(name: str) -> Callable[[_Function], _Function]:
     )
 
 
-json_option, csv_option = _output("json"), _output("csv")
+JSON, CSV = _output("json"), _output("csv")
 
 
 def answer(

@@ -17,7 +17,7 @@ from db.commit import Batch, commit_batches
 from db.fetch import FetchedBatch, fetch_batches
 from db.status import find_partition, read_offsets
 from db.topics import PartitionIds
-from tasks.commands.base import OUTPUT, answer, command, csv_option, database, echo_csv, json_option, timeout_option
+from tasks.commands.base import CSV, JSON, OUTPUT, TIMEOUT, answer, command, database, echo_csv
 from tasks.commands.display import count, label, moment, number, plain, size, table, text
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME, OFFSET, PARTITION, SIZE
 
@@ -43,11 +43,9 @@ class Line(BaseModel):
     max_timestamp: Annotated[int, Field(ge=-MAX_BIGINT - 1, le=MAX_BIGINT)]
 
 
-@command("commit")
+@command("commit", TIMEOUT, JSON)
 @click.argument("key", type=NAME)
 @click.argument("file", type=click.File("rb"), default="-")
-@timeout_option
-@json_option
 def commit(ctx: click.Context, key: str, file: BinaryIO) -> None:
     """Commit the object uploaded as KEY, and print its id.
 
@@ -116,16 +114,13 @@ def _resolve(conn: psycopg.Connection[Any], lines: Iterable[tuple[int, Line]], e
 # --- fetch
 
 
-@command("fetch")
+@command("fetch", TIMEOUT, JSON, CSV)
 @click.argument("topic", type=NAME)
 @click.argument("partition", type=PARTITION)
 @click.argument("offset", type=OFFSET, default="earliest")
 @click.option("--max-bytes", type=SIZE, default="50MiB")
 @click.option("--max-batches", type=click.IntRange(1, MAX_INT), default=100)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes until Ctrl-C; with --json one line a batch.")
-@timeout_option
-@json_option
-@csv_option
 def fetch(ctx: click.Context, topic: str, partition: int, offset: str | int, *, follow: bool, **limits: int) -> None:
     """List the batches of a partition.
 

@@ -4,7 +4,7 @@ import click
 from rich.console import Group, RenderableType
 
 from config.errors import SettingsError
-from tasks.commands.base import Server, answer, app_of, command, json_option, reaching, timeout_option
+from tasks.commands.base import JSON, TIMEOUT, Server, answer, app_of, command, reaching
 from tasks.commands.display import NOTHING, number, table, text
 from tasks.compare import Comparison, forget, read
 
@@ -15,7 +15,7 @@ _NOTHING_COMPARED = (
 _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": "yellow"}
 
 
-@command("compare")
+@command("compare", TIMEOUT, JSON)
 @click.option(
     "--confidence",
     type=click.FloatRange(0.5, 0.9999),
@@ -23,8 +23,6 @@ _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": 
     help="How sure an interval is to hold the true value.",
 )
 @click.option("--reset", is_flag=True, help="Drop what was compared so far, and show nothing.")
-@timeout_option
-@json_option
 def compare(ctx: click.Context, confidence: float, *, reset: bool) -> None:
     """Show what the candidate strategy (TIDEMARK_CANDIDATE) brings.
 

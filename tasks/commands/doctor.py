@@ -23,7 +23,7 @@ from config.settings import Settings
 from db.doctor import Finding, Level, Row, examine, judge, judge_clock, worst
 from db.pool import open_connection
 from tasks.app import TidemarkApp
-from tasks.commands.base import answer, app_of, command, json_option
+from tasks.commands.base import JSON, answer, app_of, command
 from tasks.commands.display import duration, pairs, progress, text
 from tasks.commands.situation import SILENT_SECONDS, Hints, impatient, read_hints
 
@@ -37,9 +37,8 @@ _ANSWER_SECONDS = 1.0
 _POSTGRES_SECONDS = 4.0
 
 
-@command("doctor")
+@command("doctor", JSON)
 @click.option("--bad", is_flag=True, help="Show only what is not right.")
-@json_option
 def doctor(ctx: click.Context, *, bad: bool) -> None:
     """Check servers, settings, schema, privileges, programs and environment.
 

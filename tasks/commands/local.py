@@ -8,16 +8,15 @@ import click
 
 from config.embedded import Lease
 from config.heartbeat import examine
-from tasks.commands.base import answer, app_of, command, json_option
+from tasks.commands.base import JSON, answer, app_of, command
 from tasks.health import PROGRAMS, Program, heartbeat_file
 
 _TICK = 0.5
 
 
-@command("health")
+@command("health", JSON)
 @click.argument("program", type=click.Choice(PROGRAMS))
 @click.option("--ready", is_flag=True, help="Ask whether it does its work by now, too.")
-@json_option
 def health(ctx: click.Context, program: Program, *, ready: bool) -> None:
     """Tell by its heartbeat file whether a worker, beat or the exporter lives; exit code 1 when it does not.
 
@@ -32,8 +31,7 @@ def health(ctx: click.Context, program: Program, *, ready: bool) -> None:
         ctx.exit(1)
 
 
-@command("servers")
-@json_option
+@command("servers", JSON)
 @click.option("--print", "only_print", is_flag=True, help="Print the addresses and end; the servers may end, too.")
 def servers(ctx: click.Context, *, only_print: bool) -> None:
     """Run the embedded Postgres and Redis until Ctrl-C, for psql and programs of your own.

@@ -16,7 +16,7 @@ from rich.live import Live
 from sparklines import sparklines
 
 from db.status import read_status
-from tasks.commands.base import OUTPUT, answer, app_of, command, database, json_option, timeout_option
+from tasks.commands.base import JSON, OUTPUT, TIMEOUT, answer, app_of, command, database
 from tasks.commands.display import NOTHING, console, duration, number, plain, text
 from tasks.commands.parameters import NAME, Seconds
 from tasks.commands.situation import Situation, read_hints
@@ -34,12 +34,10 @@ after_option = click.option(
 )
 
 
-@command("status")
+@command("status", TIMEOUT, JSON)
 @click.argument("topic", type=NAME, nargs=-1)
 @click.option("--interval", type=Seconds(0, 60), default=1.0, help="Measure the rate over this time; 0: do without.")
 @after_option
-@timeout_option
-@json_option
 def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: float) -> None:
     """Show backlog, lag and rate, and what waits for what.
 
@@ -57,13 +55,11 @@ def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: f
     answer(ctx, situation.as_dict(), situation.render())
 
 
-@command("top")
+@command("top", TIMEOUT, JSON)
 @click.argument("topic", type=NAME, nargs=-1)
 @click.option("--interval", type=Seconds(0.1, 3600), default=1.0, help="Look this often.")
 @click.option("-n", "--count", type=click.IntRange(min=1), help="End after so many looks.")
 @after_option
-@timeout_option
-@json_option
 def top(ctx: click.Context, topic: tuple[str, ...], interval: float, count: int | None, after: float) -> None:
     """Show status, live, what lags first.
 

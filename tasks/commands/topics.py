@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from config.queues import shard_of, shard_queue
 from db.status import PartitionState, TopicState, describe_partitions, describe_topics
 from db.topics import create_topic, set_retention
-from tasks.commands.base import Group, answer, app_of, command, csv_option, database, json_option, timeout_option
+from tasks.commands.base import CSV, JSON, TIMEOUT, Group, answer, app_of, command, database
 from tasks.commands.display import NOTHING, count, duration, label, number, pairs, size, table, text
 from tasks.commands.parameters import NAME, SIZE_LIMIT, TIME_LIMIT
 
@@ -41,13 +41,11 @@ _PARTITION_CSV = (
 )
 
 
-@command("create", topics)
+@command("create", TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
 @click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1)
 @_time_option
 @_size_option
-@timeout_option
-@json_option
 def create(
     ctx: click.Context, name: str, partitions: int, retention_time: int | None, retention_size: int | None
 ) -> None:
@@ -60,10 +58,7 @@ def create(
     answer(ctx, {"topic": name, "id": topic_id, "partitions": partitions}, said)
 
 
-@command("list", topics)
-@timeout_option
-@json_option
-@csv_option
+@command("list", TIMEOUT, JSON, CSV, within=topics)
 def list_(ctx: click.Context) -> None:
     """List all topics."""
     with database(ctx) as conn:
@@ -77,12 +72,9 @@ def list_(ctx: click.Context) -> None:
     answer(ctx, told, words, csv=([*_TOPIC, "created_at"], told))
 
 
-@command("show", topics)
+@command("show", TIMEOUT, JSON, CSV, within=topics)
 @click.argument("topic", metavar="NAME", type=NAME)
 @click.option("--pending", is_flag=True, help="Only partitions with a backlog.")
-@timeout_option
-@json_option
-@csv_option
 def show(ctx: click.Context, topic: str, *, pending: bool) -> None:
     """Show topic NAME and its partitions."""
     with database(ctx) as conn:
@@ -113,12 +105,10 @@ def show(ctx: click.Context, topic: str, *, pending: bool) -> None:
     answer(ctx, {**_topic(found), "partitions": partitions}, Lines(*words), csv=csv)
 
 
-@command("set", topics)
+@command("set", TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
 @_time_option
 @_size_option
-@timeout_option
-@json_option
 def set_(ctx: click.Context, name: str, retention_time: int | None, retention_size: int | None) -> None:
     """Set the retention of topic NAME.
 

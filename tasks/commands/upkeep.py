@@ -13,7 +13,7 @@ from db.audit import audit as audit_log
 from db.rebase import rebase as rebase_log
 from db.status import find_partition, records_to_audit
 from db.topics import names_of
-from tasks.commands.base import Server, answer, app_of, command, database, json_option, reaching, timeout_option
+from tasks.commands.base import JSON, TIMEOUT, Server, answer, app_of, command, database, reaching
 from tasks.commands.display import count, number, progress, text
 from tasks.commands.parameters import NAME, PARTITION, Seconds
 
@@ -21,9 +21,7 @@ _SHOWN = 10
 _LOOK_SECONDS = 0.3
 
 
-@command("migrate")
-@timeout_option
-@json_option
+@command("migrate", TIMEOUT, JSON)
 def migrate(ctx: click.Context) -> None:
     """Create or upgrade the schema. Safe to repeat, and from several machines at once."""
     from db.migrate import upgrade  # noqa: PLC0415 - SQLAlchemy, which no other command needs
@@ -38,9 +36,7 @@ def migrate(ctx: click.Context) -> None:
     answer(ctx, {"before": before, "after": after}, said)
 
 
-@command("rebase")
-@timeout_option
-@json_option
+@command("rebase", TIMEOUT, JSON)
 def rebase(ctx: click.Context) -> None:
     """After a restore into another cluster: place new commits after all that are there.
 
@@ -54,12 +50,11 @@ def rebase(ctx: click.Context) -> None:
     answer(ctx, {"rebased": result is not None, **(asdict(result) if result else {}), "message": said}, said)
 
 
-@command("materialize")
+@command("materialize", JSON)
 @click.argument("topic", type=NAME)
 @click.option("-p", "--partition", type=PARTITION, help="Only this partition.")
 @click.option("--wait", is_flag=True, help="Wait until it is done, and print what was done.")
 @click.option("--timeout", type=Seconds(0), default=300, help="How long --wait waits.")
-@json_option
 def materialize(ctx: click.Context, topic: str, partition: int | None, *, wait: bool, timeout: float) -> None:
     """Materialize the backlog of TOPIC now: enqueue the tasks that do it."""
     from tasks.dispatch import enqueue  # noqa: PLC0415 - not for --help
@@ -86,11 +81,9 @@ def materialize(ctx: click.Context, topic: str, partition: int | None, *, wait: 
     answer(ctx, {"tasks": ids, "events": events, "records": records, "metrics": done}, said)
 
 
-@command("audit")
+@command("audit", TIMEOUT, JSON)
 @click.argument("topic", type=NAME, required=False)
 @click.option("--from-scratch", is_flag=True, help="Read every batch again, also those audited before.")
-@timeout_option
-@json_option
 def audit(ctx: click.Context, topic: str | None, *, from_scratch: bool) -> None:
     """Check the invariants of the log, or of one TOPIC.
 

@@ -8,7 +8,7 @@ import click
 from rich.console import Group, RenderableType
 
 from config.queues import all_queues, shard_of_queue
-from tasks.commands.base import Server, answer, app_of, command, csv_option, json_option, reaching
+from tasks.commands.base import CSV, JSON, Server, answer, app_of, command, reaching
 from tasks.commands.display import NOTHING, duration, label, number, table, text
 from tasks.commands.parameters import Seconds
 from tasks.names import ranges
@@ -17,12 +17,10 @@ _REPLY_SECONDS = 5.0
 _CSV = ("worker", "pid", "slots", "shards", "other_queues", "tasks", "running", "uptime_seconds")
 
 
-@command("workers")
+@command("workers", JSON, CSV)
 @click.option(
     "--timeout", type=Seconds(0.1, 60), default=1.0, help="Workers that do not answer within this time count as down."
 )
-@json_option
-@csv_option
 def workers(ctx: click.Context, timeout: float) -> None:
     """List the workers that are up, and what they do.
 
