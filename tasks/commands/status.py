@@ -29,15 +29,12 @@ _Look = dict[str, tuple[float, ...]]
 _NOTHING_YET = (0.0, 0.0)
 _END_KEYS = {"q", "Q", "\x03", "\x04", "\x1b"}
 
-after_option = click.option(
-    "--after", type=Seconds(min=0), default=5.0, help="Report what waits, or is open, this long."
-)
+_AFTER = click.Option(["--after"], type=Seconds(min=0), default=5.0, help="Report what waits, or is open, this long.")
 
 
-@command("status", TIMEOUT, JSON)
+@command("status", _AFTER, TIMEOUT, JSON)
 @click.argument("topic", type=NAME, nargs=-1)
 @click.option("--interval", type=Seconds(0, 60), default=1.0, help="Measure the rate over this time; 0: do without.")
-@after_option
 def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: float) -> None:
     """Show backlog, lag and rate, and what waits for what.
 
@@ -55,11 +52,10 @@ def status(ctx: click.Context, topic: tuple[str, ...], interval: float, after: f
     answer(ctx, situation.as_dict(), situation.render())
 
 
-@command("top", TIMEOUT, JSON)
+@command("top", _AFTER, TIMEOUT, JSON)
 @click.argument("topic", type=NAME, nargs=-1)
 @click.option("--interval", type=Seconds(0.1, 3600), default=1.0, help="Look this often.")
 @click.option("-n", "--count", type=click.IntRange(min=1), help="End after so many looks.")
-@after_option
 def top(ctx: click.Context, topic: tuple[str, ...], interval: float, count: int | None, after: float) -> None:
     """Show status, live, what lags first.
 

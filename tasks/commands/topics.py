@@ -1,5 +1,6 @@
 """`celery -A tasks topics create|list|show|set`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -16,36 +17,28 @@ from tasks.commands.parameters import NAME, SIZE_LIMIT, TIME_LIMIT
 
 topics = Group("topics", help="Create topics, list them, show one and set its retention.")
 
-_time_option = click.option(
-    "--retention-time", type=TIME_LIMIT, help="Delete batches that are older, such as 7d, 12h; `none`: keep them."
+_RETENTION = (
+    click.Option(
+        ["--retention-time"], type=TIME_LIMIT, help="Delete batches that are older, such as 7d, 12h; `none`: keep them."
+    ),
+    click.Option(
+        ["--retention-size"],
+        type=SIZE_LIMIT,
+        help="Delete a partition's oldest batches beyond this, such as 1GB, 500MiB; `none`: keep them.",
+    ),
 )
-_size_option = click.option(
-    "--retention-size",
-    type=SIZE_LIMIT,
-    help="Delete a partition's oldest batches beyond this, such as 1GB, 500MiB; `none`: keep them.",
-)
-# What programs read, and the fields that hold it.
-_TOPIC = {
-    "topic": "name",
-    "partition_count": "partitions",
-    **{name: name for name in ("records", "byte_size", "retention_ms", "retention_bytes", "id")},
-}
-_PARTITION = {
-    **{name: name for name in ("partition", "partition_id", "start_offset", "end_offset", "byte_size", "backlog")},
-    "backlog_counted": "counted",
-    "lag_seconds": "lag",
-}
+_TOPIC_CSV = ("topic", "partition_count", "records", "byte_size", "retention_ms", "retention_bytes", "id", "created_at")
 _PARTITION_CSV = (
     *("topic", "partition", "partition_id", "shard", "queue", "start_offset", "end_offset"),
     *("byte_size", "backlog", "backlog_counted", "lag_seconds"),
 )
+# What is called otherwise here than by the database.
+_FIELDS = {"topic": "name", "partition_count": "partitions", "backlog_counted": "counted", "lag_seconds": "lag"}
 
 
-@command("create", TIMEOUT, JSON, within=topics)
+@command("create", *_RETENTION, TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
 @click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1)
-@_time_option
-@_size_option
 def create(
     ctx: click.Context, name: str, partitions: int, retention_time: int | None, retention_size: int | None
 ) -> None:
@@ -69,7 +62,7 @@ def list_(ctx: click.Context) -> None:
         for t in found:
             rows.add_row(label(t.name), number(t.partitions), number(t.records), size(t.byte_size), _retention(t))
     told = [_topic(topic) for topic in found]
-    answer(ctx, told, words, csv=([*_TOPIC, "created_at"], told))
+    answer(ctx, told, words, csv=(_TOPIC_CSV, told))
 
 
 @command("show", TIMEOUT, JSON, CSV, within=topics)
@@ -105,10 +98,8 @@ def show(ctx: click.Context, topic: str, *, pending: bool) -> None:
     answer(ctx, {**_topic(found), "partitions": partitions}, Lines(*words), csv=csv)
 
 
-@command("set", TIMEOUT, JSON, within=topics)
+@command("set", *_RETENTION, TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
-@_time_option
-@_size_option
 def set_(ctx: click.Context, name: str, retention_time: int | None, retention_size: int | None) -> None:
     """Set the retention of topic NAME.
 
@@ -141,11 +132,14 @@ def _retention(topic: TopicState, *, exact: bool = False) -> str:
 
 
 def _topic(topic: TopicState) -> dict[str, Any]:
-    told = {name: getattr(topic, field) for name, field in _TOPIC.items()}
-    return {**told, "created_at": topic.created_at.isoformat()}
+    return {**_told(topic, _TOPIC_CSV), "created_at": topic.created_at.isoformat()}
 
 
 def _partition(partition: PartitionState, shards: int) -> dict[str, Any]:
     shard = shard_of(partition.partition_id, shards)
-    told = {name: getattr(partition, field) for name, field in _PARTITION.items()}
-    return {**told, "shard": shard, "queue": shard_queue(shard)}
+    own = [column for column in _PARTITION_CSV if column not in {"topic", "shard", "queue"}]
+    return {**_told(partition, own), "shard": shard, "queue": shard_queue(shard)}
+
+
+def _told(state: TopicState | PartitionState, columns: Iterable[str]) -> dict[str, Any]:
+    return {column: getattr(state, _FIELDS.get(column, column)) for column in columns}

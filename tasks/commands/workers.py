@@ -108,9 +108,11 @@ def _show(found: list[dict[str, Any]], unserved: list[str], timeout: float) -> I
         return
     rows = table("Worker", ">Slots", "Shards", "Other queues", ">Tasks", ">Up for")
     for worker in found:
-        row = {column: NOTHING if value in (None, "") else str(value) for column, value in _row(worker).items()}
-        ids, others = (label(row["worker"]), row["slots"], row["shards"]), label(row["other_queues"])
-        rows.add_row(*ids, others, number(sum(worker["processed"].values())), duration(worker["uptime"]))
+        slots = NOTHING if worker["concurrency"] is None else str(worker["concurrency"])
+        shards = ranges(worker["shards"]) if worker["shards"] else NOTHING
+        others = label(", ".join(_others(worker["queues"])) or NOTHING)
+        done = number(sum(worker["processed"].values()))
+        rows.add_row(label(worker["name"]), slots, shards, others, done, duration(worker["uptime"]))
     yield rows
     busy = [(worker["name"], task) for worker in found for task in worker["active"]]
     if busy:
@@ -119,6 +121,6 @@ def _show(found: list[dict[str, Any]], unserved: list[str], timeout: float) -> I
             rows.add_row(label(name), label(task["name"]), text(task["arguments"][:200]), duration(task["running"]))
         yield from ("", rows)
     if unserved:
-        shards = _shards(unserved)
-        missing = [f"shards {ranges(shards)}"] * bool(shards) + _others(unserved)
+        without = _shards(unserved)
+        missing = [f"shards {ranges(without)}"] * bool(without) + _others(unserved)
         yield from ("", text(f"without a worker: {', '.join(missing)}", "bold red"))
