@@ -5,44 +5,46 @@ Standard output has results only. Errors go to standard error, as `Error: …`, 
 The exit code is 1, and 2 for wrong arguments.
 """
 
-import csv
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from csv import DictWriter
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
-from celery.bin.base import CeleryCommand, handle_preload_options
 
 from config.errors import TidemarkError
 from tasks.commands.parameters import Seconds
 
 if TYPE_CHECKING:
     import psycopg
+    from rich.console import RenderableType
 
     from tasks.app import TidemarkApp
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Declare = Callable[[Callable[..., None]], click.Command]
 
 # With the start of the program that is an answer within 5 s.
 ANSWER_SECONDS = 2.5
 _AS_JSON = f"{__name__}.as_json"
 _TIMEOUT = f"{__name__}.timeout"
+# `json`, `csv` or nothing: what a command prints.
+OUTPUT = f"{__name__}.output"
 
 
 class Server(Enum):
-    """What a command talks to, and the setting that says where it is."""
+    """What a command talks to, the setting that says where it is, and the libraries that talk to it."""
 
-    POSTGRES = "Postgres", "database_url"
-    BROKER = "the broker", "broker_url"
-    REDIS = "Redis", "redis_url"
+    POSTGRES = "Postgres", "database_url", {"psycopg", "psycopg_pool", "sqlalchemy"}
+    REDIS = "Redis", "redis_url", {"redis"}
+    BROKER = "the broker", "broker_url", {"kombu", "amqp"}
 
     def describe(self, app: "TidemarkApp") -> str:
         """Its name, its place and the variable to look at, without the password."""
-        name, setting = self.value
+        name, setting, _ = self.value
         url = getattr(app.settings, setting)
         if self is Server.REDIS and url is None:
             # It is the broker's.
@@ -82,26 +84,20 @@ def explain(error: Exception, app: "TidemarkApp") -> click.ClickException | None
         return click.ClickException(text)
     # By name: nothing is imported for an error that did not happen.
     origins = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    for server, libraries in (
-        (Server.POSTGRES, {"psycopg", "psycopg_pool", "sqlalchemy"}),
-        (Server.REDIS, {"redis"}),
-        (Server.BROKER, {"kombu", "amqp"}),
-    ):
-        if origins & libraries:
+    for server in Server:
+        if origins & server.value[2]:
             return UnreachableError(f"{server.describe(app)}: {type(error).__name__}: {text}")
     return click.ClickException(text) if "celery" in origins else None
 
 
-class _Reporting(click.Command):
+class Command(click.Command):
     """Reports errors as this module says."""
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        # Parsing takes them away.
+    def make_context(self, info_name: str | None, args: list[str], *others: Any, **extra: Any) -> click.Context:
+        # Parsing takes them away, and an error of parsing is reported, too.
         as_json = "--json" in args
         try:
-            ctx = super().make_context(info_name, args, parent, **extra)
+            ctx = super().make_context(info_name, args, *others, show_default=True, **extra)
         except click.UsageError as error:
             if as_json:
                 raise JsonError(error, error) from error
@@ -124,32 +120,22 @@ class _Reporting(click.Command):
             raise explained from error
 
 
-class TidemarkCommand(_Reporting, CeleryCommand):
-    """A subcommand of `celery -A tasks`."""
-
-
-class TidemarkGroup(_Reporting, click.Group):
+class Group(Command, click.Group):
     """One with subcommands of its own: `celery -A tasks topics create`."""
 
-    command_class = TidemarkCommand
-
-    def subcommand(self, name: str) -> Callable[[_Function], click.Command]:
-        """Declare a subcommand; the function gets the click context first."""
-        return _declare(self.command(name))
+    command_class = Command
 
 
-def command(name: str) -> Callable[[_Function], click.Command]:
-    """Declare a subcommand of `celery -A tasks`; the function gets the click context first."""
-    return _declare(click.command(name, cls=TidemarkCommand))
+def command(name: str, *options: click.Option, within: Group | None = None) -> _Declare:
+    """Declare a subcommand of `celery -A tasks`, or of a group; the function gets the click context first."""
+    declare = click.command(name, cls=Command) if within is None else within.command(name)
 
+    def finish(function: Callable[..., None]) -> click.Command:
+        made = declare(click.pass_context(function))
+        made.params += options
+        return made
 
-def group(name: str) -> Callable[[_Function], TidemarkGroup]:
-    """Declare a group; the function's docstring is its help."""
-    return cast("Callable[[Any], TidemarkGroup]", _declare(click.group(name, cls=TidemarkGroup)))
-
-
-def _declare(make: Callable[[Any], click.Command]) -> Callable[[Any], click.Command]:
-    return lambda function: make(click.pass_context(handle_preload_options(function)))
+    return finish
 
 
 def app_of(ctx: click.Context) -> "TidemarkApp":
@@ -159,20 +145,13 @@ def app_of(ctx: click.Context) -> "TidemarkApp":
 
 # --- Servers
 
-
-def _remember_timeout(ctx: click.Context, _: click.Parameter, seconds: float) -> None:
-    ctx.meta[_TIMEOUT] = seconds
-
-
 # For commands that wait for nothing but a server's first answer: `reaching` looks it up.
-timeout_option = click.option(
-    "--timeout",
+TIMEOUT = click.Option(
+    ["--timeout"],
     type=Seconds(0.1, 3600),
     default=ANSWER_SECONDS,
-    show_default=True,
     expose_value=False,
-    callback=_remember_timeout,
-    metavar="SECONDS",
+    callback=lambda ctx, _, seconds: ctx.meta.update({_TIMEOUT: seconds}),
     help="Give up on a server that does not answer within this time.",
 )
 
@@ -212,26 +191,46 @@ def database(ctx: click.Context) -> "Iterator[psycopg.Connection[Any]]":
         yield conn
 
 
-# --- Output for programs
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+# --- Output
 
 
-def output_options(function: _Function) -> _Function:
-    """--json and --csv, for lists: `output` is `json`, `csv` or None."""
-    for name in ("csv", "json"):
-        option: Any = click.option(f"--{name}", "output", flag_value=name, help=f"Print {name.upper()}, for programs.")
-        function = option(function)
-    return function
+def _output(name: str) -> click.Option:
+    return click.Option(
+        [f"--{name}"],
+        is_flag=True,
+        expose_value=False,
+        callback=lambda ctx, _, given: given and ctx.meta.update({OUTPUT: name}),
+        help=f"Print {name.upper()}, for programs.",
+    )
 
 
-def echo_json(value: Any) -> None:
-    """Print one JSON document."""
-    click.echo(json.dumps(value, indent=2, default=str))
+JSON, CSV = _output("json"), _output("csv")
 
 
-def echo_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def answer(
+    ctx: click.Context,
+    document: Any,
+    words: "RenderableType",
+    *,
+    csv: tuple[Iterable[str], Iterable[Mapping[str, Any]]] = ((), ()),
+    err: bool = False,
+) -> None:
+    """Print the result of a command: as --json or --csv (columns and rows), else in words, with `err` as an error."""
+    output = ctx.meta.get(OUTPUT)
+    if output == "json":
+        click.echo(json.dumps(document, indent=2, default=str))
+    elif output == "csv":
+        echo_csv(*csv)
+    elif isinstance(words, str):
+        click.echo(words, err=err)
+    else:
+        from tasks.commands.display import console  # noqa: PLC0415 - slow to import, and few words need it
+
+        console(ctx).print(words)
+
+
+def echo_csv(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Print these columns of the rows under a header, which is there without rows as well."""
-    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer = DictWriter(sys.stdout, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -1,11 +1,11 @@
 """`celery -A tasks compare`: a candidate strategy beside the current one, and whether the difference is real."""
 
 import click
-from rich.console import Console
+from rich.console import Group, RenderableType
 
 from config.errors import SettingsError
-from tasks.commands.base import Server, app_of, command, echo_json, json_option, reaching, timeout_option
-from tasks.commands.display import NOTHING, console, number, table, text
+from tasks.commands.base import JSON, TIMEOUT, Server, answer, app_of, command, reaching
+from tasks.commands.display import NOTHING, number, table, text
 from tasks.compare import Comparison, forget, read
 
 _NOTHING_COMPARED = (
@@ -15,18 +15,15 @@ _NOTHING_COMPARED = (
 _STYLES = {"real": "bold green", "not shown": "yellow", "too few transactions": "yellow"}
 
 
-@command("compare")
+@command("compare", TIMEOUT, JSON)
 @click.option(
     "--confidence",
     type=click.FloatRange(0.5, 0.9999),
     default=0.99,
-    show_default=True,
     help="How sure an interval is to hold the true value.",
 )
 @click.option("--reset", is_flag=True, help="Drop what was compared so far, and show nothing.")
-@timeout_option
-@json_option
-def compare(ctx: click.Context, confidence: float, *, reset: bool, as_json: bool) -> None:
+def compare(ctx: click.Context, confidence: float, *, reset: bool) -> None:
     """Show what the candidate strategy (TIDEMARK_CANDIDATE) brings.
 
     By what all workers noted since the candidate was set, or since --reset: the newest 5,000 transactions of its
@@ -40,36 +37,27 @@ def compare(ctx: click.Context, confidence: float, *, reset: bool, as_json: bool
         if reset:
             forget(redis)
         found = read(redis, confidence=confidence)
-    said = _NOTHING_COMPARED if not found else None
-    if reset:
-        said = "compared from now on"
-    if as_json:
-        message = {} if said is None else {"message": said}
-        echo_json({"comparisons": [comparison.as_dict() for comparison in found], **message})
-        return
-    out = console(ctx)
-    if said is not None:
-        out.print(text(said))
-    for comparison in found:
-        _show(out, comparison)
+    said = "compared from now on" if reset else None if found else _NOTHING_COMPARED
+    message = {} if said is None else {"message": said}
+    document = {"comparisons": [comparison.as_dict() for comparison in found], **message}
+    answer(ctx, document, Group(*map(text, message.values()), *map(_table, found)))
 
 
-def _show(out: Console, found: Comparison) -> None:
+def _table(found: Comparison) -> RenderableType:
     sides = (found.current, found.candidate)
     shown = table("", f">{found.current.strategy}", f">{found.candidate.strategy}, candidate")
-    for name, values in (
-        ("transactions", [number(side.transactions) for side in sides]),
-        ("of them without events", [number(side.empty) for side in sides]),
-        ("failed attempts", [number(side.failed) for side in sides]),
-        ("events", [number(side.events) for side in sides]),
-        ("events/s in transactions", [number(round(side.events_per_second)) for side in sides]),
-        ("µs an event", [_rounded(side.micros_per_event) for side in sides]),
-        ("lock wait, ms", [_rounded(side.lock_wait_ms) for side in sides]),
-    ):
-        shown.add_row(text(name), *(text(value) for value in values))
-    out.print(shown)
-    out.print()
-    out.print(text(found.words, _STYLES[found.verdict]))
+    rows = {
+        "transactions": [number(side.transactions) for side in sides],
+        "of them without events": [number(side.empty) for side in sides],
+        "failed attempts": [number(side.failed) for side in sides],
+        "events": [number(side.events) for side in sides],
+        "events/s in transactions": [number(round(side.events_per_second)) for side in sides],
+        "µs an event": [_rounded(side.micros_per_event) for side in sides],
+        "lock wait, ms": [_rounded(side.lock_wait_ms) for side in sides],
+    }
+    for name, values in rows.items():
+        shown.add_row(name, *values)
+    return Group(shown, "", text(found.words, _STYLES[found.verdict]))
 
 
 def _rounded(value: float | None) -> str:

@@ -6,23 +6,21 @@ no terminal a program may read the lines, so nothing is cut or broken in two.
 
 import re
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console, RenderableType
+from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_KIBI = 1024
-_MINUTE = 60
-_HOUR = 3600
-_DAY = 86_400
+_UNITS = {"d": 86_400, "h": 3600, "min": 60}
 _ONE_DECIMAL_BELOW = 10
+_STATEMENT = 200
 _NARROWEST = 20
 # More than any line of ours.
 _NEVER_WRAPPED = 20_000
@@ -47,24 +45,12 @@ def console(ctx: click.Context, *, err: bool = False) -> Console:
 
 def progress(ctx: click.Context) -> "Progress":
     """Progress bars on standard error, gone when done; invisible where that is no terminal."""
-    from rich.progress import (  # noqa: PLC0415 - slow to import, and few commands have bars
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as bars  # noqa: PLC0415 - slow to import, and few commands have bars
 
     target = console(ctx, err=True)
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=target,
-        transient=True,
-        disable=not target.is_terminal,
-    )
+    description = bars.TextColumn("{task.description}", markup=False)
+    shown = description, bars.BarColumn(bar_width=None), bars.MofNCompleteColumn(), bars.TimeRemainingColumn()
+    return bars.Progress(*shown, console=target, transient=True, disable=not target.is_terminal)
 
 
 def plain(value: object) -> str:
@@ -83,45 +69,23 @@ def label(value: object) -> Text:
     return Text(plain(value), overflow="ellipsis", no_wrap=True)
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str) -> Table:
     """A table without lines. A column whose name starts with `>` is aligned to the right and keeps its room."""
-    made = Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        title=None if title is None else text(title, "bold"),
-        title_justify="left",
-        header_style="bold",
-    )
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        made.add_column(
-            text(column.removeprefix(">"), "bold"),
-            justify="right" if column.startswith(">") else "left",
-            no_wrap=column.startswith(">"),
-            overflow="fold",
-        )
+        right = column.startswith(">")
+        header = text(column.removeprefix(">"))
+        made.add_column(header, justify="right" if right else "left", no_wrap=right, overflow="fold")
     return made
 
 
-def columns(rows: Sequence[tuple[str, object]]) -> Table:
-    """Names and values, one pair a line."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+def pairs(*rows: tuple[RenderableType, RenderableType], gap: int = 2) -> Table:
+    """A name and what belongs to it, which stands to the right of the name also where it folds."""
+    made = Table.grid(padding=(0, gap, 0, 0))
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
-    for name, value in rows:
-        made.add_row(text(name, "bold"), value if isinstance(value, Text) else text(value))
-    return made
-
-
-def hanging(lead: Text, *bodies: RenderableType, indent: int = 2) -> Table:
-    """Texts that stand to the right of the first one, also where they fold."""
-    made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=False, expand=False)
-    made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
-    first = Text(" " * indent) + lead
-    for body in bodies:
-        made.add_row(first, body)
-        first = Text()
+    for row in rows:
+        made.add_row(*row)
     return made
 
 
@@ -132,21 +96,15 @@ def number(value: int) -> str:
 
 def size(value: int) -> str:
     """Bytes as `1.5 MiB`."""
-    if value < _KIBI:
-        return f"{value} B"
-    amount = float(value)
-    units = iter(("KiB", "MiB", "GiB", "TiB", "PiB"))
-    while amount >= _KIBI and (unit := next(units, None)):
-        amount /= _KIBI
-        used = unit
-    return f"{amount:,.1f} {used}"
+    unit, suffix = pick_unit_and_suffix(value, ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 1024)
+    return f"{value} B" if unit == 1 else f"{value / unit:,.1f} {suffix}"
 
 
 def duration(seconds: float | None) -> str:
     """Seconds as `0.4 s`, `12 s`, `3 min`, `2 h` or `5 d`."""
     if seconds is None:
         return NOTHING
-    for unit, length in (("d", _DAY), ("h", _HOUR), ("min", _MINUTE)):
+    for unit, length in _UNITS.items():
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.1f} s" if seconds < _ONE_DECIMAL_BELOW else f"{seconds:.0f} s"
@@ -160,10 +118,10 @@ def moment(milliseconds: int) -> str:
         return str(milliseconds)
 
 
-def statement(query: str | None, *, length: int = 200) -> str:
+def statement(query: str | None) -> str:
     """A query on one line, without comments."""
     line = " ".join(re.sub(r"--[^\n]*", " ", query or "").split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
+    return line if len(line) <= _STATEMENT else f"{line[: _STATEMENT - 1]}…"
 
 
 def count(value: int, noun: str) -> str:

@@ -14,7 +14,7 @@ import click
 import kombu.exceptions
 import psycopg
 from redis import RedisError
-from rich.console import Console
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 
 from config.errors import EmbeddedServerError, SettingsError, TransientDatabaseError
@@ -23,8 +23,8 @@ from config.settings import Settings
 from db.doctor import Finding, Level, Row, examine, judge, judge_clock, worst
 from db.pool import open_connection
 from tasks.app import TidemarkApp
-from tasks.commands.base import app_of, command, echo_json, json_option
-from tasks.commands.display import console, duration, hanging, progress, text
+from tasks.commands.base import JSON, answer, app_of, command
+from tasks.commands.display import duration, pairs, progress, text
 from tasks.commands.situation import SILENT_SECONDS, Hints, impatient, read_hints
 
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
@@ -37,26 +37,22 @@ _ANSWER_SECONDS = 1.0
 _POSTGRES_SECONDS = 4.0
 
 
-@command("doctor")
+@command("doctor", JSON)
 @click.option("--bad", is_flag=True, help="Show only what is not right.")
-@json_option
-def doctor(ctx: click.Context, *, bad: bool, as_json: bool) -> None:
+def doctor(ctx: click.Context, *, bad: bool) -> None:
     """Check servers, settings, schema, privileges, programs and environment.
 
     Each check is ok, warn (slower or less safe than it could be) or fail (wrong), and what is not right comes with the
     reason and what repairs it. Changes nothing. Exit code 1 when a check fails.
     """
-    app = app_of(ctx)
+    findings = []
     with progress(ctx) as bar:
         task = bar.add_task("looking", total=None)
-        findings = []
-        for found in _examine(app):
+        for found in _examine(app_of(ctx)):
             findings.append(found)
             bar.update(task, description=found.area, advance=1)
-    if as_json:
-        echo_json({"level": worst(findings), "findings": [asdict(finding) for finding in findings]})
-    else:
-        _show(console(ctx), findings, only_bad=bad)
+    document = {"level": worst(findings), "findings": [asdict(finding) for finding in findings]}
+    answer(ctx, document, Group(*_show(findings, only_bad=bad)))
     if worst(findings) is Level.FAIL:
         ctx.exit(1)
 
@@ -66,7 +62,8 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
     try:
         broker_url, redis_url, database_url = app.broker_url, app.redis_url, app.database_url
     except (EmbeddedServerError, TransientDatabaseError) as error:
-        yield _silent("servers", "embedded servers", error, "set TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL")
+        why, repair = str(error), "set TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL"
+        yield from judge([_silent("servers", "embedded servers", why, repair)])
         return
     yield from judge(check_broker(broker_url, redis_url))
     yield from judge(check_programs(app, read_hints(app)))
@@ -76,12 +73,12 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
             for _, findings in examine(conn, app.settings):
                 yield from findings
     except (TransientDatabaseError, SettingsError, psycopg.Error) as error:
-        yield _silent("server", "Postgres", error, "start it, or correct TIDEMARK_DATABASE_URL")
+        yield from judge([_silent("server", "Postgres", str(error), "start it, or correct TIDEMARK_DATABASE_URL")])
 
 
-def _silent(area: str, check: str, error: Exception, repair: str) -> Finding:
-    why = " ".join(str(error).split())
-    return Finding(area=area, check=check, level=Level.FAIL, found="does not answer", why=why, repair=(repair,))
+def _silent(area: str, check: str, why: str, repair: str) -> Row:
+    why = " ".join(why.split())
+    return Row(area, check, bad=True, level=Level.FAIL, found="does not answer", why=why, repair=(repair,))
 
 
 # --- the environment
@@ -91,18 +88,15 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> Iterator[R
     """Variables that look like ours and are none."""
     known = {f"{_PREFIX}{name}".upper() for name in Settings.model_fields}
     # Names are read without regard to case, as pydantic-settings does.
-    unknown = sorted(
-        name
-        for name in environment
-        if name.upper().startswith(_PREFIX) and name.upper() not in known and not name.upper().startswith(_TESTS)
-    )
+    ours = [name for name in environment if name.upper().startswith(_PREFIX)]
+    unknown = sorted(name for name in ours if name.upper() not in known and not name.upper().startswith(_TESTS))
     for name in unknown:
         near = difflib.get_close_matches(name.upper(), known, n=1)
         why = "It has no effect." + (f" Did you mean {near[0]}?" if near else "")
         yield _row("environment", name, name, Level.WARN, "no setting of Tidemark's", why, f"unset {name}")
     if not unknown:
-        count = sum(name.upper() in known for name in environment)
-        yield _row("environment", f"{_PREFIX}…", unknown, Level.OK, f"{count} set, all known")
+        count = sum(name.upper() in known for name in ours)
+        yield _row("environment", f"{_PREFIX}…", None, Level.OK, f"{count} set, all known")
 
 
 # --- Redis
@@ -118,9 +112,8 @@ def check_broker(broker_url: str, redis_url: str | None) -> Iterator[Row]:
         try:
             yield from _redis(name, url)
         except (RedisError, ValueError) as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             repair = "start it, or correct TIDEMARK_BROKER_URL and TIDEMARK_REDIS_URL"
-            yield _row("redis", name, error, Level.FAIL, "does not answer", why, repair)
+            yield _silent("redis", name, f"{type(error).__name__}: {error}", repair)
 
 
 def _redis(name: str, url: str) -> Iterator[Row]:
@@ -134,8 +127,8 @@ def _redis(name: str, url: str) -> Iterator[Row]:
         after = time()
     version = str(info.get("redis_version", "unknown version"))
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    why = "Tidemark needs 6.2 or later."
-    yield _row("redis", name, numbers < _OLDEST_REDIS, Level.FAIL, version, why, "upgrade Redis")
+    old, why = numbers < _OLDEST_REDIS, "Tidemark needs 6.2 or later."
+    yield _row("redis", name, old, Level.FAIL, version, why, "upgrade Redis")
     why = f"Tidemark was tested up to {_NEWEST_REDIS}."
     yield _row("redis", name, numbers[:1] > (_NEWEST_REDIS,), Level.WARN, version, why, "install a newer tidemark")
     why = "It answers no commands until it is done."
@@ -209,17 +202,16 @@ def _row(area: str, check: str, bad: object, level: Level, found: str, why: str 
     return Row(area=area, check=check, bad=bool(bad), level=level, found=found, why=why, repair=repair)
 
 
-def _show(out: Console, findings: Sequence[Finding], *, only_bad: bool) -> None:
+def _show(findings: Sequence[Finding], *, only_bad: bool) -> Iterator[RenderableType]:
     areas = list(dict.fromkeys(finding.area for finding in findings))
     shown = [f for f in findings if not only_bad or f.level is not Level.OK]
     for area, group in groupby(sorted(shown, key=lambda f: areas.index(f.area)), key=lambda f: f.area):
-        out.print(text(area.capitalize(), "bold"))
+        yield text(area.capitalize(), "bold")
         for finding in group:
-            lead = text(f"{finding.level.value:<4}", _STYLES[finding.level])
-            what = text(f"{finding.check}: {finding.found}")
-            why = [text(finding.why)] * bool(finding.why)
-            repair = [Padding(text(statement, "cyan"), (0, 0, 0, 2), expand=False) for statement in finding.repair]
-            out.print(hanging(lead, what, *why, *repair))
-        out.print()
+            body = [text(f"{finding.check}: {finding.found}"), *[text(finding.why)] * bool(finding.why)]
+            repair = (Padding(text(statement, "cyan"), (0, 0, 0, 2), expand=False) for statement in finding.repair)
+            lead = text(f"  {finding.level.value:<4}", _STYLES[finding.level])
+            yield pairs((lead, Group(*body, *repair)), gap=1)
+        yield ""
     counts = Counter(finding.level for finding in findings)
-    out.print(text(", ".join(f"{counts[level]} {level}" for level in Level), _STYLES[worst(findings)]))
+    yield text(", ".join(f"{counts[level]} {level}" for level in Level), _STYLES[worst(findings)])

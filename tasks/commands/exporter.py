@@ -11,12 +11,11 @@ from tasks.health import EXPORTER_SILENCE, INTERVAL, Heartbeat, heartbeat_file
 
 
 @command("exporter")
-@click.option("--address", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
+@click.option("--address", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65_535),
     default=DEFAULT_PORT,
-    show_default=True,
     metavar="PORT",
     help="Port to listen on; 0: any free one.",
 )

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import click
@@ -14,70 +15,59 @@ MAX_BIGINT = 2**63 - 1
 _SHOWN = 40
 
 
-class Name(click.ParamType[str]):
-    """Text that Postgres can store."""
+class _Kind(click.ParamType[Any]):
+    """What a function reads, under a name for help. What it refuses click blames on the right argument."""
 
-    name = "text"
+    def __init__(self, name: str, read: Callable[[str], Any]) -> None:
+        self.name, self._read = name, read
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Refuse what is no UTF-8, which Python hides in surrogates, and NUL."""
-        given = str(value)
-        try:
-            given.encode()
-        except UnicodeEncodeError:
-            self.fail(f"{given.encode(errors='replace').decode()!r} is no UTF-8", param, ctx)
-        if "\0" in given:
-            self.fail("it contains a NUL character", param, ctx)
-        return given
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> Any:
+        return self._read(str(value))
 
 
-class Offset(click.ParamType[str | int]):
-    """`earliest`, `latest` or a number."""
-
-    name = "offset"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        """The word, or the number where it is one."""
-        given = str(value).lower()
-        if given in {"earliest", "latest"}:
-            return given
-        # The length first: Python refuses to read numbers with thousands of digits.
-        if re.fullmatch(r"0*[0-9]{1,19}", given) and int(given[-19:]) <= MAX_BIGINT:
-            return int(given[-19:])
-        return self.fail(
-            f"{str(value)[:_SHOWN]!r} is neither earliest nor latest nor a number from 0 to {MAX_BIGINT}", param, ctx
-        )
+def _read_name(given: str) -> str:
+    """Text that Postgres can store: no NUL, and no bytes that are no UTF-8, which Python hides in surrogates."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter(f"{given.encode(errors='replace').decode()!r} is no UTF-8") from None
+    if "\0" in given:
+        raise click.BadParameter("it contains a NUL character")
+    return given
 
 
-class Quantity(click.ParamType[int | None]):
-    """A positive number with a unit, in the smallest of the units; None for `none`, where that is allowed."""
+def _read_offset(given: str) -> str | int:
+    if given.lower() in {"earliest", "latest"}:
+        return given.lower()
+    # The length first: Python refuses to read numbers with thousands of digits.
+    if re.fullmatch(r"0*[0-9]{1,19}", given) and int(given[-19:]) <= MAX_BIGINT:
+        return int(given[-19:])
+    wanted = f"neither earliest nor latest nor a number from 0 to {MAX_BIGINT}"
+    raise click.BadParameter(f"{given[:_SHOWN]!r} is {wanted}")
 
-    def __init__(self, name: str, units: Mapping[str, int], examples: str, *, none: bool = False) -> None:
-        self.name = f"{name}|none" if none else name
-        self._units = units
-        self._none = none
-        self._wanted = f"a {name} such as {examples}{' or none' * none}; units: {', '.join(filter(None, units))}"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """The number, rounded to the smallest unit."""
-        given = str(value).strip().lower()
-        if self._none and given == "none":
-            return None
-        units = {unit.lower(): factor for unit, factor in self._units.items()}
-        # The lengths first: Python refuses to read numbers with thousands of digits.
-        found = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,9})?) ?([a-z]*)", given)
-        if found and found[2] in units:
-            amount = round(Decimal(found[1]) * units[found[2]])
-            if 1 <= amount <= MAX_BIGINT:
-                return amount
-        return self.fail(f"{str(value)[:_SHOWN]!r} is not {self._wanted}", param, ctx)
+def _read_quantity(given: str, *, wanted: str, units: Mapping[str, int], none: bool = False) -> int | None:
+    """A positive number with a unit, rounded to the smallest of the units; None for `none`, where that is allowed."""
+    text = given.strip().lower()
+    if none and text == "none":
+        return None
+    factors = {unit.lower(): factor for unit, factor in units.items()}
+    # The lengths first: Python refuses to read numbers with thousands of digits.
+    found = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,9})?) ?([a-z]*)", text)
+    if found and found[2] in factors:
+        amount = round(Decimal(found[1]) * factors[found[2]])
+        if 1 <= amount <= MAX_BIGINT:
+            return amount
+    raise click.BadParameter(f"{given[:_SHOWN]!r} is not {wanted}; units: {', '.join(filter(None, units))}")
 
 
 class Seconds(click.FloatRange):
     """A number of seconds. Unlike click's own, no `nan`, which lies within every range."""
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002 - click's signature
+        return "SECONDS"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, within the range."""
         seconds = super().convert(value, param, ctx)
         if not math.isfinite(seconds):
             self.fail(f"{value} is not a number of seconds", param, ctx)
@@ -94,9 +84,13 @@ _SIZES = {
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)},
 }
 
-NAME = Name()
-OFFSET = Offset()
+_SIZE = partial(_read_quantity, units=_SIZES)
+
+NAME = _Kind("text", _read_name)
+OFFSET = _Kind("offset", _read_offset)
 PARTITION = click.IntRange(min=0, max=MAX_INT)
-TIME_LIMIT = Quantity("time", _TIMES, "7d, 12h", none=True)
-SIZE_LIMIT = Quantity("size", _SIZES, "1GB, 500MiB", none=True)
-SIZE = Quantity("size", _SIZES, "1GB, 500MiB")
+TIME_LIMIT = _Kind(
+    "time|none", partial(_read_quantity, units=_TIMES, wanted="a time such as 7d, 12h or none", none=True)
+)
+SIZE_LIMIT = _Kind("size|none", partial(_SIZE, wanted="a size such as 1GB, 500MiB or none", none=True))
+SIZE = _Kind("size", partial(_SIZE, wanted="a size such as 1GB, 500MiB"))

@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis import Redis, RedisError
 from rich.console import Group, RenderableType
@@ -14,11 +14,11 @@ from rich.text import Text
 from config.queues import shard_of, shard_of_queue, shard_queue
 from config.redis import RedisAddress, is_redis
 from config.settings import Settings
-from db.status import Holder, LockWait, PartitionState, Reading, Session, TopicBacklog
+from db.status import Holder, LockWait, PartitionState, Reading, Session
 from tasks import hints
 from tasks.app import TidemarkApp
 from tasks.commands.display import NOTHING, count, duration, label, number, statement, table, text
-from tasks.hints import GONE_SECONDS, redis_time
+from tasks.hints import GONE_SECONDS, Program, redis_time
 from tasks.metrics import read_stuck
 from tasks.names import ranges
 
@@ -26,6 +26,8 @@ from tasks.names import ranges
 _REDIS_SECONDS = 0.5
 # Programs report every few seconds.
 SILENT_SECONDS = 15.0
+# What JSON says of a program.
+_PROGRAM = ("name", "program", "host", "pid", "shards", "consumes", "seen")
 _SHOWN = 10
 _IN_JSON = 1000
 # What Postgres puts in the place of a query that the role may not see.
@@ -33,25 +35,11 @@ _HIDDEN = "<insufficient privilege>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Program:
-    """A worker or a beat, as it last reported: `seen` is how many seconds ago, `up` for how many it has run.
-
-    `shards` is the number it was given, `consumes` are those whose queues a worker reads.
-    """
-
-    name: str
-    program: str
-    host: str
-    pid: int
-    shards: int
-    consumes: tuple[int, ...]
-    up: float
-    seen: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Hints:
-    """What Redis says. `programs` is None where nobody knows which are up, `error` why Redis does not answer."""
+    """What Redis says. `programs` is None where nobody knows which are up, `error` why Redis does not answer.
+
+    Unlike in Redis, `since` and `seen` of a program are seconds ago.
+    """
 
     programs: Sequence[Program] | None = None
     # Why workers could not materialize partitions, by name.
@@ -77,23 +65,12 @@ class Hints:
         return "; ".join(f"{number}: {', '.join(names)}" for number, names in sorted(by_number.items()))
 
 
-def read_programs(redis: Redis, *, seconds: float = GONE_SECONDS) -> list[Program]:
-    """The programs that reported within the last `seconds`, by Redis' own clock, by name."""
+def read_programs(redis: Redis) -> list[Program]:
+    """The programs that reported lately, by Redis' own clock, by name."""
     now = redis_time(redis)
-    found = [
-        Program(
-            name=p.name,
-            program=p.program,
-            host=p.host,
-            pid=p.pid,
-            shards=p.shards,
-            consumes=tuple(p.consumes),
-            up=max(0.0, now - p.since),
-            seen=max(0.0, now - p.seen),
-        )
-        for p in hints.read_programs(redis).values()
-    ]
-    return sorted((p for p in found if p.seen <= seconds), key=lambda p: p.name)
+    entries = hints.read_programs(redis).values()
+    found = [replace(p, since=max(0.0, now - p.since), seen=max(0.0, now - p.seen)) for p in entries]
+    return sorted((p for p in found if p.seen <= GONE_SECONDS), key=lambda p: p.name)
 
 
 def read_hints(app: TidemarkApp) -> Hints:
@@ -115,15 +92,14 @@ def impatient(url: str) -> Redis:
     return RedisAddress.parse(url).client(seconds=_REDIS_SECONDS)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cause:
-    """What partitions wait for, what its session runs, and what ends it."""
+class Cause(NamedTuple):
+    """What partitions wait for, what ends it, and what the session that holds them up runs."""
 
     why: str
+    repair: str = ""
     # Its age in `why` may be read twice; the session is the same.
     blocker: str | None = None
     query: str | None = None
-    repair: str = ""
     # Of a partition that waits for nothing but its turn.
     queue: str | None = None
 
@@ -175,37 +151,33 @@ class Situation:
     def _causes(self, partition: PartitionState) -> Iterator[Cause]:
         dispatch, hints, name = self.reading.dispatch, self.hints, f"{partition.topic}/{partition.partition}"
         if not dispatch.own_cluster:
-            yield Cause(why="the database was restored", repair="celery -A tasks rebase")
+            yield Cause("the database was restored", "celery -A tasks rebase")
         for blocker in (self._blockers[key] for key in (partition.partition_id, name, "") if key in self._blockers):
-            why = f"blocked by {_session(blocker)}"
-            yield Cause(why=why, blocker=blocker.name, query=blocker.query, repair=blocker.repair)
+            yield Cause(f"blocked by {_session(blocker)}", blocker.repair, blocker=blocker.name, query=blocker.query)
         if name in hints.stuck:
-            yield Cause(why=f"fails with {hints.stuck[name]}")
+            yield Cause(f"fails with {hints.stuck[name]}")
         if hints.error is not None:
-            yield Cause(why="Redis does not answer", repair="start it, or correct TIDEMARK_BROKER_URL")
+            yield Cause("Redis does not answer", "start it, or correct TIDEMARK_BROKER_URL")
         if hints.programs is not None and not hints.workers:
             yield _silence("worker", hints.seen("worker"))
         undispatched = dispatch.undispatched
         if undispatched is not None and undispatched >= self.after and (partition.lag or 0.0) <= undispatched + 1:
             yield self._no_fan_out
-        yield self._turn(partition)
+        # Nothing is in its way, as long as there is a worker for it.
+        worker, queue = self._worker(partition), self.queue(partition)
+        if worker is None and any(w.consumes for w in hints.workers):
+            yield Cause("no worker", "celery -A tasks worker", queue=queue)
+        yield Cause(f"worker {worker}" if worker else "a worker", queue=queue)
 
     @cached_property
     def _no_fan_out(self) -> Cause:
         """Why a commit was not handed to a worker."""
         tick = self.hints.seen("beat")
         if self.hints.programs is None:
-            return Cause(why="fan-out", repair="see that beat runs, and a worker that serves control")
+            return Cause("fan-out", "see that beat runs, and a worker that serves control")
         if tick is None or tick >= SILENT_SECONDS:
             return _silence("beat", tick)
-        return Cause(why="fan-out, which is behind", repair="celery -A tasks workers: does one serve control?")
-
-    def _turn(self, partition: PartitionState) -> Cause:
-        """Nothing is in its way, as long as there is a worker for it."""
-        worker, queue = self._worker(partition), self.queue(partition)
-        if worker is None and any(w.consumes for w in self.hints.workers):
-            return Cause(why="no worker", queue=queue, repair="celery -A tasks worker")
-        return Cause(why=f"worker {worker}" if worker else "a worker", queue=queue)
+        return Cause("fan-out, which is behind", "celery -A tasks workers: does one serve control?")
 
     def _worker(self, partition: PartitionState) -> str | None:
         """Who reads the queue of its shard."""
@@ -213,12 +185,10 @@ class Situation:
         return next((w.name for w in self.hints.workers if shard in w.consumes), None)
 
     def queue(self, partition: PartitionState) -> str:
-        """The queue of a partition's shard."""
         return shard_queue(shard_of(partition.partition_id, self.settings.shards))
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        backlogs = self.reading.backlogs()
+        reading, hints, backlogs = self.reading, self.hints, self.reading.backlogs()
         return {
             "topics": [
                 {
@@ -229,10 +199,13 @@ class Situation:
                     "end_offset_max": topic.max_end_offset,
                     "records": topic.records,
                     "byte_size": topic.byte_size,
-                    **_backlog_json(backlogs.get(topic.name, TopicBacklog())),
+                    "backlog_events": backlogs[topic.name].events,
+                    "backlog_counted": backlogs[topic.name].counted,
+                    "backlog_partitions": backlogs[topic.name].partitions,
+                    "lag_seconds": backlogs[topic.name].lag,
                     "records_per_second": None if self.rates is None else round(self.rates.get(topic.name, 0.0), 3),
                 }
-                for topic in self.reading.topics
+                for topic in reading.topics
             ],
             "waiting": [
                 {
@@ -248,71 +221,63 @@ class Situation:
                 for p, cause in ((p, self.cause(p)) for p in self.waiting[:_IN_JSON])
             ],
             "waiting_partitions": len(self.waiting),
-            "row_locks": [asdict(r) for r in self.reading.row_locks],
-            "lock_waits": [asdict(w) for w in self.reading.lock_waits],
-            "holders": [asdict(h) for h in self.reading.holders],
-            "fan_out": {
-                "last_seconds": self.reading.dispatch.last,
-                "undispatched_seconds": self.reading.dispatch.undispatched,
-            },
-            "own_cluster": self.reading.dispatch.own_cluster,
-            "programs": None if self.hints.programs is None else [asdict(p) for p in self.hints.programs],
-            "redis_error": self.hints.error,
+            "row_locks": [asdict(r) for r in reading.row_locks],
+            "lock_waits": [asdict(w) for w in reading.lock_waits],
+            "holders": [asdict(h) for h in reading.holders],
+            "fan_out": {"last_seconds": reading.dispatch.last, "undispatched_seconds": reading.dispatch.undispatched},
+            "own_cluster": reading.dispatch.own_cluster,
+            "programs": None if hints.programs is None else [_program(p) for p in hints.programs],
+            "redis_error": hints.error,
         }
 
     def render(self, curves: Callable[[str], tuple[str, str]] | None = None) -> RenderableType:
         """For people. With `curves`, of lag and rate by topic: one line a topic, those that lag at the top."""
-        parts: list[RenderableType] = [self._topics(curves)]
+        wrong = []
         if not self.reading.dispatch.own_cluster:
             what = "Nothing is materialized: the database was restored into another cluster."
-            parts += [Text(), text(f"{what} Run: celery -A tasks rebase", "bold red")]
+            wrong.append(f"{what} Run: celery -A tasks rebase")
         if self.hints.error is not None:
-            parts += [Text(), text(f"Redis does not answer: {self.hints.error}", "bold red")]
+            wrong.append(f"Redis does not answer: {self.hints.error}")
         if (numbers := self.hints.shards_differ(self.settings.shards)) is not None:
-            parts += [Text(), text(f"TIDEMARK_SHARDS differs: {numbers}", "bold red")]
+            wrong.append(f"TIDEMARK_SHARDS differs: {numbers}")
+        parts = [self._topics(curves), *(part for what in wrong for part in ("", text(what, "bold red")))]
         if self.waiting:
-            parts += [Text(), text(f"Waiting {duration(self.after)} or longer", "bold"), *self._waiting()]
+            parts += ["", text(f"Waiting {duration(self.after)} or longer", "bold"), *self._waiting()]
         if self.lock_waits:
-            parts += [Text(), text("Waiting for locks", "bold"), *(_lock_wait(w) for w in self.lock_waits)]
+            parts += ["", text("Waiting for locks", "bold"), *(_lock_wait(w) for w in self.lock_waits)]
         named = {blocker.name for blocker in self._blockers.values()}
         holders = [h for h in self.reading.holders if (h.seconds or 0.0) >= self.after and h.name not in named]
         if holders:
             title = "Open (keeps dead rows from vacuum; with an id, what it commits comes late)"
-            parts += [Text(), text(title, "bold"), *(_holder(h) for h in holders)]
+            parts += ["", text(title, "bold"), *(_holder(h) for h in holders)]
         queries = [b.query for b in self._blockers.values()] + [h.query for h in holders]
         if _HIDDEN in queries:
             hint = "Queries of other roles are hidden; a superuser can: grant pg_monitor to <role>"
-            parts += [Text(), text(hint, "dim")]
+            parts += ["", text(hint, "dim")]
         return Group(*parts)
 
     def _topics(self, curves: Callable[[str], tuple[str, str]] | None) -> RenderableType:
         if not self.reading.topics:
             return text("no topics; create one with: celery -A tasks topics create NAME")
-        backlogs, rates = self.reading.backlogs(), self.rates or {}
-        topics = self.reading.topics
-        if curves is not None:
-            topics = sorted(
-                topics, key=lambda t: (-(backlogs[t.name].lag or 0.0) // 1, -rates.get(t.name, 0.0), t.name)
-            )
-        rows = table("Topic", *[">Partitions"] * (curves is None), ">End offsets", ">Backlog", ">Lag", ">Records/s")
+        backlogs, rates, topics = self.reading.backlogs(), self.rates or {}, self.reading.topics
+        if curves is None:
+            rows = table("Topic", ">Partitions", ">End offsets", ">Backlog", ">Lag", ">Records/s")
+        else:
+            rows = table("Topic", ">End offsets", ">Backlog", ">Lag", ">Records/s")
+            topics = sorted(topics, key=lambda t: (-(backlogs[t.name].lag or 0.0) // 1, -rates.get(t.name, 0), t.name))
         for topic in topics:
             backlog = backlogs[topic.name]
             ends = text(number(topic.end_offsets))
-            if topic.min_end_offset != topic.max_end_offset and curves is None:
-                ends.append(f"\n{number(topic.min_end_offset)} to {number(topic.max_end_offset)}", "dim")
             lag = text(duration(backlog.lag), "yellow" if (backlog.lag or 0.0) >= self.after else "")
             rate = text(NOTHING if self.rates is None else number(round(rates.get(topic.name, 0.0))))
+            cells = [label(topic.name), text(number(topic.partitions))]
             if curves is not None:
                 of_lag, of_rate = curves(topic.name)
                 lag, rate = text(f"{of_lag} ", "cyan") + lag, text(f"{of_rate} ", "cyan") + rate
-            rows.add_row(
-                label(topic.name),
-                *[number(topic.partitions)] * (curves is None),
-                ends,
-                number(backlog.events) + "+" * (not backlog.counted),
-                lag,
-                rate,
-            )
+                del cells[1]
+            elif topic.min_end_offset != topic.max_end_offset:
+                ends.append(f"\n{number(topic.min_end_offset)} to {number(topic.max_end_offset)}", "dim")
+            rows.add_row(*cells, ends, number(backlog.events) + "+" * (not backlog.counted), lag, rate)
         return rows
 
     def _waiting(self) -> list[RenderableType]:
@@ -323,27 +288,26 @@ class Situation:
             groups[cause.blocker or cause.why, cause.repair].append((partition, cause))
         parts: list[RenderableType] = []
         for group in list(groups.values())[:_SHOWN]:
-            partitions = [p for p, _ in group]
-            cause = group[0][1]
+            partitions, cause = [p for p, _ in group], group[0][1]
             events = sum(p.backlog for p in partitions)
             more = "" if all(p.counted for p in partitions) else " or more"
-            first = text(duration(partitions[0].lag), "yellow") + label(
-                f", {count(events, 'event')}{more}: {_names(partitions)}"
-            )
+            what = f", {count(events, 'event')}{more}: {_names(partitions)}"
+            first = text(duration(partitions[0].lag), "yellow") + label(what)
             first.no_wrap, first.overflow = True, "ellipsis"
-            lines = [text(_words(cause, {c.queue for _, c in group if c.queue}))]
-            lines += [text(statement(cause.query))] * bool(cause.query)
+            lines = [text(_words(cause, {c.queue for _, c in group if c.queue})), *_query(cause.query)]
             tried = [p for p in partitions if cause.query and f"{p.topic}/{p.partition}" in self.hints.stuck]
             for p in tried[:1]:
-                report = " ".join(self.hints.stuck[f"{p.topic}/{p.partition}"].split())
-                lines.append(
-                    text(f"worker {self._worker(p) or '(unknown)'} has tried {p.topic}/{p.partition}: {report}")
-                )
+                name, worker = f"{p.topic}/{p.partition}", self._worker(p) or "(unknown)"
+                lines.append(text(f"worker {worker} has tried {name}: {' '.join(self.hints.stuck[name].split())}"))
             lines += [text(cause.repair, "cyan")] * bool(cause.repair)
             parts.append(_indented(first, *lines))
         if len(groups) > _SHOWN:
             parts.append(text(f"  … and {number(len(groups) - _SHOWN)} more causes (--json lists them)", "dim"))
         return parts
+
+
+def _program(program: Program) -> dict[str, Any]:
+    return {**{name: getattr(program, name) for name in _PROGRAM}, "up": program.since}
 
 
 def _names(partitions: Iterable[PartitionState]) -> str:
@@ -361,20 +325,11 @@ def _words(cause: Cause, queues: Iterable[str] = ()) -> str:
     return cause.why if cause.queue is None else f"{cause.why} on {cause.queue}"
 
 
-def _backlog_json(backlog: TopicBacklog) -> dict[str, Any]:
-    return {
-        "backlog_events": backlog.events,
-        "backlog_counted": backlog.counted,
-        "backlog_partitions": backlog.partitions,
-        "lag_seconds": backlog.lag,
-    }
-
-
 def _silence(program: str, seen: float | None) -> Cause:
     """A worker or beat that does not run, or not any more."""
     noun = "tick" if program == "beat" else "sign"
     why = f"no {program} runs" if seen is None else f"no {program} {noun} for {duration(seen)}"
-    return Cause(why=why, repair=f"celery -A tasks {program}")
+    return Cause(why, f"celery -A tasks {program}")
 
 
 def _session(lock: Session) -> str:
@@ -391,7 +346,7 @@ def _lock_wait(wait: LockWait) -> RenderableType:
     return _indented(
         text(f"pid {wait.pid}{by} has waited {duration(wait.waited)} for {target}"),
         text(f"held by {_session(wait.blocker)}", "yellow"),
-        *[text(statement(wait.blocker.query))] * bool(wait.blocker.query),
+        *_query(wait.blocker.query),
         text(wait.blocker.repair, "cyan"),
     )
 
@@ -400,10 +355,14 @@ def _holder(held: Holder) -> RenderableType:
     with_id = ", with an id" * held.has_id
     if held.kind in {"session", "prepared transaction"}:
         session = held.session
-        lines = [text(statement(held.query))] * bool(held.query) + [text(session.repair, "cyan")]
-        return _indented(text(f"{_session(session)}{with_id}, in {held.database}"), *lines)
+        first = text(f"{_session(session)}{with_id}, in {held.database}")
+        return _indented(first, *_query(held.query), text(session.repair, "cyan"))
     who = f"{held.kind} {held.name}" + f" ({held.application})" * bool(held.application)
     return _indented(text(f"{who}, {held.state}, {duration(held.seconds)} behind"))
+
+
+def _query(query: str | None) -> list[Text]:
+    return [text(statement(query))] if query else []
 
 
 def _indented(first: Text, *more: Text) -> RenderableType:

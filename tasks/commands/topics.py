@@ -1,152 +1,106 @@
 """`celery -A tasks topics create|list|show|set`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
 from click.core import ParameterSource
+from rich.console import Group as Lines
+from rich.console import RenderableType
 
 from config.queues import shard_of, shard_queue
 from db.status import PartitionState, TopicState, describe_partitions, describe_topics
 from db.topics import create_topic, set_retention
-from tasks.commands.base import (
-    app_of,
-    database,
-    echo_csv,
-    echo_json,
-    group,
-    json_option,
-    output_options,
-    timeout_option,
-)
-from tasks.commands.display import NOTHING, columns, console, count, duration, label, number, size, table, text
+from tasks.commands.base import CSV, JSON, TIMEOUT, Group, answer, app_of, command, database
+from tasks.commands.display import NOTHING, count, duration, label, number, pairs, size, table, text
 from tasks.commands.parameters import NAME, SIZE_LIMIT, TIME_LIMIT
 
-_time_option = click.option(
-    "--retention-time", type=TIME_LIMIT, help="Delete batches that are older, such as 7d, 12h; `none`: keep them."
-)
-_size_option = click.option(
-    "--retention-size",
-    type=SIZE_LIMIT,
-    help="Delete a partition's oldest batches beyond this, such as 1GB, 500MiB; `none`: keep them.",
+topics = Group("topics", help="Create topics, list them, show one and set its retention.")
+
+_RETENTION = (
+    click.Option(
+        ["--retention-time"], type=TIME_LIMIT, help="Delete batches that are older, such as 7d, 12h; `none`: keep them."
+    ),
+    click.Option(
+        ["--retention-size"],
+        type=SIZE_LIMIT,
+        help="Delete a partition's oldest batches beyond this, such as 1GB, 500MiB; `none`: keep them.",
+    ),
 )
 _TOPIC_CSV = ("topic", "partition_count", "records", "byte_size", "retention_ms", "retention_bytes", "id", "created_at")
 _PARTITION_CSV = (
     *("topic", "partition", "partition_id", "shard", "queue", "start_offset", "end_offset"),
     *("byte_size", "backlog", "backlog_counted", "lag_seconds"),
 )
+# What is called otherwise here than by the database.
+_FIELDS = {"topic": "name", "partition_count": "partitions", "backlog_counted": "counted", "lag_seconds": "lag"}
 
 
-@group("topics")
-def topics(_: click.Context) -> None:
-    """Create topics, list them, show one and set its retention."""
-
-
-@topics.subcommand("create")
+@command("create", *_RETENTION, TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
-@click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1, show_default=True)
-@_time_option
-@_size_option
-@timeout_option
-@json_option
+@click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1)
 def create(
-    ctx: click.Context,
-    name: str,
-    partitions: int,
-    retention_time: int | None,
-    retention_size: int | None,
-    *,
-    as_json: bool,
+    ctx: click.Context, name: str, partitions: int, retention_time: int | None, retention_size: int | None
 ) -> None:
     """Create topic NAME."""
     with database(ctx) as conn, conn.transaction():
         topic_id = create_topic(conn, name, partitions)
         if retention_time is not None or retention_size is not None:
             set_retention(conn, name, retention_ms=retention_time, retention_bytes=retention_size)
-    if as_json:
-        echo_json({"topic": name, "id": topic_id, "partitions": partitions})
-    else:
-        console(ctx).print(text(f"{name}: created with {count(partitions, 'partition')}"))
+    said = f"{name}: created with {count(partitions, 'partition')}"
+    answer(ctx, {"topic": name, "id": topic_id, "partitions": partitions}, said)
 
 
-@topics.subcommand("list")
-@timeout_option
-@output_options
-def list_(ctx: click.Context, output: str | None) -> None:
+@command("list", TIMEOUT, JSON, CSV, within=topics)
+def list_(ctx: click.Context) -> None:
     """List all topics."""
     with database(ctx) as conn:
         found = describe_topics(conn)
-    if output == "json":
-        echo_json([_topic(topic) for topic in found])
-    elif output == "csv":
-        echo_csv(_TOPIC_CSV, map(_topic, found))
-    elif not found:
-        console(ctx).print(text("no topics; create one with: celery -A tasks topics create NAME"))
-    else:
-        rows = table("Topic", ">Partitions", ">Records", ">Size", "Retention")
+    words: RenderableType = text("no topics; create one with: celery -A tasks topics create NAME")
+    if found:
+        words = rows = table("Topic", ">Partitions", ">Records", ">Size", "Retention")
         for t in found:
             rows.add_row(label(t.name), number(t.partitions), number(t.records), size(t.byte_size), _retention(t))
-        console(ctx).print(rows)
+    told = [_topic(topic) for topic in found]
+    answer(ctx, told, words, csv=(_TOPIC_CSV, told))
 
 
-@topics.subcommand("show")
+@command("show", TIMEOUT, JSON, CSV, within=topics)
 @click.argument("topic", metavar="NAME", type=NAME)
 @click.option("--pending", is_flag=True, help="Only partitions with a backlog.")
-@timeout_option
-@output_options
-def show(ctx: click.Context, topic: str, output: str | None, *, pending: bool) -> None:
+def show(ctx: click.Context, topic: str, *, pending: bool) -> None:
     """Show topic NAME and its partitions."""
     with database(ctx) as conn:
         [found] = describe_topics(conn, [topic])
         states = describe_partitions(conn, [topic], only_pending=pending)
     partitions = [_partition(p, app_of(ctx).settings.shards) for p in states]
-    if output == "json":
-        echo_json({**_topic(found), "partitions": partitions})
-        return
-    if output == "csv":
-        echo_csv(_PARTITION_CSV, ({"topic": topic, **p} for p in partitions))
-        return
-    out = console(ctx)
-    out.print(
-        columns(
-            [
-                ("Topic", label(found.name)),
-                ("Id", found.id),
-                ("Created", f"{found.created_at:%Y-%m-%d %H:%M:%S %Z}"),
-                ("Retention", _retention(found, exact=True)),
-                ("Partitions", number(found.partitions)),
-                ("Records", f"{number(found.records)} ({size(found.byte_size)})"),
-            ]
-        )
-    )
-    out.print()
-    if not states:
-        out.print(text("no partition has a backlog"))
-        return
+    about: dict[str, RenderableType] = {
+        "Topic": label(found.name),
+        "Id": str(found.id),
+        "Created": f"{found.created_at:%Y-%m-%d %H:%M:%S %Z}",
+        "Retention": _retention(found, exact=True),
+        "Partitions": number(found.partitions),
+        "Records": f"{number(found.records)} ({size(found.byte_size)})",
+    }
+    words: list[RenderableType] = [pairs(*((text(name, "bold"), value) for name, value in about.items())), ""]
     rows = table(">Partition", ">Id", ">Shard", ">Start", ">End", ">Size", ">Backlog", ">Lag")
     for p, row in zip(states, partitions, strict=True):
-        rows.add_row(
-            str(p.partition),
-            str(p.partition_id),
-            str(row["shard"]),
-            number(p.start_offset),
-            number(p.end_offset),
-            size(p.byte_size),
-            number(p.backlog) + "+" * (not p.counted),
-            duration(p.lag),
-        )
-    out.print(rows)
-    out.print(text(f"Shard n is the queue {shard_queue(0).removesuffix('0')}n; backlog in events.", "dim"))
+        ids = str(p.partition), str(p.partition_id), str(row["shard"])
+        backlog = number(p.backlog) + "+" * (not p.counted)
+        ends = number(p.start_offset), number(p.end_offset)
+        rows.add_row(*ids, *ends, size(p.byte_size), backlog, duration(p.lag))
+    if states:
+        legend = f"Shard n is the queue {shard_queue(0).removesuffix('0')}n; backlog in events."
+        words += [rows, text(legend, "dim")]
+    else:
+        words.append(text("no partition has a backlog"))
+    csv = _PARTITION_CSV, ({"topic": topic, **p} for p in partitions)
+    answer(ctx, {**_topic(found), "partitions": partitions}, Lines(*words), csv=csv)
 
 
-@topics.subcommand("set")
+@command("set", *_RETENTION, TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
-@_time_option
-@_size_option
-@timeout_option
-@json_option
-def set_(
-    ctx: click.Context, name: str, retention_time: int | None, retention_size: int | None, *, as_json: bool
-) -> None:
+def set_(ctx: click.Context, name: str, retention_time: int | None, retention_size: int | None) -> None:
     """Set the retention of topic NAME.
 
     What is not given stays.
@@ -165,10 +119,7 @@ def set_(
             retention_bytes=retention_size if "retention_size" in given else before.retention_bytes,
         )
         [topic] = describe_topics(conn, [name])
-    if as_json:
-        echo_json(_topic(topic))
-    else:
-        console(ctx).print(text(f"{name}: retention {_retention(topic)}"))
+    answer(ctx, _topic(topic), f"{name}: retention {_retention(topic)}")
 
 
 def _retention(topic: TopicState, *, exact: bool = False) -> str:
@@ -181,29 +132,14 @@ def _retention(topic: TopicState, *, exact: bool = False) -> str:
 
 
 def _topic(topic: TopicState) -> dict[str, Any]:
-    return {
-        "topic": topic.name,
-        "id": topic.id,
-        "created_at": topic.created_at.isoformat(),
-        "partition_count": topic.partitions,
-        "retention_ms": topic.retention_ms,
-        "retention_bytes": topic.retention_bytes,
-        "records": topic.records,
-        "byte_size": topic.byte_size,
-    }
+    return {**_told(topic, _TOPIC_CSV), "created_at": topic.created_at.isoformat()}
 
 
 def _partition(partition: PartitionState, shards: int) -> dict[str, Any]:
     shard = shard_of(partition.partition_id, shards)
-    return {
-        "partition": partition.partition,
-        "partition_id": partition.partition_id,
-        "shard": shard,
-        "queue": shard_queue(shard),
-        "start_offset": partition.start_offset,
-        "end_offset": partition.end_offset,
-        "byte_size": partition.byte_size,
-        "backlog": partition.backlog,
-        "backlog_counted": partition.counted,
-        "lag_seconds": partition.lag,
-    }
+    own = [column for column in _PARTITION_CSV if column not in {"topic", "shard", "queue"}]
+    return {**_told(partition, own), "shard": shard, "queue": shard_queue(shard)}
+
+
+def _told(state: TopicState | PartitionState, columns: Iterable[str]) -> dict[str, Any]:
+    return {column: getattr(state, _FIELDS.get(column, column)) for column in columns}

@@ -1,15 +1,15 @@
 """`celery -A tasks workers`: which workers are up, what they serve and what they do."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Group, RenderableType
 
 from config.queues import all_queues, shard_of_queue
-from tasks.commands.base import Server, app_of, command, echo_csv, echo_json, output_options, reaching
-from tasks.commands.display import NOTHING, console, duration, label, number, table, text
+from tasks.commands.base import CSV, JSON, Server, answer, app_of, command, reaching
+from tasks.commands.display import NOTHING, duration, label, number, table, text
 from tasks.commands.parameters import Seconds
 from tasks.names import ranges
 
@@ -17,81 +17,47 @@ _REPLY_SECONDS = 5.0
 _CSV = ("worker", "pid", "slots", "shards", "other_queues", "tasks", "running", "uptime_seconds")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ActiveTask:
-    """A task that runs, with its arguments as Flower shows them, and for how many seconds."""
-
-    id: str
-    name: str
-    arguments: str
-    running: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Worker:
-    """A worker that answered. `processed` counts tasks by name since it started."""
-
-    name: str
-    pid: int | None
-    uptime: float | None
-    concurrency: int | None
-    queues: tuple[str, ...]
-    active: tuple[ActiveTask, ...] = ()
-    processed: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def shards(self) -> list[int]:
-        return sorted(s for s in map(shard_of_queue, self.queues) if s is not None)
-
-    @property
-    def other_queues(self) -> list[str]:
-        return sorted(q for q in self.queues if shard_of_queue(q) is None)
-
-
-@command("workers")
+@command("workers", JSON, CSV)
 @click.option(
-    "--timeout",
-    type=Seconds(0.1, 60),
-    default=1.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Workers that do not answer within this time count as down.",
+    "--timeout", type=Seconds(0.1, 60), default=1.0, help="Workers that do not answer within this time count as down."
 )
-@output_options
-def workers(ctx: click.Context, timeout: float, output: str | None) -> None:
+def workers(ctx: click.Context, timeout: float) -> None:
     """List the workers that are up, and what they do.
 
     Exit code 1 when no worker answers, or a queue has no worker.
     """
     found = _ask(ctx, timeout)
-    unserved = sorted(
-        set(all_queues(app_of(ctx).settings.shards)) - {q for w in found for q in w.queues}, key=_by_shard
-    )
-    if output == "json":
-        rows = [{**asdict(w), "shards": w.shards} for w in found]
-        echo_json({"workers": rows, "unserved_queues": unserved})
-    elif output == "csv":
-        echo_csv(_CSV, map(_row, found))
-    else:
-        _show(console(ctx), found, unserved, timeout)
+    queues = {queue for worker in found for queue in worker["queues"]}
+    unserved = sorted({*all_queues(app_of(ctx).settings.shards)} - queues, key=_by_shard)
+    words = Group(*_show(found, unserved, timeout))
+    answer(ctx, {"workers": found, "unserved_queues": unserved}, words, csv=(_CSV, map(_row, found)))
     if not found or unserved:
         ctx.exit(1)
 
 
-def _row(worker: Worker) -> dict[str, Any]:
+def _shards(queues: Iterable[str]) -> list[int]:
+    return sorted(s for s in map(shard_of_queue, queues) if s is not None)
+
+
+def _others(queues: Iterable[str]) -> list[str]:
+    return sorted(q for q in queues if shard_of_queue(q) is None)
+
+
+def _row(worker: dict[str, Any]) -> dict[str, Any]:
     return {
-        "worker": worker.name,
-        "pid": worker.pid,
-        "slots": worker.concurrency,
-        "shards": ranges(worker.shards) if worker.shards else "",
-        "other_queues": ",".join(worker.other_queues),
-        "tasks": sum(worker.processed.values()),
-        "running": len(worker.active),
-        "uptime_seconds": worker.uptime,
+        "worker": worker["name"],
+        "pid": worker["pid"],
+        "slots": worker["concurrency"],
+        "shards": ranges(worker["shards"]) if worker["shards"] else "",
+        "other_queues": ",".join(_others(worker["queues"])),
+        "tasks": sum(worker["processed"].values()),
+        "running": len(worker["active"]),
+        "uptime_seconds": worker["uptime"],
     }
 
 
-def _ask(ctx: click.Context, timeout: float) -> list[Worker]:
+def _ask(ctx: click.Context, timeout: float) -> list[dict[str, Any]]:
+    """The workers that answer, as JSON shows them: `processed` counts tasks by name since it started."""
     app = app_of(ctx)
     with app.connection_for_read() as connection:
         # Fails at once where the broker is away; a broadcast would go on trying.
@@ -101,33 +67,34 @@ def _ask(ctx: click.Context, timeout: float) -> list[Worker]:
         if not stats:
             return []
         # Who they are is known: no need to wait for more than their answers.
-        known = app.control.inspect(
-            destination=list(stats), limit=len(stats), timeout=max(timeout, _REPLY_SECONDS), connection=connection
-        )
+        limits = {"limit": len(stats), "timeout": max(timeout, _REPLY_SECONDS)}
+        known = app.control.inspect(destination=list(stats), connection=connection, **limits)
         queues = known.active_queues() or {}
         active = known.active() or {}
     return [
-        Worker(
-            name=name,
-            pid=stats[name].get("pid"),
-            uptime=stats[name].get("uptime"),
-            concurrency=(stats[name].get("pool") or {}).get("max-concurrency"),
-            queues=tuple(sorted((q["name"] for q in queues.get(name) or ()), key=_by_shard)),
-            active=tuple(_active(task) for task in active.get(name) or ()),
-            processed=dict(sorted((stats[name].get("total") or {}).items())),
-        )
-        for name in sorted(stats)
+        {
+            "name": name,
+            "pid": told.get("pid"),
+            "uptime": told.get("uptime"),
+            "concurrency": (told.get("pool") or {}).get("max-concurrency"),
+            "queues": sorted((served := [q["name"] for q in queues.get(name) or ()]), key=_by_shard),
+            "active": [_active(task) for task in active.get(name) or ()],
+            "processed": dict(sorted((told.get("total") or {}).items())),
+            "shards": _shards(served),
+        }
+        for name, told in sorted(stats.items())
     ]
 
 
-def _active(task: dict[str, Any]) -> ActiveTask:
+def _active(task: dict[str, Any]) -> dict[str, Any]:
+    """A task that runs, with its arguments as Flower shows them, and for how many seconds."""
     started = task.get("time_start")
-    return ActiveTask(
-        id=str(task.get("id")),
-        name=str(task.get("name")),
-        arguments=str(task.get("kwargs") if task.get("args") in (None, "()", [], ()) else task.get("args")),
-        running=None if started is None else max(0.0, time.time() - float(started)),
-    )
+    return {
+        "id": str(task.get("id")),
+        "name": str(task.get("name")),
+        "arguments": str(task.get("kwargs") if task.get("args") in (None, "()", [], ()) else task.get("args")),
+        "running": None if started is None else max(0.0, time.time() - float(started)),
+    }
 
 
 def _by_shard(queue: str) -> tuple[bool, int, str]:
@@ -135,31 +102,25 @@ def _by_shard(queue: str) -> tuple[bool, int, str]:
     return shard is None, shard or 0, queue
 
 
-def _show(out: Console, found: list[Worker], unserved: list[str], timeout: float) -> None:
+def _show(found: list[dict[str, Any]], unserved: list[str], timeout: float) -> Iterator[RenderableType]:
     if not found:
-        out.print(text(f"no worker answered within {duration(timeout)}; start one: celery -A tasks worker", "bold red"))
+        yield text(f"no worker answered within {duration(timeout)}; start one: celery -A tasks worker", "bold red")
         return
     rows = table("Worker", ">Slots", "Shards", "Other queues", ">Tasks", ">Up for")
     for worker in found:
-        rows.add_row(
-            label(worker.name),
-            NOTHING if worker.concurrency is None else str(worker.concurrency),
-            ranges(worker.shards) if worker.shards else NOTHING,
-            label(", ".join(worker.other_queues) or NOTHING),
-            number(sum(worker.processed.values())),
-            duration(worker.uptime),
-        )
-    out.print(rows)
-    busy = [(worker, task) for worker in found for task in worker.active]
+        slots = NOTHING if worker["concurrency"] is None else str(worker["concurrency"])
+        shards = ranges(worker["shards"]) if worker["shards"] else NOTHING
+        others = label(", ".join(_others(worker["queues"])) or NOTHING)
+        done = number(sum(worker["processed"].values()))
+        rows.add_row(label(worker["name"]), slots, shards, others, done, duration(worker["uptime"]))
+    yield rows
+    busy = [(worker["name"], task) for worker in found for task in worker["active"]]
     if busy:
-        out.print()
         rows = table("Runs now", "Task", "Arguments", ">For")
-        for worker, task in busy:
-            rows.add_row(label(worker.name), label(task.name), text(task.arguments[:200]), duration(task.running))
-        out.print(rows)
+        for name, task in busy:
+            rows.add_row(label(name), label(task["name"]), text(task["arguments"][:200]), duration(task["running"]))
+        yield from ("", rows)
     if unserved:
-        out.print()
-        shards = [s for s in map(shard_of_queue, unserved) if s is not None]
-        others = [q for q in unserved if shard_of_queue(q) is None]
-        missing = [f"shards {ranges(shards)}"] * bool(shards) + others
-        out.print(text(f"without a worker: {', '.join(missing)}", "bold red"))
+        without = _shards(unserved)
+        missing = [f"shards {ranges(without)}"] * bool(without) + _others(unserved)
+        yield from ("", text(f"without a worker: {', '.join(missing)}", "bold red"))

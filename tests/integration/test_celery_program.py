@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import click
 import pytest
 
-from tasks.commands.entry import SUMMARIES, LazyCommand
+from tasks.commands.entry import SUMMARIES, LazyCommand, load
 from tests.support import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +114,7 @@ def test_a_command_loads_what_it_needs(installed: str, database_url: str, redis_
     modules = loaded(installed, "-A", "tasks", "topics", "list", **urls)
     assert "tasks.commands.topics" in modules
     assert {m.partition(".")[0] for m in modules} & HEAVY == set()
-    assert modules & {"rich.progress", "tasks.commands.audit"} == set()
+    assert modules & {"rich.progress", "tasks.commands.upkeep"} == set()
 
 
 def test_completion(installed: str) -> None:
@@ -149,14 +148,14 @@ def test_entry_points() -> None:
         command = EntryPoint(name, target, "celery.commands").load()
         assert (type(command), command.name) == (LazyCommand, name)
     for name in SUMMARIES:
-        assert getattr(import_module(f"tasks.commands.{name}"), name).name == name
+        assert load(name).name == name
 
 
 @pytest.mark.parametrize("name", sorted(SUMMARIES))
 def test_help(name: str) -> None:
     """Usage says how to start it, 80 columns suffice, and no mark of Click's is left in the text."""
     root = click.Context(click.Group("celery"), info_name="celery")
-    command = getattr(import_module(f"tasks.commands.{name}"), name)
+    command = load(name)
     contexts = [command.make_context(f"-A tasks {name}", [], parent=root, resilient_parsing=True)]
     for sub in getattr(command, "commands", {}).values():
         contexts.append(sub.make_context(sub.name, [], parent=contexts[0], resilient_parsing=True))

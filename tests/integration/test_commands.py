@@ -27,18 +27,14 @@ from config.queues import all_queues
 from db.commit import commit_object
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids
-from tasks.commands.audit import audit
-from tasks.commands.commit import commit
+from tasks.commands.batches import commit, fetch
 from tasks.commands.compare import compare
 from tasks.commands.exporter import exporter
-from tasks.commands.fetch import fetch
-from tasks.commands.health import health
-from tasks.commands.materialize import materialize as materialize_command
-from tasks.commands.migrate import migrate
-from tasks.commands.rebase import rebase
-from tasks.commands.status import status
-from tasks.commands.top import top
+from tasks.commands.local import health
+from tasks.commands.status import status, top
 from tasks.commands.topics import topics
+from tasks.commands.upkeep import audit, migrate, rebase
+from tasks.commands.upkeep import materialize as materialize_command
 from tasks.commands.workers import workers
 from tests.integration.conftest import make_topic
 from tests.servers import PostgresServer, RedisServer
@@ -159,7 +155,7 @@ def test_follow_goes_on_until_ctrl_c(cli: Cli, conn: Connection[Any], monkeypatc
         commit_object(conn, f"k{len(pauses)}", ids, [2], [0], [1], [0])
         materialize(conn, ids)
 
-    monkeypatch.setattr("tasks.commands.fetch.time.sleep", pause)
+    monkeypatch.setattr("tasks.commands.batches.time.sleep", pause)
     lines = cli(fetch, "orders", "0", "--follow", "--json").out.splitlines()
     assert [json.loads(batch)["start_offset"] for batch in lines] == [0, 2]
     assert cli(fetch, "orders", "0", "2", "-f").out.startswith("2 2 1970-01-01 00:00:00.000 0+1 k2")

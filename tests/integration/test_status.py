@@ -27,8 +27,7 @@ from db.migrate import upgrade
 from db.status import COUNT_LIMIT, read_status
 from db.topics import create_topic, partition_ids
 from tasks.commands.situation import Situation, read_hints
-from tasks.commands.status import status
-from tasks.commands.top import Curves, top
+from tasks.commands.status import Curves, status, top
 from tasks.hints import KEY, Program
 from tasks.metrics import STUCK_KEY, WorkerMetrics
 from tests.integration.conftest import commit, make_topic

@@ -1,4 +1,4 @@
-"""`celery -A tasks servers`: keep the embedded servers up, and say where they are."""
+"""`celery -A tasks health PROGRAM` and `servers`: programs and embedded servers of this machine."""
 
 import signal
 import time
@@ -7,15 +7,33 @@ from collections.abc import Mapping
 import click
 
 from config.embedded.keeper import Lease
-from tasks.commands.base import app_of, command, echo_json, json_option
+from config.heartbeat import examine
+from tasks.commands.base import JSON, answer, app_of, command
+from tasks.health import PROGRAMS, Program, heartbeat_file
 
 _TICK = 0.5
 
 
-@command("servers")
-@json_option
+@command("health", JSON)
+@click.argument("program", type=click.Choice(PROGRAMS))
+@click.option("--ready", is_flag=True, help="Ask whether it does its work by now, too.")
+def health(ctx: click.Context, program: Program, *, ready: bool) -> None:
+    """Tell by its heartbeat file whether a worker, beat or the exporter lives; exit code 1 when it does not.
+
+    Looks at a file only, so a broker or database that is away makes no difference. Where starting celery's program for
+    that is too much: python -m config.heartbeat FILE [--ready].
+    """
+    found = examine(heartbeat_file(app_of(ctx).settings, program))
+    healthy = found.ready if ready else found.alive
+    document = {"alive": found.alive, "ready": found.ready, "age": found.age, "reason": found.reason}
+    answer(ctx, document, f"{program}: {found.reason}", err=not healthy)
+    if not healthy:
+        ctx.exit(1)
+
+
+@command("servers", JSON)
 @click.option("--print", "only_print", is_flag=True, help="Print the addresses and end; the servers may end, too.")
-def servers(ctx: click.Context, *, as_json: bool, only_print: bool) -> None:
+def servers(ctx: click.Context, *, only_print: bool) -> None:
     """Run the embedded Postgres and Redis until Ctrl-C, for psql and programs of your own.
 
     Workers, beat and commands share them; without this command they run as long as any of those does. Where
@@ -28,14 +46,10 @@ def servers(ctx: click.Context, *, as_json: bool, only_print: bool) -> None:
     if app.settings.broker_url is None:
         leases["TIDEMARK_BROKER_URL"] = app.embedded_redis
     if not leases:
-        raise click.ClickException(
-            "TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL are set: no embedded server is needed"
-        )
-    if as_json:
-        echo_json({name: lease.url for name, lease in leases.items()})
-    else:
-        for name, lease in leases.items():
-            click.echo(f"export {name}='{lease.url}'")
+        both = "TIDEMARK_DATABASE_URL and TIDEMARK_BROKER_URL"
+        raise click.ClickException(f"{both} are set: no embedded server is needed")
+    urls = {name: lease.url for name, lease in leases.items()}
+    answer(ctx, urls, "\n".join(f"export {name}='{url}'" for name, url in urls.items()))
     if not only_print:
         _watch(leases)
 
