@@ -151,7 +151,7 @@ from (
 ) h
 left join pg_stat_activity a on a.pid = h.pid
 left join pg_prepared_xacts x on x.transaction::text = h.prepared
-order by age desc nulls last, h.pid
+order by coalesce(a.xact_start, x.prepared), h.pid
 limit $2::int;
 
 -- name: figures_topics
