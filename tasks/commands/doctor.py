@@ -77,8 +77,7 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
 
 
 def _silent(area: str, check: str, why: str, repair: str) -> Row:
-    why = " ".join(why.split())
-    return Row(area, check, bad=True, level=Level.FAIL, found="does not answer", why=why, repair=(repair,))
+    return _row(area, check, check, Level.FAIL, "does not answer", " ".join(why.split()), repair)
 
 
 # --- the environment
