@@ -23,7 +23,7 @@ from tasks.metrics import read_stuck
 from tasks.names import ranges, together
 
 # Whoever asks is at a screen: a Redis that hangs must not keep what Postgres says from being shown.
-_REDIS_SECONDS = 0.5
+REDIS_SECONDS = 0.5
 # Programs report every few seconds.
 SILENT_SECONDS = 15.0
 # What JSON says of a program.
@@ -78,18 +78,13 @@ def read_hints(app: TidemarkApp) -> Hints:
     redis: Redis | None = None
     try:
         for url in dict.fromkeys(u for u in (app.broker_url, app.redis_url) if u is not None and is_redis(u)):
-            redis = impatient(url)
+            redis = RedisAddress.parse(url).client(seconds=REDIS_SECONDS)
             redis.ping()
         if redis is None:
             return Hints(stuck={})
         return Hints(programs=read_programs(redis), stuck=read_stuck(redis, seconds=app.settings.overdue_seconds))
     except RedisError as error:
         return Hints(stuck={}, error=" ".join(str(error).split()).rstrip("."))
-
-
-def impatient(url: str) -> Redis:
-    """A client that waits for half a second."""
-    return RedisAddress.parse(url).client(seconds=_REDIS_SECONDS)
 
 
 class Cause(NamedTuple):
@@ -162,22 +157,17 @@ class Situation:
             yield _silence("worker", hints.seen("worker"))
         undispatched = dispatch.undispatched
         if undispatched is not None and undispatched >= self.after and (partition.lag or 0.0) <= undispatched + 1:
-            yield self._no_fan_out
+            tick = hints.seen("beat")
+            if hints.programs is None:
+                yield Cause("fan-out", "see that beat runs, and a worker that serves control")
+            if tick is None or tick >= SILENT_SECONDS:
+                yield _silence("beat", tick)
+            yield Cause("fan-out, which is behind", "celery -A tasks workers: does one serve control?")
         # Nothing is in its way, as long as there is a worker for it.
         worker, shard = self._worker(partition), self._shard(partition)
         if worker is None and any(w.consumes for w in hints.workers):
             yield Cause("no worker", "celery -A tasks worker", shard=shard)
         yield Cause(f"worker {worker}" if worker else "a worker", shard=shard)
-
-    @cached_property
-    def _no_fan_out(self) -> Cause:
-        """Why a commit was not handed to a worker."""
-        tick = self.hints.seen("beat")
-        if self.hints.programs is None:
-            return Cause("fan-out", "see that beat runs, and a worker that serves control")
-        if tick is None or tick >= SILENT_SECONDS:
-            return _silence("beat", tick)
-        return Cause("fan-out, which is behind", "celery -A tasks workers: does one serve control?")
 
     def _worker(self, partition: PartitionState) -> str | None:
         """Who reads the queue of its shard."""
