@@ -72,8 +72,6 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "task_ignore_result": True,
         "result_expires": 3600,
         "result_extended": True,
-        "task_serializer": "json",
-        "accept_content": ["json"],
         "timezone": "UTC",
         "broker_connection_retry_on_startup": True,
         # Celery's default gives up after 100 tries and ends the worker.

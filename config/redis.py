@@ -80,14 +80,6 @@ class RedisAddress:
         """What must not be printed anywhere."""
         return tuple(s for s in (self.password, self.options.get("sentinel_password")) if s)
 
-    def __str__(self) -> str:
-        """Where it is, for messages."""
-        if self.path:
-            return f"{self.path}, database {self.db}"
-        where = ", ".join(f"{host}:{port}" for host, port in self.hosts)
-        watched = f", master {self.options['master_name']}" if self.scheme == "sentinel" else ""
-        return f"{where}{watched}, database {self.db}"
-
     @property
     def celery_url(self) -> str:
         """For Celery's `broker_url` and `result_backend`; redis-py understands it, too, but for the other two kinds."""

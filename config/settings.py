@@ -26,8 +26,6 @@ DEFAULT_STRATEGY: Strategy = "incremental"
 # The ways to cut a backlog into transactions. The offsets are the same; speed, latency and lock times are not.
 Batching = Literal["adaptive", "complete", "fixed", "collect"]
 BATCHINGS: tuple[Batching, ...] = get_args(Batching)
-# Holds its time where `fixed` is only right for one machine: `python -m tests.benchmarks.batching`.
-DEFAULT_BATCHING: Batching = "adaptive"
 
 # At least a millisecond: less would reach Postgres as 0, which means no limit.
 Seconds = Annotated[float, Field(ge=0.001, le=30 * 86_400, allow_inf_nan=False)]
@@ -68,7 +66,8 @@ class Settings(BaseSettings):
     """Strategy to try on `TIDEMARK_CANDIDATE_PERCENT` of the partitions; `celery -A tasks compare` shows both sides."""
     candidate_percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     """Percentage of partitions that use `TIDEMARK_CANDIDATE`, to two decimals. Growing it keeps those chosen before."""
-    batching: Batching = DEFAULT_BATCHING
+    # Holds its time where `fixed` is only right for one machine: `python -m tests.benchmarks.batching`.
+    batching: Batching = "adaptive"
     """How many events a transaction takes. `adaptive`: as many as fit into `TIDEMARK_BATCH_SECONDS`. `complete`: all of
     a partition, one partition after the other. `fixed`: at most `TIDEMARK_EVENTS_PER_PARTITION` of each partition.
     `collect`: like `fixed`, after waiting `TIDEMARK_COLLECT_SECONDS` for more commits."""

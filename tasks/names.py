@@ -32,12 +32,16 @@ class PartitionNames:
 
     def describe(self, ids: Sequence[int], *, width: int = 60) -> str:
         """Short text for partitions; those without a known name appear by id."""
-        by_topic: dict[str, list[int]] = defaultdict(list)
-        for i in ids:
-            topic, partition = self._known.get(i, ("id", i))
-            by_topic[topic].append(partition)
-        text = " ".join(f"{topic}/{ranges(sorted(numbers))}" for topic, numbers in sorted(by_topic.items()))
+        text = together(self._known.get(i, ("id", i)) for i in ids)
         return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def together(places: Iterable[tuple[str, int]]) -> str:
+    """`orders/0-15 payments/3` for topics and partition numbers."""
+    by_topic: dict[str, list[int]] = defaultdict(list)
+    for topic, partition in places:
+        by_topic[topic].append(partition)
+    return " ".join(f"{topic}/{ranges(sorted(numbers))}" for topic, numbers in sorted(by_topic.items()))
 
 
 def ranges(numbers: Sequence[int]) -> str:

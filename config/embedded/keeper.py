@@ -53,29 +53,22 @@ class Place:
         self.directory = directory
         self.users_lock = directory / "users.lock"
         self.log = directory / "keeper.log"
-        self._url = directory / "url"
+        self.published = directory / "url"
 
     @property
     def kept(self) -> bool:
         """Whether a keeper lives."""
         lock = FileLock(self.directory / OWNER_LOCK)
-        if lock.try_acquire():
-            lock.release()
-            return False
-        return True
+        free = lock.try_acquire()
+        lock.release()
+        return not free
 
     @property
     def url(self) -> str | None:
         """The server's URL while the server runs."""
         with suppress(FileNotFoundError):
-            return self._url.read_text(encoding="utf-8")
+            return self.published.read_text(encoding="utf-8")
         return None
-
-    def publish(self, url: str) -> None:
-        write_private(self._url, url)
-
-    def withdraw(self) -> None:
-        self._url.unlink(missing_ok=True)
 
 
 class Lease:
@@ -149,7 +142,7 @@ def _spawn_keeper(place: Place, server: ServerName, linger: float, deadline: flo
     It leaves our process tree: so it is nobody's zombie when it ends, and no signal to our process group reaches it.
     """
     # A killed keeper's; after this, whatever is published is the new one's.
-    place.withdraw()
+    place.published.unlink(missing_ok=True)
     # We may run from a checkout that is not installed.
     path = [str(Path(config.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with open_log(place.log) as output:
@@ -198,7 +191,7 @@ class Keeper:
             # Before the lock goes: whoever attaches reads it as soon as nobody has the lock.
             return _log_error(error)
         finally:
-            self._place.withdraw()
+            self._place.published.unlink(missing_ok=True)
             self._server.stop()
 
     def _on_signal(self, number: int, _: object) -> None:
@@ -208,7 +201,7 @@ class Keeper:
 
     def _publish(self) -> None:
         server = self._server
-        self._place.publish(server.url() if isinstance(server, PostgresServer) else server.url)
+        write_private(self._place.published, server.url() if isinstance(server, PostgresServer) else server.url)
         log.info("%s (pid %d) is ready", server.program, server.pid)
 
     def _watch(self) -> None:
@@ -238,7 +231,7 @@ class Keeper:
             if server.running and self._place.url is not None:
                 return
             # Who attaches now waits until it answers again.
-            self._place.withdraw()
+            self._place.published.unlink(missing_ok=True)
             if not server.running:
                 log.warning("%s (pid %d) is gone: starting it again", server.program, server.pid)
                 server.restart()

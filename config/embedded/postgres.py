@@ -72,7 +72,11 @@ class PostgresServer(EmbeddedServer):
         # (or a zombie's, where nobody reaps orphans), and Postgres would refuse to start.
         for stale in (self._data / "postmaster.pid", *self._socket_directory.iterdir()):
             stale.unlink(missing_ok=True)
-        self._write_settings()
+        # On every start: a new release's settings reach old data directories. The last line of a setting counts.
+        quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in self._settings.items()}
+        ours = "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
+        text = f"{_SERVER_CONF.read_text(encoding='utf-8')}\n# --- Embedded\n\n{ours}"
+        write_private(self._data / "postgresql.conf", text, owner=self._account)
         # On the command line, which beats the files and ALTER SYSTEM: the URL and the `trust` above rest on them.
         socket = [f"--unix_socket_directories={self._socket_directory}", "--unix_socket_permissions=0700"]
         return [self._binary, "-D", self._data, "--listen_addresses=", "--port=5432", *socket]
@@ -108,8 +112,7 @@ class PostgresServer(EmbeddedServer):
     def _initialize(self) -> None:
         """Create the cluster beside its place and move it there whole: a crash half-way leaves nothing to repair."""
         unfinished = self._data.with_suffix(".new")
-        if unfinished.exists():
-            shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(0o700)
         self._account.take(unfinished)
         # --pgdata=. because initdb refuses some characters that the directory's path may have. --auth-host: nobody
@@ -143,11 +146,3 @@ class PostgresServer(EmbeddedServer):
         self._socket_link.unlink(missing_ok=True)
         self._socket_link.symlink_to(created)
         return created
-
-    def _write_settings(self) -> None:
-        """Write the file on every start, so that a new release's settings reach old data directories."""
-        quoted = {name: value.replace("\\", "\\\\").replace("'", "''") for name, value in self._settings.items()}
-        ours = "".join(f"{name} = '{value}'\n" for name, value in quoted.items())
-        # The last line of a setting counts.
-        text = f"{_SERVER_CONF.read_text(encoding='utf-8')}\n# --- Embedded\n\n{ours}"
-        write_private(self._data / "postgresql.conf", text, owner=self._account)

@@ -60,9 +60,8 @@ class RedisServer(EmbeddedServer):
         return f"redis://:{self._password}@{_HOST}:{self._port}/0"
 
     def _prepare(self) -> list[str | Path]:
-        if not self._data.exists():
-            self._data.mkdir(0o700)
-            self._account.take(self._data)
+        self._data.mkdir(0o700, exist_ok=True)
+        self._account.take(self._data)
         if not self._port:  # a restart keeps it, for the clients that know it
             self._choose()
         text = _CONF.format(host=_HOST, port=self._port, password=self._password)

@@ -12,7 +12,6 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,7 +42,7 @@ class EmbeddedServer(ABC):
         self._data = self._directory / "data"
         self._log = self._directory / "server.log"
         self._owner = FileLock(self._directory / OWNER_LOCK)
-        self._located = binary
+        self._binary = binary
         self._process: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
@@ -52,10 +51,6 @@ class EmbeddedServer(ABC):
 
     @abstractmethod
     def _is_ready(self, pid: int) -> bool: ...
-
-    @cached_property
-    def _binary(self) -> Path:
-        return runnable(self._located, self._account, self._directory)
 
     @property
     def pid(self) -> int:
@@ -94,6 +89,7 @@ class EmbeddedServer(ABC):
     def launch(self) -> None:
         """Start it; on return it answers."""
         self._kill_all()
+        self._binary = runnable(self._binary, self._account, self._directory)
         command = self._prepare()
         with open_log(self._log) as log:
             self._process = subprocess.Popen(

@@ -18,14 +18,14 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 
 from config.errors import EmbeddedServerError, SettingsError, TransientDatabaseError
-from config.redis import is_redis
+from config.redis import RedisAddress, is_redis
 from config.settings import Settings
 from db.doctor import Finding, Level, Row, examine, judge, judge_clock, worst
 from db.pool import open_connection
 from tasks.app import TidemarkApp
 from tasks.commands.base import JSON, answer, app_of, command
 from tasks.commands.display import duration, pairs, progress, text
-from tasks.commands.situation import SILENT_SECONDS, Hints, impatient, read_hints
+from tasks.commands.situation import REDIS_SECONDS, SILENT_SECONDS, Hints, read_hints
 
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
 _PREFIX = "TIDEMARK_"
@@ -77,8 +77,7 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
 
 
 def _silent(area: str, check: str, why: str, repair: str) -> Row:
-    why = " ".join(why.split())
-    return Row(area, check, bad=True, level=Level.FAIL, found="does not answer", why=why, repair=(repair,))
+    return _row(area, check, check, Level.FAIL, "does not answer", " ".join(why.split()), repair)
 
 
 # --- the environment
@@ -118,7 +117,7 @@ def check_broker(broker_url: str, redis_url: str | None) -> Iterator[Row]:
 
 def _redis(name: str, url: str) -> Iterator[Row]:
     info: dict[str, Any] = {}
-    with impatient(url) as client:
+    with RedisAddress.parse(url).client(seconds=REDIS_SECONDS) as client:
         # Sections one by one: managed servers may leave some out.
         for section in ("server", "memory", "persistence", "stats"):
             info |= client.info(section)

@@ -3,6 +3,8 @@
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
 
 import click
 
@@ -25,8 +27,7 @@ def health(ctx: click.Context, program: Program, *, ready: bool) -> None:
     """
     found = examine(heartbeat_file(app_of(ctx).settings, program))
     healthy = found.ready if ready else found.alive
-    document = {"alive": found.alive, "ready": found.ready, "age": found.age, "reason": found.reason}
-    answer(ctx, document, f"{program}: {found.reason}", err=not healthy)
+    answer(ctx, asdict(found), f"{program}: {found.reason}", err=not healthy)
     if not healthy:
         ctx.exit(1)
 
@@ -59,7 +60,7 @@ def _watch(leases: Mapping[str, Lease]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     said = ""
-    try:
+    with suppress(KeyboardInterrupt):
         while True:
             down = [name for name, lease in leases.items() if not lease.runs()]
             now = f"{' and '.join(down)}: ended, and is being started again" if down else "running; Ctrl-C ends"
@@ -67,5 +68,3 @@ def _watch(leases: Mapping[str, Lease]) -> None:
                 click.echo(now, err=True)
             said = now
             time.sleep(_TICK)
-    except KeyboardInterrupt:
-        return

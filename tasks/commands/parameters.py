@@ -58,7 +58,9 @@ def _read_quantity(given: str, *, wanted: str, units: Mapping[str, int], none: b
         amount = round(Decimal(found[1]) * factors[found[2]])
         if 1 <= amount <= MAX_BIGINT:
             return amount
-    raise click.BadParameter(f"{given[:_SHOWN]!r} is not {wanted}; units: {', '.join(filter(None, units))}")
+    raise click.BadParameter(
+        f"{given[:_SHOWN]!r} is not {wanted}{' or none' * none}; units: {', '.join(filter(None, units))}"
+    )
 
 
 class Seconds(click.FloatRange):
@@ -84,13 +86,11 @@ _SIZES = {
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)},
 }
 
-_SIZE = partial(_read_quantity, units=_SIZES)
+_read_size = partial(_read_quantity, units=_SIZES, wanted="a size such as 1GB, 500MiB")
 
 NAME = _Kind("text", _read_name)
 OFFSET = _Kind("offset", _read_offset)
 PARTITION = click.IntRange(min=0, max=MAX_INT)
-TIME_LIMIT = _Kind(
-    "time|none", partial(_read_quantity, units=_TIMES, wanted="a time such as 7d, 12h or none", none=True)
-)
-SIZE_LIMIT = _Kind("size|none", partial(_SIZE, wanted="a size such as 1GB, 500MiB or none", none=True))
-SIZE = _Kind("size", partial(_SIZE, wanted="a size such as 1GB, 500MiB"))
+TIME_LIMIT = _Kind("time|none", partial(_read_quantity, units=_TIMES, wanted="a time such as 7d, 12h", none=True))
+SIZE_LIMIT = _Kind("size|none", partial(_read_size, none=True))
+SIZE = _Kind("size", _read_size)

@@ -1,7 +1,7 @@
 """What `status` and `top` show: a reading of the database, what Redis says of programs, and why something lags."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from config.queues import shard_of, shard_of_queue, shard_queue
+from config.queues import shard_of, shard_queue
 from config.redis import RedisAddress, is_redis
 from config.settings import Settings
 from db.status import Holder, LockWait, PartitionState, Reading, Session
@@ -20,10 +20,10 @@ from tasks.app import TidemarkApp
 from tasks.commands.display import NOTHING, count, duration, label, number, statement, table, text
 from tasks.hints import GONE_SECONDS, Program, redis_time
 from tasks.metrics import read_stuck
-from tasks.names import ranges
+from tasks.names import ranges, together
 
 # Whoever asks is at a screen: a Redis that hangs must not keep what Postgres says from being shown.
-_REDIS_SECONDS = 0.5
+REDIS_SECONDS = 0.5
 # Programs report every few seconds.
 SILENT_SECONDS = 15.0
 # What JSON says of a program.
@@ -78,18 +78,13 @@ def read_hints(app: TidemarkApp) -> Hints:
     redis: Redis | None = None
     try:
         for url in dict.fromkeys(u for u in (app.broker_url, app.redis_url) if u is not None and is_redis(u)):
-            redis = impatient(url)
+            redis = RedisAddress.parse(url).client(seconds=REDIS_SECONDS)
             redis.ping()
         if redis is None:
             return Hints(stuck={})
         return Hints(programs=read_programs(redis), stuck=read_stuck(redis, seconds=app.settings.overdue_seconds))
     except RedisError as error:
         return Hints(stuck={}, error=" ".join(str(error).split()).rstrip("."))
-
-
-def impatient(url: str) -> Redis:
-    """A client that waits for half a second."""
-    return RedisAddress.parse(url).client(seconds=_REDIS_SECONDS)
 
 
 class Cause(NamedTuple):
@@ -101,7 +96,7 @@ class Cause(NamedTuple):
     blocker: str | None = None
     query: str | None = None
     # Of a partition that waits for nothing but its turn.
-    queue: str | None = None
+    shard: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,30 +157,24 @@ class Situation:
             yield _silence("worker", hints.seen("worker"))
         undispatched = dispatch.undispatched
         if undispatched is not None and undispatched >= self.after and (partition.lag or 0.0) <= undispatched + 1:
-            yield self._no_fan_out
+            tick = hints.seen("beat")
+            if hints.programs is None:
+                yield Cause("fan-out", "see that beat runs, and a worker that serves control")
+            if tick is None or tick >= SILENT_SECONDS:
+                yield _silence("beat", tick)
+            yield Cause("fan-out, which is behind", "celery -A tasks workers: does one serve control?")
         # Nothing is in its way, as long as there is a worker for it.
-        worker, queue = self._worker(partition), self.queue(partition)
+        worker, shard = self._worker(partition), self._shard(partition)
         if worker is None and any(w.consumes for w in hints.workers):
-            yield Cause("no worker", "celery -A tasks worker", queue=queue)
-        yield Cause(f"worker {worker}" if worker else "a worker", queue=queue)
-
-    @cached_property
-    def _no_fan_out(self) -> Cause:
-        """Why a commit was not handed to a worker."""
-        tick = self.hints.seen("beat")
-        if self.hints.programs is None:
-            return Cause("fan-out", "see that beat runs, and a worker that serves control")
-        if tick is None or tick >= SILENT_SECONDS:
-            return _silence("beat", tick)
-        return Cause("fan-out, which is behind", "celery -A tasks workers: does one serve control?")
+            yield Cause("no worker", "celery -A tasks worker", shard=shard)
+        yield Cause(f"worker {worker}" if worker else "a worker", shard=shard)
 
     def _worker(self, partition: PartitionState) -> str | None:
         """Who reads the queue of its shard."""
-        shard = shard_of(partition.partition_id, self.settings.shards)
-        return next((w.name for w in self.hints.workers if shard in w.consumes), None)
+        return next((w.name for w in self.hints.workers if self._shard(partition) in w.consumes), None)
 
-    def queue(self, partition: PartitionState) -> str:
-        return shard_queue(shard_of(partition.partition_id, self.settings.shards))
+    def _shard(self, partition: PartitionState) -> int:
+        return shard_of(partition.partition_id, self.settings.shards)
 
     def as_dict(self) -> dict[str, Any]:
         reading, hints, backlogs = self.reading, self.hints, self.reading.backlogs()
@@ -212,7 +201,7 @@ class Situation:
                     "topic": p.topic,
                     "partition": p.partition,
                     "partition_id": p.partition_id,
-                    "queue": self.queue(p),
+                    "queue": shard_queue(self._shard(p)),
                     "backlog_events": p.backlog,
                     "lag_seconds": p.lag,
                     "waits_for": _words(cause),
@@ -226,7 +215,9 @@ class Situation:
             "holders": [asdict(h) for h in reading.holders],
             "fan_out": {"last_seconds": reading.dispatch.last, "undispatched_seconds": reading.dispatch.undispatched},
             "own_cluster": reading.dispatch.own_cluster,
-            "programs": None if hints.programs is None else [_program(p) for p in hints.programs],
+            "programs": None
+            if hints.programs is None
+            else [{**{name: getattr(p, name) for name in _PROGRAM}, "up": p.since} for p in hints.programs],
             "redis_error": hints.error,
         }
 
@@ -291,10 +282,11 @@ class Situation:
             partitions, cause = [p for p, _ in group], group[0][1]
             events = sum(p.backlog for p in partitions)
             more = "" if all(p.counted for p in partitions) else " or more"
-            what = f", {count(events, 'event')}{more}: {_names(partitions)}"
+            what = f", {count(events, 'event')}{more}: {together((p.topic, p.partition) for p in partitions)}"
             first = text(duration(partitions[0].lag), "yellow") + label(what)
             first.no_wrap, first.overflow = True, "ellipsis"
-            lines = [text(_words(cause, {c.queue for _, c in group if c.queue})), *_query(cause.query)]
+            shards = {c.shard for _, c in group if c.shard is not None}
+            lines = [text(_words(cause, shards)), *_query(cause.query)]
             tried = [p for p in partitions if cause.query and f"{p.topic}/{p.partition}" in self.hints.stuck]
             for p in tried[:1]:
                 name, worker = f"{p.topic}/{p.partition}", self._worker(p) or "(unknown)"
@@ -306,23 +298,10 @@ class Situation:
         return parts
 
 
-def _program(program: Program) -> dict[str, Any]:
-    return {**{name: getattr(program, name) for name in _PROGRAM}, "up": program.since}
-
-
-def _names(partitions: Iterable[PartitionState]) -> str:
-    """`orders/0-55 payments/3`."""
-    by_topic: dict[str, list[int]] = defaultdict(list)
-    for p in partitions:
-        by_topic[p.topic].append(p.partition)
-    return " ".join(f"{topic}/{ranges(sorted(numbers))}" for topic, numbers in sorted(by_topic.items()))
-
-
-def _words(cause: Cause, queues: Iterable[str] = ()) -> str:
-    shards = sorted(s for s in map(shard_of_queue, queues) if s is not None)
+def _words(cause: Cause, shards: Collection[int] = ()) -> str:
     if len(shards) > 1:
-        return f"{cause.why} on shards {ranges(shards)}"
-    return cause.why if cause.queue is None else f"{cause.why} on {cause.queue}"
+        return f"{cause.why} on shards {ranges(sorted(shards))}"
+    return cause.why if cause.shard is None else f"{cause.why} on {shard_queue(cause.shard)}"
 
 
 def _silence(program: str, seen: float | None) -> Cause:

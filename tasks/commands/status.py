@@ -8,7 +8,7 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count as counter
+from itertools import islice
 
 import click
 from rich.console import Group
@@ -17,7 +17,7 @@ from sparklines import sparklines
 
 from db.status import read_status
 from tasks.commands.base import JSON, OUTPUT, TIMEOUT, answer, app_of, command, database
-from tasks.commands.display import NOTHING, console, duration, number, plain, text
+from tasks.commands.display import console, duration, number, plain, text
 from tasks.commands.parameters import NAME, Seconds
 from tasks.commands.situation import Situation, read_hints
 
@@ -69,25 +69,21 @@ def top(ctx: click.Context, topic: tuple[str, ...], interval: float, count: int 
         """A situation each interval, until `pause` says that it is enough."""
         with database(ctx) as conn:
             before = read_status(conn, topic or None)
-            for look in counter(1):
-                if pause(interval):
-                    return
+            while not pause(interval):
                 now = read_status(conn, topic or None)
                 hints, rates = read_hints(app), now.rates(before)
                 yield Situation(reading=now, rates=rates, hints=hints, settings=app.settings, after=after)
                 before = now
-                if look == count:
-                    return
 
     # Ctrl-C is how this ends.
     with suppress(KeyboardInterrupt):
         if as_json or not out.is_terminal:
-            for situation in looks(time.sleep):
+            for situation in islice(looks(time.sleep), count):
                 click.echo(json.dumps(situation.as_dict(), default=str) if as_json else _lines(situation))
             return
         curves = Curves(interval)
         with _keys() as pressed, Live(console=out, screen=True, auto_refresh=False) as live:
-            for situation in looks(pressed):
+            for situation in islice(looks(pressed), count):
                 curves.add(situation)
                 what = f"every {duration(interval)}, curves of {duration(curves.seconds)}, q ends"
                 heading = text(f"{time.strftime('%H:%M:%S')}  {what}", "dim")
@@ -166,9 +162,8 @@ def _lines(situation: Situation) -> str:
     lines = []
     for topic in situation.reading.topics:
         backlog = backlogs[topic.name]
-        lag = NOTHING if backlog.lag is None else duration(backlog.lag)
         lines.append(
             f"{moment} {plain(topic.name)} end={topic.end_offsets} backlog={backlog.events} "
-            f"lag={lag.replace(' ', '')} records/s={number(round(rates.get(topic.name, 0.0)))}"
+            f"lag={duration(backlog.lag).replace(' ', '')} records/s={number(round(rates.get(topic.name, 0.0)))}"
         )
     return "\n".join(lines or [f"{moment} no topics"])

@@ -1,6 +1,7 @@
 """`celery -A tasks topics create|list|show|set`."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -19,10 +20,12 @@ topics = Group("topics", help="Create topics, list them, show one and set its re
 
 _RETENTION = (
     click.Option(
-        ["--retention-time"], type=TIME_LIMIT, help="Delete batches that are older, such as 7d, 12h; `none`: keep them."
+        ["--retention-time", "retention_ms"],
+        type=TIME_LIMIT,
+        help="Delete batches that are older, such as 7d, 12h; `none`: keep them.",
     ),
     click.Option(
-        ["--retention-size"],
+        ["--retention-size", "retention_bytes"],
         type=SIZE_LIMIT,
         help="Delete a partition's oldest batches beyond this, such as 1GB, 500MiB; `none`: keep them.",
     ),
@@ -39,14 +42,12 @@ _FIELDS = {"topic": "name", "partition_count": "partitions", "backlog_counted": 
 @command("create", *_RETENTION, TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
 @click.option("-p", "--partitions", type=click.IntRange(1, 100_000), default=1)
-def create(
-    ctx: click.Context, name: str, partitions: int, retention_time: int | None, retention_size: int | None
-) -> None:
+def create(ctx: click.Context, name: str, partitions: int, **limits: int | None) -> None:
     """Create topic NAME."""
     with database(ctx) as conn, conn.transaction():
         topic_id = create_topic(conn, name, partitions)
-        if retention_time is not None or retention_size is not None:
-            set_retention(conn, name, retention_ms=retention_time, retention_bytes=retention_size)
+        if any(limits.values()):
+            set_retention(conn, name, **limits)
     said = f"{name}: created with {count(partitions, 'partition')}"
     answer(ctx, {"topic": name, "id": topic_id, "partitions": partitions}, said)
 
@@ -100,25 +101,19 @@ def show(ctx: click.Context, topic: str, *, pending: bool) -> None:
 
 @command("set", *_RETENTION, TIMEOUT, JSON, within=topics)
 @click.argument("name", type=NAME)
-def set_(ctx: click.Context, name: str, retention_time: int | None, retention_size: int | None) -> None:
+def set_(ctx: click.Context, name: str, **limits: Any) -> None:
     """Set the retention of topic NAME.
 
     What is not given stays.
     """
     # None is `none`; what was not given looks the same.
-    sources = {option: ctx.get_parameter_source(option) for option in ("retention_time", "retention_size")}
-    given = [option for option, source in sources.items() if source is not ParameterSource.DEFAULT]
+    given = {k: limit for k, limit in limits.items() if ctx.get_parameter_source(k) is not ParameterSource.DEFAULT}
     if not given:
         raise click.UsageError("nothing to set; give --retention-time 7d or --retention-size 1GB, for example", ctx)
     with database(ctx) as conn, conn.transaction():
         [before] = describe_topics(conn, [name])
-        set_retention(
-            conn,
-            name,
-            retention_ms=retention_time if "retention_time" in given else before.retention_ms,
-            retention_bytes=retention_size if "retention_size" in given else before.retention_bytes,
-        )
-        [topic] = describe_topics(conn, [name])
+        topic = replace(before, **given)
+        set_retention(conn, name, retention_ms=topic.retention_ms, retention_bytes=topic.retention_bytes)
     answer(ctx, _topic(topic), f"{name}: retention {_retention(topic)}")
 
 

@@ -90,7 +90,9 @@ def audit(ctx: click.Context, topic: str | None, *, from_scratch: bool) -> None:
     Exit code 1 when one is broken. Takes no locks, and goes on where the last audit stopped, also after Ctrl-C.
     """
     with database(ctx) as conn, progress(ctx) as bar:
-        task = bar.add_task("records", total=None)
+        # From scratch all of it is ahead, whatever the last audit wrote down.
+        total = 0 if bar.disable else records_to_audit(conn, topic)
+        task = bar.add_task("records", total=total)
         looked = 0.0
 
         def look() -> bool:
@@ -100,11 +102,6 @@ def audit(ctx: click.Context, topic: str | None, *, from_scratch: bool) -> None:
                 bar.update(task, completed=max(0, total - records_to_audit(conn, topic)))
             return False
 
-        total = 0
-        if not bar.disable:
-            # From scratch all of it is ahead, whatever the last audit wrote down.
-            total = records_to_audit(conn, topic)
-            bar.update(task, total=total)
         result = audit_log(conn, topic=topic, from_scratch=from_scratch, stop=look)
         names = names_of(conn, sorted({v.partition_id for v in result.violations}))
     # A partition that has no name any more lost its topic.

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.console import Group, RenderableType
 
-from config.queues import all_queues, shard_of_queue
+from config.queues import all_queues, shard_of_queue, shard_queue
 from tasks.commands.base import CSV, JSON, Server, answer, app_of, command, reaching
 from tasks.commands.display import NOTHING, duration, label, number, table, text
 from tasks.commands.parameters import Seconds
@@ -28,7 +28,7 @@ def workers(ctx: click.Context, timeout: float) -> None:
     """
     found = _ask(ctx, timeout)
     queues = {queue for worker in found for queue in worker["queues"]}
-    unserved = sorted({*all_queues(app_of(ctx).settings.shards)} - queues, key=_by_shard)
+    unserved = [queue for queue in all_queues(app_of(ctx).settings.shards) if queue not in queues]
     words = Group(*_show(found, unserved, timeout))
     answer(ctx, {"workers": found, "unserved_queues": unserved}, words, csv=(_CSV, map(_row, found)))
     if not found or unserved:
@@ -48,7 +48,7 @@ def _row(worker: dict[str, Any]) -> dict[str, Any]:
         "worker": worker["name"],
         "pid": worker["pid"],
         "slots": worker["concurrency"],
-        "shards": ranges(worker["shards"]) if worker["shards"] else "",
+        "shards": ranges(worker["shards"]),
         "other_queues": ",".join(_others(worker["queues"])),
         "tasks": sum(worker["processed"].values()),
         "running": len(worker["active"]),
@@ -70,6 +70,7 @@ def _ask(ctx: click.Context, timeout: float) -> list[dict[str, Any]]:
         limits = {"limit": len(stats), "timeout": max(timeout, _REPLY_SECONDS)}
         known = app.control.inspect(destination=list(stats), connection=connection, **limits)
         queues = known.active_queues() or {}
+        served = {name: [queue["name"] for queue in queues.get(name) or ()] for name in stats}
         active = known.active() or {}
     return [
         {
@@ -77,10 +78,10 @@ def _ask(ctx: click.Context, timeout: float) -> list[dict[str, Any]]:
             "pid": told.get("pid"),
             "uptime": told.get("uptime"),
             "concurrency": (told.get("pool") or {}).get("max-concurrency"),
-            "queues": sorted((served := [q["name"] for q in queues.get(name) or ()]), key=_by_shard),
+            "queues": [*map(shard_queue, shards := _shards(served[name])), *_others(served[name])],
             "active": [_active(task) for task in active.get(name) or ()],
             "processed": dict(sorted((told.get("total") or {}).items())),
-            "shards": _shards(served),
+            "shards": shards,
         }
         for name, told in sorted(stats.items())
     ]
@@ -97,22 +98,17 @@ def _active(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _by_shard(queue: str) -> tuple[bool, int, str]:
-    shard = shard_of_queue(queue)
-    return shard is None, shard or 0, queue
-
-
 def _show(found: list[dict[str, Any]], unserved: list[str], timeout: float) -> Iterator[RenderableType]:
     if not found:
         yield text(f"no worker answered within {duration(timeout)}; start one: celery -A tasks worker", "bold red")
         return
     rows = table("Worker", ">Slots", "Shards", "Other queues", ">Tasks", ">Up for")
     for worker in found:
-        slots = NOTHING if worker["concurrency"] is None else str(worker["concurrency"])
-        shards = ranges(worker["shards"]) if worker["shards"] else NOTHING
+        row = _row(worker)
+        slots = NOTHING if row["slots"] is None else str(row["slots"])
         others = label(", ".join(_others(worker["queues"])) or NOTHING)
-        done = number(sum(worker["processed"].values()))
-        rows.add_row(label(worker["name"]), slots, shards, others, done, duration(worker["uptime"]))
+        up_for = duration(row["uptime_seconds"])
+        rows.add_row(label(row["worker"]), slots, row["shards"] or NOTHING, others, number(row["tasks"]), up_for)
     yield rows
     busy = [(worker["name"], task) for worker in found for task in worker["active"]]
     if busy:
