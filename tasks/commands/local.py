@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import click
 
 from config.embedded.keeper import Lease
-from config.heartbeat import examine
+from config.heartbeat import PROGRAMS, Program, examine, heartbeat_file
 from tasks.commands.base import JSON, answer, app_of, command
-from tasks.health import PROGRAMS, Program, heartbeat_file
 
 _TICK = 0.5
 
