@@ -32,12 +32,12 @@ from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tasks import metrics
 from tasks.app import TidemarkApp
-from tasks.drain import observers
+from tasks.compare import Side
+from tasks.drain import DrainMetrics, observers
 from tasks.exporter import Exporter, ServerError, Source
 from tasks.hints import Membership
-from tasks.metrics import DrainMetrics, WorkerMetrics
+from tasks.metrics import WorkerMetrics
 from tasks.names import PartitionNames
-from tasks.rollout import Side
 from tests.integration import conftest
 from tests.integration.conftest import MakeApp, make_topic
 from tests.servers import PostgresServer, RedisServer
