@@ -5,7 +5,7 @@ One loop. Who wants to know what happens in it (metrics, a comparison of strateg
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial, reduce
@@ -168,31 +168,16 @@ class _Side:
 
 def observers(app: TidemarkApp) -> tuple[Observer, ...]:
     """Everybody who wants to know what a task's partitions go through; for `app.once`."""
-
-    def ages_of(partition_id: int, newer: int) -> list[float]:
-        with app.database.connection() as conn:
-            return ages_of_run(conn, partition_id, newer)
-
-    metrics = DrainMetrics(app.once(WorkerMetrics), app.once(PartitionNames), ages_of)
-    return metrics, DrainComparison(app), DrainLog(app)
+    return DrainMetrics(app), DrainComparison(app), DrainLog(app)
 
 
 class DrainMetrics(Observer):
-    """Counts what a drain does: one of its observers.
+    """Counts what a drain does: one of its observers."""
 
-    `ages_of` reads how long ago the events of a run were committed, in seconds: of a partition, the run that has so
-    many newer ones.
-    """
-
-    def __init__(
-        self,
-        metrics: WorkerMetrics,
-        names: PartitionNames,
-        ages_of: Callable[[int, int], Sequence[float]] | None = None,
-    ) -> None:
-        self._metrics = metrics
-        self._names = names
-        self._ages_of = ages_of
+    def __init__(self, app: TidemarkApp) -> None:
+        self._app = app
+        self._metrics = app.once(WorkerMetrics)
+        self._names = app.once(PartitionNames)
         self._ages_due = 0.0
 
     def transaction(self, side: Side, done: MaterializationMetrics) -> None:
@@ -211,15 +196,15 @@ class DrainMetrics(Observer):
             add("materialize_log_bytes", *own, amount=moved.log_bytes)
             add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
         add("materialize_attempts")
-        if not done.moved or self._ages_of is None or monotonic() < self._ages_due:
+        if not done.moved or monotonic() < self._ages_due:
             return
         self._ages_due = monotonic() + _AGES_SECONDS
         # Any of the new runs, and each event with the same chance: the newest ones alone have waited least.
         (chosen,) = choices(done.moved, [m.events for m in done.moved])  # noqa: S311 - a sample
         topic = self._names.topic(chosen.partition_id) or OTHER
         # A database that fails now fails in the next transaction, too, which reports it.
-        with suppress(psycopg.Error, TidemarkError):
-            for seconds in self._ages_of(chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
+        with suppress(psycopg.Error, TidemarkError), self._app.database.connection() as conn:
+            for seconds in ages_of_run(conn, chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
                 self._metrics.observe("commit_to_offset_seconds", max(seconds, 0.0), topic)
 
     def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
