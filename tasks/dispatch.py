@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
+from functools import partial
 from itertools import chain, groupby
 from time import monotonic
 from types import NoneType
@@ -28,8 +29,7 @@ from db.discover import Pending, find_committed, save_fan_out
 from db.discover import sweep as sweep_partitions
 from db.topics import partition_ids as ids_of_topic
 from tasks.app import TidemarkApp
-from tasks.background import Background
-from tasks.hints import QueuedTokens
+from tasks.hints import Background, QueuedTokens
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
 
@@ -99,14 +99,14 @@ def dispatch(app: TidemarkApp, conn: psycopg.Connection[Any], pending: Sequence[
     return _publish(app, group((p for p in pending if p.partition_id in free), app.settings), at_once=True, conn=conn)
 
 
-def hand_over(app: TidemarkApp, partition_ids: Sequence[int], *, queued: bool = False) -> int:
+def hand_over(app: TidemarkApp, partition_ids: Sequence[int], *, queued: bool = False, at_once: bool = True) -> int:
     """Publish what a task has not done, to the end of its queue: others of the shard get their turn.
 
     `queued`: it holds the partitions' tokens already; else those that somebody has queued meanwhile are left out.
     Grouped by the shards of now: the task may have been published with another number of them.
     """
     left = partition_ids if queued else app.once(QueuedTokens).acquire(partition_ids)
-    return _publish(app, group_ids(left, app.settings), at_once=True)
+    return _publish(app, group_ids(left, app.settings), at_once=at_once)
 
 
 def _publish(
@@ -201,12 +201,8 @@ def wake(app: TidemarkApp, partition_ids: Iterable[int]) -> None:
     Published by a thread, only for partitions that wait in no queue yet: a token that exists belongs to a task that has
     read nothing so far, and so will see the commit.
     """
-    app.once(Background).submit(copy_context().run, _wake, app, sorted(set(partition_ids)))
-
-
-def _wake(app: TidemarkApp, partition_ids: list[int]) -> None:
-    free = app.once(QueuedTokens).acquire(partition_ids)
-    _publish(app, group_ids(free, app.settings), at_once=False)
+    work = partial(hand_over, app, sorted(set(partition_ids)), at_once=False)
+    app.once(Background).submit(copy_context().run, work)
 
 
 def commit_and_wake(

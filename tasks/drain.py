@@ -6,30 +6,42 @@ One loop. Who wants to know what happens in it (metrics, a comparison of strateg
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial, reduce
-from time import monotonic
+from random import choices, randrange
+from time import monotonic, time
 from typing import Any
 
-from config.errors import TransientDatabaseError
+import psycopg
+
+from config.errors import TidemarkError, TransientDatabaseError
 from config.queues import partition_ids_of, shard_of
 from config.settings import STRATEGIES, Strategy
-from db.materialize import MaterializationMetrics, ages_of_run, materialize
-from db.translate import would_meet_all
+from db.materialize import RUN_BYTES, MaterializationMetrics, ages_of_run, materialize
+from db.translate import TRANSIENT, would_meet_all
 from tasks.app import TidemarkApp
 from tasks.batching import Controller, make_controller
-from tasks.compare import DrainComparison
+from tasks.compare import DrainComparison, Observer, Side, split
 from tasks.dispatch import hand_over
 from tasks.hints import QueuedTokens
-from tasks.metrics import DrainMetrics, WorkerMetrics
+from tasks.metrics import OTHER, SEVERAL, STUCK_KEY, WorkerMetrics
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
-from tasks.rollout import Observer, Side, split
 
 log = logging.getLogger(__name__)
 
 # That many fail and none works: the fault is not the partitions'.
 _HOPELESS = 5
+# What is kept of partitions that are stuck: how many of a task, and how much of the reason.
+_STUCK = 20
+_WHY = 300
+_AGES_SECONDS = 1.0
+_KINDS = frozenset(
+    {"OperationalError", "InterfaceError"}
+    | {kind.__name__ for kind in TRANSIENT}
+    | {kind.__name__ for kind in TidemarkError.__subclasses__()}
+)
 
 
 def controllers(app: TidemarkApp) -> Mapping[Strategy, Controller]:
@@ -37,7 +49,7 @@ def controllers(app: TidemarkApp) -> Mapping[Strategy, Controller]:
     return {strategy: make_controller(app.settings) for strategy in STRATEGIES}
 
 
-def serve(app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Observer]) -> dict[str, Any]:
+def serve(app: TidemarkApp, partition_ids: Sequence[int]) -> dict[str, Any]:
     """A task: materialize partitions of one shard, hand over what is left; returns MaterializationMetrics as a dict.
 
     Raises InvalidJobError for what are no partition ids.
@@ -49,15 +61,13 @@ def serve(app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Ob
         return MaterializationMetrics().as_dict()
     # Before anything is read: a commit this task does not see must be queued again.
     app.once(QueuedTokens).release(ids)
-    sides = drain(app, ids, observers)
+    sides = drain(app, ids)
     total = together(sides)
     hand_over(app, total.backlog_partition_ids)
     return total.as_dict() | ({"sides": [side.as_dict() for side in sides]} if len(sides) > 1 else {})
 
 
-def drain(
-    app: TidemarkApp, partition_ids: Sequence[int], observers: Sequence[Observer]
-) -> list[MaterializationMetrics]:
+def drain(app: TidemarkApp, partition_ids: Sequence[int]) -> list[MaterializationMetrics]:
     """Materialize; returns what was done and what is left, for each side where a candidate strategy is tried."""
     until = monotonic() + app.settings.task_seconds
     sides = split(partition_ids, app.settings)
@@ -66,9 +76,9 @@ def drain(
         now = monotonic()
         # Time a side does not use is the next one's.
         share = max(0.0, until - now) / (len(sides) - number)
-        done.append(_Side(app, side, observers, now + share).drain())
+        done.append(_Side(app, side, now + share).drain())
     total = together(done)
-    for observer in observers:
+    for observer in app.once(observers):
         observer.finished(partition_ids, total)
     return done
 
@@ -85,11 +95,11 @@ class _Side:
     and briefly at the end.
     """
 
-    def __init__(self, app: TidemarkApp, side: Side, observers: Sequence[Observer], until: float) -> None:
+    def __init__(self, app: TidemarkApp, side: Side, until: float) -> None:
         self._app = app
         self._until = until
         self._side = side
-        self._observers = observers
+        self._observers = app.once(observers)
         self._controller = app.once(controllers)[side.strategy]
         self._total = MaterializationMetrics(strategy=side.strategy)
         # With each group, whether it had more than an earlier transaction took.
@@ -158,13 +168,54 @@ class _Side:
 
 def observers(app: TidemarkApp) -> tuple[Observer, ...]:
     """Everybody who wants to know what a task's partitions go through; for `app.once`."""
+    return DrainMetrics(app), DrainComparison(app), DrainLog(app)
 
-    def ages_of(partition_id: int, newer: int) -> list[float]:
-        with app.database.connection() as conn:
-            return ages_of_run(conn, partition_id, newer)
 
-    metrics = DrainMetrics(app.once(WorkerMetrics), app.once(PartitionNames), ages_of)
-    return metrics, DrainComparison(app), DrainLog(app)
+class DrainMetrics(Observer):
+    """Counts what a drain does: one of its observers."""
+
+    def __init__(self, app: TidemarkApp) -> None:
+        self._app = app
+        self._metrics = app.once(WorkerMetrics)
+        self._names = app.once(PartitionNames)
+        self._ages_due = 0.0
+
+    def transaction(self, side: Side, done: MaterializationMetrics) -> None:
+        """Count what was placed for each topic, and the transaction's time for all of them together."""
+        add = self._metrics.add
+        ids = [m.partition_id for m in done.moved] or side.partition_ids
+        topic, *others = {self._names.topic(i) or OTHER for i in ids}
+        labels = (SEVERAL if others else topic, done.strategy)
+        self._metrics.observe("materialize_duration_seconds", done.processing_time_ms / 1000, *labels)
+        self._metrics.observe("materialize_lock_wait_seconds", done.lock_wait_time_ms / 1000, *labels)
+        add("materialize_batch_events", *labels, amount=done.batch_events)
+        for moved in done.moved:
+            own = (self._names.topic(moved.partition_id) or OTHER, done.strategy)
+            add("materialize_events", *own, amount=moved.events)
+            add("materialize_records", *own, amount=moved.records)
+            add("materialize_log_bytes", *own, amount=moved.log_bytes)
+            add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
+        add("materialize_attempts")
+        if not done.moved or monotonic() < self._ages_due:
+            return
+        self._ages_due = monotonic() + _AGES_SECONDS
+        # Any of the new runs, and each event with the same chance: the newest ones alone have waited least.
+        (chosen,) = choices(done.moved, [m.events for m in done.moved])  # noqa: S311 - a sample
+        topic = self._names.topic(chosen.partition_id) or OTHER
+        # A database that fails now fails in the next transaction, too, which reports it.
+        with suppress(psycopg.Error, TidemarkError), self._app.database.connection() as conn:
+            for seconds in ages_of_run(conn, chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
+                self._metrics.observe("commit_to_offset_seconds", max(seconds, 0.0), topic)
+
+    def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
+        kind = type(error).__name__
+        self._metrics.add("materialize_attempts")
+        self._metrics.add("materialize_errors", kind if kind in _KINDS else "other")
+
+    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
+        self._metrics.add("materialize_stuck", amount=len(partition_ids))
+        why = f"{time():.0f} {type(error).__name__}: {str(error).strip()}"[:_WHY]
+        self._metrics.keep({self._names.describe([i]): why for i in partition_ids[:_STUCK]}, STUCK_KEY)
 
 
 class DrainLog(Observer):

@@ -15,7 +15,7 @@ import http.client
 import logging
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import partial
@@ -51,8 +51,8 @@ _WORKERS = 500
 _WORKER_GONE_SECONDS = 900.0
 _WORKER_SILENT_SECONDS = 60.0
 
-# One, or by label, or by labels.
-Values = float | Mapping[Any, float]
+# One, or by label, or by labels; None is no sample.
+Values = float | Mapping[Any, float] | None
 
 
 class ServerError(TidemarkError):
@@ -61,7 +61,8 @@ class ServerError(TidemarkError):
 
 def _gauge(name: str, help_text: str, values: Values, *labels: str, kind: Any = GaugeMetricFamily) -> Metric:
     metric: Any = kind(_PREFIX + name, help_text, labels=labels)
-    for key, value in values.items() if isinstance(values, Mapping) else [((), values)]:
+    samples = values if isinstance(values, Mapping) else {} if values is None else {(): values}
+    for key, value in samples.items():
         metric.add_metric((key,) if isinstance(key, str) else key, value)
     made: Metric = metric
     return made
@@ -165,9 +166,7 @@ def read_postgres(app: TidemarkApp) -> Iterator[Metric]:
         yield _gauge(name, help_text, {table.name: getattr(table, field) for table in found.tables}, "table")
     sizes = {(index.table, index.name): index.bytes for index in found.indexes}
     yield _gauge("index_size_bytes", "Size of an index on disk.", sizes, "table", "index")
-    sessions: Counter[tuple[str, str]] = Counter()
-    for group in found.connections:
-        sessions["tidemark" if group.ours else "other", group.state] += group.sessions
+    sessions = {("tidemark" if group.ours else "other", group.state): group.sessions for group in found.connections}
     yield _gauge("database_connections", "Sessions of the database.", sessions, "application", "state")
     held = found.held_seconds
     yield _gauge("vacuum_held_seconds", "For how long something has kept dead rows from vacuum.", held, "holder")
@@ -184,15 +183,10 @@ def read_postgres(app: TidemarkApp) -> Iterator[Metric]:
     yield _gauge("lock_wait_longest_seconds", "How long the longest of them has waited.", found.lock_wait_seconds)
     yield _gauge("fan_out_last_found_timestamp_seconds", "When fan-out last found commits.", found_at)
     yield _gauge("fan_out_waiting_seconds", "Age of the oldest commit no fan-out has seen, or 0.", waiting)
-    yield _gauge("audit_progress_timestamp_seconds", "When an audit last read batches.", _known(audited))
+    yield _gauge("audit_progress_timestamp_seconds", "When an audit last read batches.", audited)
     yield _gauge("audit_unread_records", "Records that no audit has read yet.", unread)
     yield _gauge("database_connections_limit", "Sessions that the server admits.", found.max_connections)
     yield _gauge("cluster_matches", "Whether the database is in its log's cluster; a restored one is not.", own)
-
-
-def _known(value: float | None) -> Values:
-    """No sample where there is no value."""
-    return {} if value is None else value
 
 
 # --- Redis: what the workers count, and who leases which shards
@@ -238,7 +232,7 @@ def lease_metrics(redis: Redis, shards: int) -> list[Metric]:
         _gauge("shards", "Shards, as the exporter is configured.", shards),
         _gauge("lease_members", "Workers that share the shards out among themselves.", len(sharing)),
         _gauge("leased_shards", "Shards that one of them consumes.", len({s for p in sharing for s in p.consumes})),
-        _gauge("beat_last_tick_timestamp_seconds", "When a beat last said that it ticks.", _known(ticked)),
+        _gauge("beat_last_tick_timestamp_seconds", "When a beat last said that it ticks.", ticked),
     ]
 
 

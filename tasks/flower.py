@@ -7,6 +7,7 @@ command line or as `FLOWER_…`, goes before these.
 import ast
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,7 @@ def summarize(task: Any) -> Any:
 
 def _secret(file: Path) -> str:
     """The secret in the file, made at first use; nobody else may read it."""
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return file.read_text("ascii").strip()
-    secret = secrets.token_urlsafe(18)
-    with os.fdopen(descriptor, "w", encoding="ascii") as stream:
-        stream.write(f"{secret}\n")
-    return secret
+    with suppress(FileExistsError):
+        file.touch(mode=0o600, exist_ok=False)
+        file.write_text(f"{secrets.token_urlsafe(18)}\n", "ascii")
+    return file.read_text("ascii").strip()

@@ -10,16 +10,23 @@ reads: a commit it does not see is queued again. A queue that was purged leaves 
 seconds old counts for nothing where its shard's queue is empty. It may belong to a task that a worker holds and has
 not begun; then one task is queued too many.
 
+What a committing thread must not wait for, a thread does: wake-ups, and traces. What cannot be done is dropped, and
+fan-out finds the commits. A broker that hangs costs this thread seconds; meanwhile commits go on, and beyond a limit
+their wake-ups are dropped. When the process ends, what waits is done first.
+
 Which programs live: each worker and beat has an entry in one hash, which it renews each second. Time is Redis' own: no
 program compares its clock with another's.
 """
 
 import json
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from threading import BoundedSemaphore
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
@@ -123,6 +130,46 @@ class QueuedTokens:
     def release(self, partition_ids: Iterable[int]) -> None:
         if keys := list(map(_key, partition_ids)):
             self._hints.ask(lambda redis: redis.delete(*keys), None)
+
+
+# --- What nobody waits for
+
+# More wake-ups than that do not wait: they are dropped.
+_WAITING = 1_000
+
+
+class Background:
+    """The thread of one process; a forked child gets its own."""
+
+    def __init__(self, _app: object = None) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._pid = os.getpid()
+        self._room = BoundedSemaphore(_WAITING)
+        self._silent_until = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tidemark-background")
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Do it soon, or drop it. Never waits, never raises."""
+        if self._pid != os.getpid():
+            self._start_over()
+        if monotonic() >= self._silent_until and self._room.acquire(blocking=False):
+            with suppress(RuntimeError):  # the interpreter is ending
+                self._thread.submit(self._do, work, arguments)
+
+    def _do(self, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        try:
+            if monotonic() >= self._silent_until:
+                work(*arguments)
+        except Exception as error:  # noqa: BLE001 - the commit stands; nothing that happens here may harm anybody
+            self._silent_until = monotonic() + _PAUSE_SECONDS
+            log.warning(
+                "waking failed: for some seconds fan-out alone finds commits",
+                extra={"error": f"{type(error).__name__}: {error}", "seconds": _PAUSE_SECONDS},
+            )
+        finally:
+            self._room.release()
 
 
 # --- Programs

@@ -66,7 +66,7 @@ _job = partial(app.task, base=Job, shared=False)
 @_job(name=MATERIALIZE, **_RETRIED)
 def materialize(partition_ids: list[int]) -> dict[str, Any]:
     """Materialize the backlog of partitions of one shard; returns its MaterializationMetrics."""
-    return drain.serve(app, partition_ids, app.once(drain.observers))
+    return drain.serve(app, partition_ids)
 
 
 @_job(name="tasks.materialize_partition", **_ASKED)

@@ -38,9 +38,9 @@ from typing import Any
 from celery import bootsteps
 from celery.utils.log import get_logger
 
+from config.heartbeat import INTERVAL, Heartbeat
 from config.queues import shard_of_queue, shard_queue
 from tasks.app import TidemarkApp
-from tasks.health import INTERVAL, Heartbeat
 from tasks.hints import RENEW_SECONDS, Membership, Program
 from tasks.names import ranges
 

@@ -12,24 +12,16 @@ beyond it. Every other label comes from a fixed set.
 import os
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from random import choices, randrange
 from threading import Lock
-from time import monotonic, time
+from time import time
 from typing import Any, Literal, NamedTuple
 
-import psycopg
 from redis import Redis
 
-from config.errors import TidemarkError
-from db.materialize import RUN_BYTES, MaterializationMetrics
-from db.translate import TRANSIENT
 from tasks.app import TidemarkApp
 from tasks.hints import Hints
-from tasks.names import PartitionNames
-from tasks.rollout import Observer, Side
 
 KEY = "tidemark:metrics"
 TOPICS_KEY = "tidemark:metrics:topics"
@@ -63,16 +55,7 @@ end
 
 # Samples of a kind, of all workers together; a process that cannot send keeps no more of them either.
 SAMPLES = 5_000
-# What is kept of partitions that are stuck: how many of a task, how much of the reason, and for how long.
-_STUCK = 20
-_WHY = 300
 _STUCK_SECONDS = 3600
-_AGES_SECONDS = 1.0
-_KINDS = frozenset(
-    {"OperationalError", "InterfaceError"}
-    | {kind.__name__ for kind in TRANSIENT}
-    | {kind.__name__ for kind in TidemarkError.__subclasses__()}
-)
 
 
 class Family(NamedTuple):
@@ -242,62 +225,6 @@ class WorkerMetrics:
         if self._pid != os.getpid():
             self._start_empty()
         return self._lock
-
-
-class DrainMetrics(Observer):
-    """Counts what a drain does: one of its observers.
-
-    `ages_of` reads how long ago the events of a run were committed, in seconds: of a partition, the run that has so
-    many newer ones.
-    """
-
-    def __init__(
-        self,
-        metrics: WorkerMetrics,
-        names: PartitionNames,
-        ages_of: Callable[[int, int], Sequence[float]] | None = None,
-    ) -> None:
-        self._metrics = metrics
-        self._names = names
-        self._ages_of = ages_of
-        self._ages_due = 0.0
-
-    def transaction(self, side: Side, done: MaterializationMetrics) -> None:
-        """Count what was placed for each topic, and the transaction's time for all of them together."""
-        add = self._metrics.add
-        ids = [m.partition_id for m in done.moved] or side.partition_ids
-        topic, *others = {self._names.topic(i) or OTHER for i in ids}
-        labels = (SEVERAL if others else topic, done.strategy)
-        self._metrics.observe("materialize_duration_seconds", done.processing_time_ms / 1000, *labels)
-        self._metrics.observe("materialize_lock_wait_seconds", done.lock_wait_time_ms / 1000, *labels)
-        add("materialize_batch_events", *labels, amount=done.batch_events)
-        for moved in done.moved:
-            own = (self._names.topic(moved.partition_id) or OTHER, done.strategy)
-            add("materialize_events", *own, amount=moved.events)
-            add("materialize_records", *own, amount=moved.records)
-            add("materialize_log_bytes", *own, amount=moved.log_bytes)
-            add("materialize_transaction_bytes", *own, amount=moved.runs * RUN_BYTES)
-        add("materialize_attempts")
-        if not done.moved or self._ages_of is None or monotonic() < self._ages_due:
-            return
-        self._ages_due = monotonic() + _AGES_SECONDS
-        # Any of the new runs, and each event with the same chance: the newest ones alone have waited least.
-        (chosen,) = choices(done.moved, [m.events for m in done.moved])  # noqa: S311 - a sample
-        topic = self._names.topic(chosen.partition_id) or OTHER
-        # A database that fails now fails in the next transaction, too, which reports it.
-        with suppress(psycopg.Error, TidemarkError):
-            for seconds in self._ages_of(chosen.partition_id, randrange(chosen.runs)):  # noqa: S311 - a sample
-                self._metrics.observe("commit_to_offset_seconds", max(seconds, 0.0), topic)
-
-    def failed(self, side: Side, error: BaseException) -> None:  # noqa: ARG002 - an observer's
-        kind = type(error).__name__
-        self._metrics.add("materialize_attempts")
-        self._metrics.add("materialize_errors", kind if kind in _KINDS else "other")
-
-    def stuck(self, partition_ids: Sequence[int], error: BaseException) -> None:
-        self._metrics.add("materialize_stuck", amount=len(partition_ids))
-        why = f"{time():.0f} {type(error).__name__}: {str(error).strip()}"[:_WHY]
-        self._metrics.keep({self._names.describe([i]): why for i in partition_ids[:_STUCK]}, STUCK_KEY)
 
 
 def read(redis: Redis) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import psycopg
@@ -46,10 +46,6 @@ def together(places: Iterable[tuple[str, int]]) -> str:
 
 def ranges(numbers: Sequence[int]) -> str:
     """`0-3,7` for 0, 1, 2, 3, 7."""
-    runs = [[numbers[0], numbers[0]]] if numbers else []
-    for before, number in pairwise(numbers):
-        if number == before + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    # What a number has beyond its place is the same throughout a run.
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda placed: placed[1] - placed[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

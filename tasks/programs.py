@@ -17,12 +17,12 @@ from celery.utils.text import str_to_list
 from celery.worker.consumer import Consumer as CeleryConsumer
 from redis import RedisError
 
+from config.heartbeat import BEAT_SILENCE, WORKER_SILENCE, Heartbeat, heartbeat_file, solo_silence
 from config.queues import CONTROL, MAINTENANCE, shard_of_queue
 from config.redis import RedisAddress, is_redis
 from tasks import inspection  # noqa: F401 - a command that the worker answers
 from tasks.app import TidemarkApp
 from tasks.dispatch import tracing_of
-from tasks.health import BEAT_SILENCE, WORKER_SILENCE, Heartbeat, heartbeat_file, solo_silence
 from tasks.hints import Membership
 from tasks.leases import ShardLeases
 

@@ -37,8 +37,7 @@ from redis import Redis
 from config.errors import SettingsError
 from config.queues import MATERIALIZE, partition_ids_of
 from tasks.app import TidemarkApp
-from tasks.background import Background
-from tasks.hints import Hints
+from tasks.hints import Background, Hints
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from psycopg import Connection
 from psycopg.rows import TupleRow
 
 from config.settings import Settings, Strategy
-from tasks.background import Background
-from tasks.rollout import bucket_of
+from tasks.compare import bucket_of
+from tasks.hints import Background
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from db.materialize import MaterializationMetrics
 from tasks.app import TidemarkApp
 from tasks.dispatch import enqueue, fan_out
 from tasks.drain import drain as drain_sides
-from tasks.drain import observers, serve, together
+from tasks.drain import serve, together
 from tasks.jobs import Job
 
 COLUMNS = 80
@@ -75,7 +75,7 @@ def app_for(database_url: str, broker_url: str, **changes: Any) -> Iterator[Tide
 
 def drain(app: TidemarkApp, ids: Sequence[int]) -> MaterializationMetrics:
     """As a task does, with all its observers."""
-    return together(drain_sides(app, ids, app.once(observers)))
+    return together(drain_sides(app, ids))
 
 
 def declare_jobs(app: TidemarkApp) -> None:
@@ -84,7 +84,7 @@ def declare_jobs(app: TidemarkApp) -> None:
 
     @job(name="tasks.materialize")
     def materialize(partition_ids: list[int]) -> dict[str, Any]:
-        return serve(app, partition_ids, app.once(observers))
+        return serve(app, partition_ids)
 
     @job(name="tasks.materialize_topic")
     def materialize_topic(topic: str) -> list[str]:

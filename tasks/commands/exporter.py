@@ -5,9 +5,9 @@ import threading
 
 import click
 
+from config.heartbeat import EXPORTER_SILENCE, INTERVAL, Heartbeat, heartbeat_file
 from tasks.commands.base import app_of, command
 from tasks.exporter import DEFAULT_PORT, Exporter
-from tasks.health import EXPORTER_SILENCE, INTERVAL, Heartbeat, heartbeat_file
 
 
 @command("exporter")

@@ -9,9 +9,8 @@ from dataclasses import asdict
 import click
 
 from config.embedded.keeper import Lease
-from config.heartbeat import examine
+from config.heartbeat import PROGRAMS, Program, examine, heartbeat_file
 from tasks.commands.base import JSON, answer, app_of, command
-from tasks.health import PROGRAMS, Program, heartbeat_file
 
 _TICK = 0.5
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from config.heartbeat import examine
+from config.heartbeat import INTERVAL, examine
 from tasks.app import TidemarkApp
-from tasks.health import INTERVAL
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.producers import commit_one
 from tests.servers import RedisServer

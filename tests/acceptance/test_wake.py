@@ -9,10 +9,9 @@ import pytest
 
 from config.errors import InvalidCommitError
 from tasks.app import TidemarkApp
-from tasks.background import Background
 from tasks.dispatch import commit_and_wake, wake
-from tasks.drain import observers, serve
-from tasks.hints import Hints
+from tasks.drain import serve
+from tasks.hints import Background, Hints
 from tasks.metrics import WorkerMetrics
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
@@ -113,12 +112,12 @@ def test_a_hung_redis_of_hints_costs_a_task_half_a_second(place: Place, log: Log
             directory=place.directory,
         )
     )
-    serve(app, log.partitions[:1], app.once(observers))
+    serve(app, log.partitions[:1])
     os.kill(crashable_redis.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
         for _ in range(4):
-            serve(app, log.partitions[:1], app.once(observers))
+            serve(app, log.partitions[:1])
             app.once(WorkerMetrics).flush()
         took = time.monotonic() - began
     finally:

@@ -15,9 +15,8 @@ from tasks import compare as comparison
 from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.commands.compare import compare
-from tasks.compare import PAIRS_AT_LEAST, Comparison, DrainComparison
+from tasks.compare import PAIRS_AT_LEAST, Comparison, DrainComparison, Side
 from tasks.metrics import WorkerMetrics
-from tasks.rollout import Side
 from tests.integration.conftest import MakeApp, make_topic
 from tests.support import strategy_of
 from tests.support_commands import Cli, app_for, drain

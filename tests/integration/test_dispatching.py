@@ -163,7 +163,7 @@ def test_a_task_of_fewer_shards_is_grouped_again(
     new = make_app(shards=4)
     with Redis.from_url(redis_url) as redis:
         redis.delete("materialize.0", "materialize.1")
-    done = serve(new, group, ())
+    done = serve(new, group)
     assert done["transactions"] == 0
     found = {queue: m["kwargs"]["partition_ids"] for queue, ms in queued(redis_url).items() for m in ms}
     shards = {i % 4 for i in group}

@@ -13,7 +13,7 @@ from db.materialize import MaterializationMetrics, materialize
 from tasks import exporter, metrics
 from tasks.app import TidemarkApp
 from tasks.drain import drain as drain_sides
-from tasks.drain import observers, together
+from tasks.drain import together
 from tasks.metrics import WorkerMetrics
 from tests.integration.conftest import MakeApp, commit, make_topic
 from tests.support import Connect
@@ -22,7 +22,7 @@ PARTITIONS = 40
 
 
 def drain(app: TidemarkApp, ids: list[int]) -> MaterializationMetrics:
-    return together(drain_sides(app, ids, app.once(observers)))
+    return together(drain_sides(app, ids))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ from db.statements import run, statement
 from db.topics import create_topic, partition_ids
 from tasks import metrics
 from tasks.app import TidemarkApp
-from tasks.drain import observers
+from tasks.compare import Side
+from tasks.drain import DrainMetrics, observers
 from tasks.exporter import Exporter, ServerError, Source
 from tasks.hints import Membership
-from tasks.metrics import DrainMetrics, WorkerMetrics
+from tasks.metrics import WorkerMetrics
 from tasks.names import PartitionNames
-from tasks.rollout import Side
 from tests.integration import conftest
 from tests.integration.conftest import MakeApp, make_topic
 from tests.servers import PostgresServer, RedisServer
@@ -289,11 +290,15 @@ def test_the_wait_of_commits_is_that_of_a_run_made_now(conn: Connection[TupleRow
     assert [{round(age / 3600) for age in ages} for ages in waited[:6]] == [{1}, {1}, {2}, {2}, {3}, {3}]
 
 
-def test_a_sample_that_fails_fails_no_task(app: TidemarkApp) -> None:
-    def ages_of(partition_id: int, newer: int) -> list[float]:
+def test_a_sample_that_fails_fails_no_task(app: TidemarkApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ages_of(conn: object, partition_id: int, newer: int) -> list[float]:
+        asked.append(conn)
         raise errors.ConnectionTimeout(f"while reading run {newer} of {partition_id}")
 
-    DrainMetrics(app.once(WorkerMetrics), app.once(PartitionNames), ages_of).transaction(SIDE, DONE)
+    asked: list[object] = []
+    monkeypatch.setattr("tasks.drain.ages_of_run", ages_of)
+    DrainMetrics(app).transaction(SIDE, DONE)
+    assert len(asked) == 1
 
 
 def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: Connect, orders: list[int]) -> None:
@@ -325,18 +330,20 @@ DONE = MaterializationMetrics(
 SIDE = Side(strategy=DEFAULT_STRATEGY, partition_ids=[1])
 
 
-def counted(worker: WorkerMetrics, topic: str = "orders") -> None:
+def counted(app: TidemarkApp, topic: str = "orders") -> None:
     """A transaction, of one partition of this topic."""
-    names = PartitionNames()
-    names._known[1] = (topic, 0)
-    DrainMetrics(worker, names).transaction(SIDE, DONE)
+    app.once(PartitionNames)._known[1] = (topic, 0)
+    observer = DrainMetrics(app)
+    # Of figures that are made up the database has no ages.
+    observer._ages_due = inf
+    observer.transaction(SIDE, DONE)
 
 
-def worker_of(client: Redis | None, topics: int = 5) -> WorkerMetrics:
+def worker_of(client: Redis | None, topics: int = 5) -> TidemarkApp:
     app = TidemarkApp("worker")
     app.redis = client
     app.settings = Settings(metrics_topics=topics)
-    return WorkerMetrics(app)
+    return app
 
 
 def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
@@ -344,7 +351,7 @@ def test_figures_outlast_the_exporter_and_the_workers(app: TidemarkApp) -> None:
     for _ in range(2):
         worker = worker_of(app.redis)
         counted(worker)
-        worker.flush()
+        worker.once(WorkerMetrics).flush()
         with Exporter(app, "127.0.0.1", 0) as exporter:
             last = scrape(exporter)
     assert last("materialize_events_total", topic="orders", strategy=DONE.strategy) == 20
@@ -364,7 +371,7 @@ def test_labels_are_bounded(make_app: MakeApp, conn: Connection[TupleRow], tmp_p
             worker = worker_of(app.redis, topics=3)
             for name in names:
                 counted(worker, name)
-            worker.flush()
+            worker.once(WorkerMetrics).flush()
         found = scrape(exporter)
     shown = {*names[:3], "(other)"}
     assert found.label_values("backlog_events", "topic") == shown
@@ -380,7 +387,7 @@ def test_labels_are_bounded(make_app: MakeApp, conn: Connection[TupleRow], tmp_p
 
 
 def test_a_forked_child_does_not_send_its_parents_figures(app: TidemarkApp) -> None:
-    worker = worker_of(app.redis)
+    worker = worker_of(app.redis).once(WorkerMetrics)
     worker.add("materialize_attempts")
     worker._lock.acquire()
     worker._pid = os.getpid() + 1
@@ -394,14 +401,15 @@ def test_figures_wait_for_a_redis_that_is_away(
     crashable: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Redis.from_url(crashable.url, decode_responses=True, socket_connect_timeout=1)
-    worker = worker_of(client)
+    app = worker_of(client)
+    worker = app.once(WorkerMetrics)
     crashable.kill()
-    counted(worker)
+    counted(app)
     worker.flush()
     assert "Redis does not answer" in caplog.text
     caplog.clear()
     # Within the pause nobody waits for it again.
-    counted(worker)
+    counted(app)
     worker.flush()
     assert caplog.text == ""
     crashable.restart()
@@ -623,7 +631,7 @@ def full(app: TidemarkApp, exporter: Exporter, conn: Connection[TupleRow], order
     commit(conn, "a", orders)
     materialize(conn, orders)
     audit(conn)
-    counted(app.once(WorkerMetrics))
+    counted(app)
     app.once(WorkerMetrics).task_ended("tasks.audit", "SUCCESS", 0.1, {"violations": 0})
     app.once(WorkerMetrics).observe("commit_to_offset_seconds", 0.1, "orders")
     for family in metrics.FAMILIES:
@@ -807,7 +815,7 @@ def test_the_figures_cost_little(app: TidemarkApp) -> None:
         return time.process_time() - began
 
     def figures_of_a_task() -> None:
-        counted(worker)
+        counted(app)
         worker.task_ended("tasks.materialize", "SUCCESS", 0.02, {})
         worker.flush()
 

@@ -11,10 +11,10 @@ from config.settings import BATCHINGS, STRATEGIES, Settings
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from tasks.app import TidemarkApp
-from tasks.background import Background
 from tasks.batching import Adaptive
 from tasks.dispatch import publish, wake
-from tasks.drain import controllers, observers, serve
+from tasks.drain import controllers, serve
+from tasks.hints import Background
 from tests.integration.conftest import MakeApp, make_topic
 from tests.support import Connect, finish, strategy_of
 from tests.support_commands import drain
@@ -113,7 +113,7 @@ def test_a_growing_rollout_goes_on_where_the_partition_stands(
 def test_a_task_with_both_sides_says_what_each_did(conn: Connection[Any], ids: list[int], make_app: MakeApp) -> None:
     app = make_app(shards=1, **HALF)
     commit(conn, "a", ids)
-    result = serve(app, ids, app.once(observers))
+    result = serve(app, ids)
     candidate = sum(strategy_of(i, app.settings) == "incremental" for i in ids)
     assert 0 < candidate < PARTITIONS
     assert (result["strategy"], result["events_processed"]) == ("several", PARTITIONS)
@@ -121,7 +121,7 @@ def test_a_task_with_both_sides_says_what_each_did(conn: Connection[Any], ids: l
     assert result["partitions_processed"] == PARTITIONS
     assert sum(s["events_processed"] for s in result["sides"] if s["strategy"] == "incremental") == candidate
     one = [i for i in ids if strategy_of(i, app.settings) == "incremental"][:1]
-    alone = serve(app, one, app.once(observers))
+    alone = serve(app, one)
     assert alone["strategy"] == "incremental"
     assert "sides" not in alone
 

@@ -21,9 +21,9 @@ from config.errors import SettingsError
 from config.queues import all_queues
 from db.commit import commit_object
 from tasks.app import TidemarkApp
-from tasks.background import Background
 from tasks.dispatch import committing
 from tasks.dispatch import wake as wake_up
+from tasks.hints import Background
 from tasks.tracing import Tracing, make_provider
 from tests.integration.conftest import MakeApp, make_topic
 from tests.support import finish, wait_until

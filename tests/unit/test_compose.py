@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from config.celery import celery_config
+from config.heartbeat import BEAT_SILENCE, EXPORTER_SILENCE, WORKER_SILENCE
 from config.settings import Settings
 from tasks.exporter import DEFAULT_PORT
-from tasks.health import BEAT_SILENCE, EXPORTER_SILENCE, WORKER_SILENCE
 
 ROOT = Path(__file__).parents[2]
 yaml: Any = pytest.importorskip("yaml", reason="PyYAML reads compose.yaml; it is in the group `dev`")

@@ -12,10 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from config import heartbeat as probe
-from config.heartbeat import examine
+from config.heartbeat import Heartbeat, examine, heartbeat_file, solo_silence
 from config.settings import Settings
-from tasks import health
-from tasks.health import Heartbeat, heartbeat_file, solo_silence
 from tasks.programs import watch
 from tests.support import wait_until
 from tests.support_commands import new_app
@@ -28,7 +26,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def beating(file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Heartbeat]:
-    monkeypatch.setattr(health, "INTERVAL", 0.02)
+    monkeypatch.setattr(probe, "INTERVAL", 0.02)
     heartbeat = Heartbeat(file, "worker", stale_after=60)
     yield heartbeat
     heartbeat.end()

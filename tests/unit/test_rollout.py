@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from config.errors import SettingsError
 from config.queues import shard_of
 from config.settings import Settings, load_settings
-from tasks.rollout import Side, bucket_of, split
+from tasks.compare import Side, bucket_of, split
 from tests.support import strategy_of
 
 IDS = st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=100, unique=True)
@@ -37,7 +37,7 @@ def test_the_hash_is_that_of_every_release() -> None:
 
 
 def test_another_process_chooses_the_same() -> None:
-    code = "from tasks.rollout import bucket_of; print([bucket_of(i) for i in range(1, 200)])"
+    code = "from tasks.compare import bucket_of; print([bucket_of(i) for i in range(1, 200)])"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert said.strip() == str([bucket_of(i) for i in range(1, 200)])
 
