@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields
+from functools import cache, partial
 from typing import Annotated, Any, BinaryIO
 
 import click
@@ -16,7 +17,7 @@ from config.errors import OffsetOutOfRangeError, UnknownTopicError
 from db.commit import Batch, commit_batches
 from db.fetch import FetchedBatch, fetch_batches
 from db.status import find_partition, read_offsets
-from db.topics import PartitionIds
+from db.topics import partition_ids
 from tasks.commands.base import CSV, JSON, OUTPUT, TIMEOUT, answer, command, database, echo_csv
 from tasks.commands.display import count, label, moment, number, plain, size, table, text
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME, OFFSET, PARTITION, SIZE
@@ -94,12 +95,12 @@ def _parse(file: Iterable[bytes], errors: list[str]) -> Iterator[tuple[int, Line
 
 def _resolve(conn: psycopg.Connection[Any], lines: Iterable[tuple[int, Line]], errors: list[str]) -> Iterator[Batch]:
     """Batches with partition ids in place of names."""
-    known = PartitionIds()
+    ids_of = cache(partial(partition_ids, conn))
     unknown = set()
     for n, line in lines:
         if line.topic not in unknown:
             try:
-                ids = known.get(conn, line.topic)
+                ids = ids_of(line.topic)
             except UnknownTopicError:
                 unknown.add(line.topic)
         if line.topic in unknown:

@@ -19,7 +19,8 @@ from config.errors import (
 )
 from db.commit import Batch, commit_batches, commit_object
 from db.materialize import materialize
-from db.topics import PartitionIds, create_topic, partition_ids
+from db.topics import create_topic, partition_ids
+from tasks.commands.batches import Line, _resolve
 from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
@@ -468,7 +469,10 @@ def test_a_connection_with_another_row_factory(conn: Connection[TupleRow]) -> No
 
 
 def test_names_are_resolved_once(conn: Connection[TupleRow]) -> None:
-    known = PartitionIds()
-    assert list(known.get(conn, "orders")) == [1, 2]
+    line = Line(topic="orders", partition=1, n_records=1, byte_offset=0, byte_length=1, max_timestamp=0)
+    errors: list[str] = []
+    resolved = _resolve(conn, enumerate([line, line]), errors)
+    first = next(resolved)
     conn.close()
-    assert list(known.get(conn, "orders")) == [1, 2]
+    assert [first, *resolved] == [first, first]
+    assert (first.partition_id, errors) == (2, [])
