@@ -27,6 +27,19 @@ def partition_ids(conn: Connection, topic: str) -> list[int]:
     return list(ids)
 
 
+class PartitionIds:
+    """Partition ids by topic name, read once: they never change as long as the topic lives."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Sequence[int]] = {}
+
+    def get(self, conn: Connection, topic: str) -> Sequence[int]:
+        """As `partition_ids`, from memory the second time."""
+        if topic not in self._known:
+            self._known[topic] = tuple(partition_ids(conn, topic))
+        return self._known[topic]
+
+
 def highest_partition_id(conn: Connection) -> int:
     """The id given last; 0 when there are no partitions."""
     (highest,) = values(conn, "highest_partition_id")

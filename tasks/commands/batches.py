@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields
-from functools import cache, partial
 from typing import Annotated, Any, BinaryIO
 
 import click
@@ -17,7 +16,7 @@ from config.errors import OffsetOutOfRangeError, UnknownTopicError
 from db.commit import Batch, commit_batches
 from db.fetch import FetchedBatch, fetch_batches
 from db.status import find_partition, read_offsets
-from db.topics import partition_ids
+from db.topics import PartitionIds
 from tasks.commands.base import CSV, JSON, OUTPUT, TIMEOUT, answer, command, database, echo_csv
 from tasks.commands.display import count, label, moment, number, plain, size, table, text
 from tasks.commands.parameters import MAX_BIGINT, MAX_INT, NAME, OFFSET, PARTITION, SIZE
@@ -95,12 +94,12 @@ def _parse(file: Iterable[bytes], errors: list[str]) -> Iterator[tuple[int, Line
 
 def _resolve(conn: psycopg.Connection[Any], lines: Iterable[tuple[int, Line]], errors: list[str]) -> Iterator[Batch]:
     """Batches with partition ids in place of names."""
-    ids_of = cache(partial(partition_ids, conn))
+    known = PartitionIds()
     unknown = set()
     for n, line in lines:
         if line.topic not in unknown:
             try:
-                ids = ids_of(line.topic)
+                ids = known.get(conn, line.topic)
             except UnknownTopicError:
                 unknown.add(line.topic)
         if line.topic in unknown:

@@ -19,8 +19,7 @@ from config.errors import (
 )
 from db.commit import Batch, commit_batches, commit_object
 from db.materialize import materialize
-from db.topics import create_topic, partition_ids
-from tasks.commands.batches import Line, _resolve
+from db.topics import PartitionIds, create_topic, partition_ids
 from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
 
@@ -469,10 +468,7 @@ def test_a_connection_with_another_row_factory(conn: Connection[TupleRow]) -> No
 
 
 def test_names_are_resolved_once(conn: Connection[TupleRow]) -> None:
-    line = Line(topic="orders", partition=1, n_records=1, byte_offset=0, byte_length=1, max_timestamp=0)
-    errors: list[str] = []
-    resolved = _resolve(conn, enumerate([line, line]), errors)
-    first = next(resolved)
+    known = PartitionIds()
+    assert list(known.get(conn, "orders")) == [1, 2]
     conn.close()
-    assert [first, *resolved] == [first, first]
-    assert (first.partition_id, errors) == (2, [])
+    assert list(known.get(conn, "orders")) == [1, 2]

@@ -24,7 +24,7 @@ from db.rebase import rebase
 from db.retention import retain
 from db.statements import routine_files, statements
 from db.status import describe_partitions, describe_topics, find_partition, read_offsets, records_to_audit
-from db.topics import create_topic, highest_partition_id, names_of, partition_ids, set_retention
+from db.topics import PartitionIds, create_topic, highest_partition_id, names_of, partition_ids, set_retention
 from tests.servers import PostgresServer
 from tests.support import Connect
 from tests.support_hints import GROWING, HINTED, phrases, scans, split, with_a_hint
@@ -243,6 +243,7 @@ def test_any_connection_will_do(kind: str, connect: Connect, postgres_server: Po
     require_current(conn)
     create_topic(conn, kind, 2)
     ids = partition_ids(conn, kind)
+    assert PartitionIds().get(conn, kind) == tuple(ids)
     assert (highest_partition_id(conn), names_of(conn, ids)[ids[1]]) == (ids[1], (kind, 1))
     object_id = commit_object(conn, kind, ids, [1, 1], [0, 1], [1, 1], [-1, 0])
     save_fan_out(conn, committed := find_committed(conn))
