@@ -206,7 +206,6 @@ class Database:
                     timeout=settings.pool_wait,
                     reconnect_timeout=_RECONNECT_SECONDS,
                     configure=lambda conn: _configure(conn, settings),
-                    check=self._check,
                     # SQLAlchemy's connections begin transactions by themselves; the next user of one expects none.
                     reset=lambda conn: conn.set_autocommit(True),
                     close_returns=True,
@@ -232,7 +231,7 @@ class Database:
         deadline = monotonic() + self._settings.pool_wait
         while True:
             try:
-                return pool.getconn(timeout=min(_TURN_SECONDS, deadline - monotonic()))
+                conn = pool.getconn(timeout=min(_TURN_SECONDS, deadline - monotonic()))
             except PoolTimeout:
                 if monotonic() < deadline:
                     continue
@@ -240,16 +239,18 @@ class Database:
                     f"{_server(read_address(self._url))}: no connection within {self._settings.pool_wait:g} s. It is "
                     f"not reachable, or all {self._settings.pool_open} connections of this process are in use."
                 ) from None
-
-    def _check(self, conn: Connection) -> None:
-        """One round trip, so that a connection the server closed meanwhile is replaced and not handed out."""
-        try:
-            ConnectionPool.check_connection(conn)
-        except psycopg.Error:
-            # What ended this one has most likely ended the others.
-            if self._pool is not None:
-                self._pool.drain()
-            raise
+            try:
+                # One round trip, so that a connection the server closed meanwhile is replaced and not handed out.
+                pool.check_connection(conn)
+            except psycopg.Error:
+                pool.putconn(conn)
+                # What ended this one has most likely ended the others.
+                pool.drain()
+            except BaseException:
+                pool.putconn(conn)
+                raise
+            else:
+                return conn
 
     @property
     def engine(self) -> "Engine":
