@@ -25,9 +25,6 @@ class Int4Array:
         # array() would take bytes and other buffers for memory to copy, not for numbers.
         self._values = array(self.code, values if isinstance(values, list | tuple) else list(values))
 
-    def __len__(self) -> int:
-        return len(self._values)
-
     def to_bytes(self) -> bytes:
         count, words = len(self._values), self._values.itemsize // 4
         if count == 0:

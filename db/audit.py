@@ -93,28 +93,25 @@ def audit(
     ids = None if topic is None else partition_ids(conn, topic)
     if from_scratch:
         run(conn, "forget_audit_progress", (None if ids is None else Int4Array(ids),))
-    partitions = batches = 0
-    any_records = ended = False
+    full = stopped = False
+    audited: list[_Position] = []
     violations: list[Violation] = []
     for page in _pages(conn, topic, size=min(_GROUP, batch_limit)):
-        group, full, stopped = page, False, False
+        group = page
         while group and not full and not stopped:
             group = _stretch(conn, group, batch_limit // len(group), violations)
             full = len(violations) >= _VIOLATIONS
             stopped = not full and stop()
-        partitions += len(page)
-        batches += sum(position.batches for position in page)
-        any_records |= any(position.offset for position in page)
+        audited += page
         if stopped:
             # So that the next audit goes on here, also when nothing in this page was new.
             _save(conn, page[-1:], always=True)
         if full or stopped:
             break
-    else:
-        ended = True
+    ended, any_records = not (full or stopped), any(position.offset for position in audited)
     return AuditResult(
-        partitions=partitions,
-        batches=batches,
+        partitions=len(audited),
+        batches=sum(position.batches for position in audited),
         violations=tuple(violations),
         complete=ended and any_records,
         empty=ended and not any_records,

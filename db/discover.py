@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from db.statements import Connection, pin_plans, pipelined, rows, run, values
+from db.statements import Connection, pipelined, rows, run, values
 
 # Batches of new commits that one statement adds up: half a second. With more, probing every partition is cheaper.
 _BATCHES = 2_000_000
@@ -86,7 +86,6 @@ def sweep(conn: Connection) -> Iterator[Pending]:
 def _sweep_page(conn: Connection, after: int) -> list[Any]:
     # Passes pile up while a transaction is open, and a plan for a few would read all for each partition.
     with pipelined(conn):
-        pin_plans(conn)
         return rows(conn, "find_pending", (after, _SWEEP_PAGE, _COUNT_LIMIT, _SWEEP_EVENTS), prepare=True)
 
 
@@ -95,7 +94,6 @@ def _settle(conn: Connection, settled_tx: int, unsettled: list[int], collected_t
     deleted = _COLLECT
     while deleted == _COLLECT:
         with pipelined(conn):
-            pin_plans(conn)
             deleted, last_tx = values(conn, "collect_passes", (collected_tx, floor, _COLLECT), prepare=True)
         collected_tx = last_tx or collected_tx
     run(conn, "save_sweep", (settled_tx, unsettled, collected_tx))

@@ -73,12 +73,11 @@ def judge(rows: Iterable[Row]) -> Iterator[Finding]:
     """What is wrong; for a check with nothing wrong, what is there. Rows of one check stand together."""
     for (area, check), group in groupby(rows, key=lambda row: (row.area, row.check)):
         found = list(group)
-        for row in [row for row in found if row.bad]:
+        wrong = [row for row in found if row.bad]
+        for row in wrong or [Row(area, check, bad=False, level=Level.OK, found=found[0].found)]:
             level, repair = Level(row.level), tuple(row.repair)
             name = row.item or check
             yield Finding(area=area, check=name, level=level, found=row.found, why=row.why, repair=repair)
-        if not any(row.bad for row in found):
-            yield Finding(area=area, check=check, level=Level.OK, found=found[0].found)
 
 
 def worst(findings: Iterable[Finding]) -> Level:
@@ -111,22 +110,19 @@ def checks(conn: Connection, settings: Settings) -> dict[str, Callable[[], Itera
 _NEED_SCHEMA = {"tables", "constraints and indexes", "functions", "privileges", "activity"}
 
 
-def examine(conn: Connection, settings: Settings) -> Iterator[tuple[str, list[Finding]]]:
-    """Every check's name and findings; see `checks` for the connection."""
-    with_schema = True
+def examine(conn: Connection, settings: Settings) -> Iterator[Finding]:
+    """Every check's findings; see `checks` for the connection."""
+    (has_schema,) = values(conn, "doctor_has_schema")
     for name, check in checks(conn, settings).items():
-        if name in _NEED_SCHEMA and not with_schema:
+        if name in _NEED_SCHEMA and not has_schema:
             continue
         try:
-            findings = list(judge(check()))
+            yield from list(judge(check()))
         except (errors.InsufficientPrivilege, SchemaVersionError) as error:
             why = f"Postgres says: {str(error).splitlines()[0]}."
             repair = ("connect as the owner of the schema",)
             found = "could not be looked at"
-            findings = [Finding(area="server", check=name, level=Level.WARN, found=found, why=why, repair=repair)]
-        if name == "version":
-            with_schema = bool(values(conn, "doctor_has_schema")[0])
-        yield name, findings
+            yield Finding(area="server", check=name, level=Level.WARN, found=found, why=why, repair=repair)
 
 
 def _version(conn: Connection) -> Iterator[Row]:

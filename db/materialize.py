@@ -24,7 +24,7 @@ from psycopg.rows import class_row
 from config.errors import UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
-from db.statements import Connection, pin_plans, pipelined, run
+from db.statements import Connection, pipelined, run
 from db.topics import names_of
 
 # Heap tuple (32 bytes header with the bitmap of nulls, 64 to 80 of columns, 4 of line pointer) and its entry in the
@@ -147,7 +147,6 @@ def materialize(
     start = perf_counter()
     # Two round trips: up to the answers of the statements, and the commit. Small transactions are little else.
     with pipelined(conn):
-        pin_plans(conn)
         lock = "lock_partitions" if wait else "lock_free_partitions"
         locking = run(conn, lock, (Int4Array(ids),), prepare=True)
         placing = run(conn, f"place_{strategy}", (events_per_partition,), prepare=True, row_factory=class_row(Moved))

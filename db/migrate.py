@@ -6,20 +6,17 @@ one after the other, and a failure leaves the old schema in place.
 """
 
 from pathlib import Path
-from typing import Any
 
-import psycopg
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
 from config.errors import SchemaVersionError, TransientDatabaseError
 from db.pool import open_connection
-from db.statements import routine_files, run, values
+from db.statements import Connection, routine_files, run, values
 from db.translate import domain_errors
 
 SCHEMA = "tidemark"
@@ -37,9 +34,9 @@ def _config() -> Config:
     return config
 
 
-def _version(connection: Connection) -> str | None:
-    context = MigrationContext.configure(connection, opts={"version_table_schema": SCHEMA})
-    return context.get_current_revision()
+def _version(conn: Connection) -> str | None:
+    (is_migrated,) = values(conn, "is_migrated")
+    return values(conn, "schema_version")[0] if is_migrated else None
 
 
 def wanted_version() -> str:
@@ -75,11 +72,10 @@ def upgrade(database_url: str, *, timeout: float | None = None) -> tuple[str | N
                 f"when it is done, or find it in pg_locks, locktype 'advisory'"
             ) from error
         driver.execute(f"create schema if not exists {SCHEMA}".encode())
-        before = _version(connection)
+        before = _version(driver)
         config = _config()
-        if before is not None and before not in {
-            s.revision for s in ScriptDirectory.from_config(config).walk_revisions()
-        }:
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        if before is not None and before not in known:
             raise SchemaVersionError(
                 f"the database has schema version {before}, which this program does not know; "
                 f"install the tidemark release that wrote it, or a newer one"
@@ -88,10 +84,7 @@ def upgrade(database_url: str, *, timeout: float | None = None) -> tuple[str | N
         command.upgrade(config, "head")
         for file in routine_files():
             driver.execute(file.read_bytes())
-        after = _version(connection)
-    if after is None:
-        raise SchemaVersionError("the migration left no version behind; look into the server's log")
-    return before, after
+    return before, wanted_version()
 
 
 def bring_up(database_url: str) -> None:
@@ -103,10 +96,9 @@ def bring_up(database_url: str) -> None:
             upgrade(database_url)
 
 
-def require_current(conn: psycopg.Connection[Any]) -> None:
+def require_current(conn: Connection) -> None:
     """Raise SchemaVersionError unless the database has the schema this program needs."""
-    (is_migrated,) = values(conn, "is_migrated")
-    found = values(conn, "schema_version")[0] if is_migrated else None
+    found = _version(conn)
     if found != wanted_version():
         raise SchemaVersionError(
             f"database {conn.info.dbname!r} has schema version {found or 'none'}, this program needs "

@@ -14,7 +14,7 @@ No error of this module holds a password. libpq repeats an address that it canno
 import os
 import re
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from math import inf
 from threading import Lock
 from time import monotonic
@@ -150,15 +150,11 @@ def open_connection(url: str, *, autocommit: bool = True, timeout: float | None 
 @contextmanager
 def connect(url: str, settings: Settings, *, timeout: float | None = None) -> Iterator[Connection]:
     """An autocommit connection without the pool (see `open_connection`), set up like those of the pool."""
-    conn = open_connection(url, timeout=timeout)
-    try:
+    with closing(open_connection(url, timeout=timeout)) as conn, domain_errors():
         if isinstance(conn, _WatchedConnection):
             conn.limit = settings.statement_timeout + conn.patience
         _configure(conn, settings)
-        with domain_errors():
-            yield conn
-    finally:
-        conn.close()
+        yield conn
 
 
 def session_settings(settings: Settings, server_version: int) -> dict[str, str]:

@@ -25,7 +25,7 @@ from typing import Any
 from psycopg.rows import namedtuple_row
 
 from db.arrays import Int4Array
-from db.statements import Connection, pin_plans, pipelined, run, values
+from db.statements import Connection, pipelined, run, values
 
 # Partitions looked at in one statement: some milliseconds.
 _PAGE = 1_000
@@ -69,7 +69,6 @@ def retain(
     size = max(1, delete_batch // _SHARE)
     while True:
         with pipelined(conn):
-            pin_plans(conn)
             last, expired = values(conn, "find_expired", (after_partition_id, _PAGE), prepare=True)
         if last is None:
             return done
@@ -96,7 +95,6 @@ def _delete(conn: Connection, partition_ids: Sequence[int], share: int) -> tuple
     `delete_expired` says it, and how many objects that freed.
     """
     with pipelined(conn):
-        pin_plans(conn)
         run(conn, "lock_free_partitions", (Int4Array(partition_ids),), prepare=True)
         deleting = run(conn, "delete_expired", (share,), prepare=True, row_factory=namedtuple_row)
         run(conn, "lock_spent_objects", prepare=True)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +24,8 @@ from psycopg.rows import BaseRowFactory, TupleRow, class_row, namedtuple_row, tu
 from db import arrays
 from db.translate import domain_errors
 
-_SQL = Path(str(files("db"))) / "sql"
-_NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+_SQL = Path(__file__).with_name("sql")
+_STATEMENT = re.compile(r"^-- name: (\w+)\n(.*?);?\s*(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
 _Row = TypeVar("_Row")
 Connection = psycopg.Connection[Any]
 
@@ -35,19 +35,9 @@ _LAST = ("views", "grants")
 
 @cache
 def statements() -> Mapping[str, bytes]:
-    """Every statement by its name; the files are read once per process."""
-    found: dict[str, bytes] = {}
-    for file in sorted(_SQL.glob("*.sql")):
-        _, *parts = _NAME.split(file.read_text("utf-8"))
-        found.update(
-            (n, text.strip().removesuffix(";").encode()) for n, text in zip(parts[::2], parts[1::2], strict=True)
-        )
-    return found
-
-
-def statement(name: str) -> bytes:
-    """The text of one statement, without its line of name."""
-    return statements()[name]
+    """Every statement by its name, without that line; the files are read once per process."""
+    found = (_STATEMENT.findall(file.read_text("utf-8")) for file in sorted(_SQL.glob("*.sql")))
+    return {name: text.encode() for name, text in chain.from_iterable(found)}
 
 
 def run(
@@ -66,7 +56,7 @@ def run(
     cursor = RawCursor(conn, row_factory=row_factory)
     arrays.register(cursor.adapters)
     with domain_errors():
-        cursor.execute(statement(name), parameters, prepare=prepare)
+        cursor.execute(statements()[name], parameters, prepare=prepare)
     return cursor
 
 
@@ -93,19 +83,13 @@ def values(conn: Connection, name: str, parameters: Sequence[Any] = (), *, prepa
     return found[0]
 
 
-def pin_plans(conn: Connection) -> None:
-    """Set a transaction's isolation level and the planner's settings, before it materializes or deletes.
-
-    Only read committed makes materializing safe: its snapshot must be taken after the wait for the lock.
-    """
-    conn.execute("set transaction isolation level read committed", prepare=True)
-    run(conn, "transaction_settings", prepare=True)
-
-
 @contextmanager
 def pipelined(conn: Connection) -> Iterator[None]:
-    """A transaction on an idle connection. Its statements are sent without waiting for the answers to earlier ones.
+    """A transaction on an idle connection, with the planner's settings that materializing and deleting need.
 
+    Only read committed makes materializing safe: its snapshot must be taken after the wait for the lock.
+
+    Its statements are sent without waiting for the answers to earlier ones.
     The server runs one after the other, each in a snapshot of its own, and none after one that failed. psycopg's
     `conn.transaction()` waits at each end of the block as well, which is half of a small transaction's round trips.
     """
@@ -113,6 +97,8 @@ def pipelined(conn: Connection) -> Iterator[None]:
         with domain_errors(), conn.pipeline():
             if conn.autocommit:
                 conn.execute("begin", prepare=True)
+            conn.execute("set transaction isolation level read committed", prepare=True)
+            run(conn, "transaction_settings", prepare=True)
             yield
             conn.execute("commit", prepare=True)
     except BaseException:

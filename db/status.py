@@ -5,7 +5,7 @@ Sessions of other roles hide what they run from a role that is no member of pg_m
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -200,13 +200,12 @@ class Reading:
         return {t.name: (t.end_offsets - ends.get(t.name, t.end_offsets)) / seconds for t in self.topics}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Figures:
-    """What the exporter shows, at one moment; ages and waits are seconds, 0 where there is none.
+    """What the exporter shows, at one moment.
 
     `topics`, `tables`, `indexes` and `connections` are rows of the statements `figures_…`, which say what they hold.
-    `capped` says that the events of backlogs were counted up to `COUNT_LIMIT_OF_ALL` only. `held_seconds` is by kind of
-    holder.
+    `capped` says that the events of backlogs were counted up to `COUNT_LIMIT_OF_ALL` only.
     """
 
     topics: Sequence[Any]
@@ -214,12 +213,8 @@ class Figures:
     tables: Sequence[Any]
     indexes: Sequence[Any]
     connections: Sequence[Any]
-    max_connections: int
-    open_transactions: int
-    open_seconds: float
-    held_seconds: Mapping[str, float]
-    lock_waits: int
-    lock_wait_seconds: float
+    lock_waits: Sequence[LockWait]
+    holders: Sequence[Holder]
     dispatch: Dispatch
 
 
@@ -241,24 +236,10 @@ def read_figures(conn: Connection, *, topics: int, overdue_seconds: float) -> Fi
     """
     with _snapshot(conn):
         found = rows(conn, "figures_topics", (topics, COUNT_LIMIT_OF_ALL, overdue_seconds), prepare=False)
-        connections = rows(conn, "figures_connections", prepare=False)
-        waits, holders, dispatch = _activity(conn)
-        return Figures(
-            topics=found,
-            capped=sum(topic.events for topic in found) >= COUNT_LIMIT_OF_ALL,
-            tables=rows(conn, "figures_tables", prepare=False),
-            indexes=rows(conn, "figures_indexes", prepare=False),
-            connections=connections,
-            max_connections=connections[0].allowed,
-            open_transactions=sum(holder.has_id for holder in holders),
-            open_seconds=max((h.seconds or 0.0 for h in holders if h.has_id), default=0.0),
-            held_seconds={
-                kind: max((h.seconds or 0.0 for h in holders if h.kind == kind), default=0.0) for kind in HOLDER_KINDS
-            },
-            lock_waits=len({wait.pid for wait in waits}),
-            lock_wait_seconds=max((wait.waited or 0.0 for wait in waits), default=0.0),
-            dispatch=dispatch,
-        )
+        capped = sum(topic.events for topic in found) >= COUNT_LIMIT_OF_ALL
+        others = "figures_tables", "figures_indexes", "figures_connections"
+        tables, indexes, connections = (rows(conn, name, prepare=False) for name in others)
+        return Figures(found, capped, tables, indexes, connections, *_activity(conn))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from config.errors import TidemarkError
 from config.queues import all_queues
 from config.redis import RedisAddress, is_redis
 from db.pool import connect
-from db.status import read_figures
+from db.status import HOLDER_KINDS, read_figures
 from tasks.app import TidemarkApp
 from tasks.hints import GONE_SECONDS, read_programs, redis_time
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
@@ -168,7 +168,7 @@ def read_postgres(app: TidemarkApp) -> Iterator[Metric]:
     yield _gauge("index_size_bytes", "Size of an index on disk.", sizes, "table", "index")
     sessions = {("tidemark" if group.ours else "other", group.state): group.sessions for group in found.connections}
     yield _gauge("database_connections", "Sessions of the database.", sessions, "application", "state")
-    held = found.held_seconds
+    held = {kind: _longest(h.seconds for h in found.holders if h.kind == kind) for kind in HOLDER_KINDS}
     yield _gauge("vacuum_held_seconds", "For how long something has kept dead rows from vacuum.", held, "holder")
     dispatch = found.dispatch
     waiting, found_at = dispatch.undispatched or 0.0, time.time() - dispatch.last
@@ -176,17 +176,22 @@ def read_postgres(app: TidemarkApp) -> Iterator[Metric]:
     unread = sum(topic.unaudited for topic in found.topics)
     yield _gauge("topics", "Topics.", sum(topic.topics for topic in found.topics))
     yield _gauge("backlog_count_capped", "Whether counting the backlog stopped at its limit.", found.capped)
-    late, own = found.open_transactions, dispatch.own_cluster
-    yield _gauge("open_transactions", "Open transactions with an id, up to 100: they commit late.", late)
-    yield _gauge("open_transaction_seconds", "Age of the oldest of them.", found.open_seconds)
-    yield _gauge("lock_waiting_sessions", "Database sessions that wait for a lock, up to 100.", found.lock_waits)
-    yield _gauge("lock_wait_longest_seconds", "How long the longest of them has waited.", found.lock_wait_seconds)
+    late, own = [holder.seconds for holder in found.holders if holder.has_id], dispatch.own_cluster
+    yield _gauge("open_transactions", "Open transactions with an id, up to 100: they commit late.", len(late))
+    yield _gauge("open_transaction_seconds", "Age of the oldest of them.", _longest(late))
+    waiters, longest = len({wait.pid for wait in found.lock_waits}), _longest(w.waited for w in found.lock_waits)
+    yield _gauge("lock_waiting_sessions", "Database sessions that wait for a lock, up to 100.", waiters)
+    yield _gauge("lock_wait_longest_seconds", "How long the longest of them has waited.", longest)
     yield _gauge("fan_out_last_found_timestamp_seconds", "When fan-out last found commits.", found_at)
     yield _gauge("fan_out_waiting_seconds", "Age of the oldest commit no fan-out has seen, or 0.", waiting)
     yield _gauge("audit_progress_timestamp_seconds", "When an audit last read batches.", audited)
     yield _gauge("audit_unread_records", "Records that no audit has read yet.", unread)
-    yield _gauge("database_connections_limit", "Sessions that the server admits.", found.max_connections)
+    yield _gauge("database_connections_limit", "Sessions that the server admits.", found.connections[0].allowed)
     yield _gauge("cluster_matches", "Whether the database is in its log's cluster; a restored one is not.", own)
+
+
+def _longest(seconds: Iterable[float | None]) -> float:
+    return max((s or 0.0 for s in seconds), default=0.0)
 
 
 # --- Redis: what the workers count, and who leases which shards

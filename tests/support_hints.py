@@ -2,7 +2,7 @@
 
 import re
 
-from db.statements import statement, statements
+from db.statements import statements
 
 # The statements that run all the time and that statistics can talk into another plan. Those inside of functions hold
 # theirs at default settings: see test_plans.
@@ -27,7 +27,7 @@ def with_a_hint() -> list[str]:
 
 def split(name: str) -> tuple[str, str]:
     """The hint of a statement, without its comment's signs, and the statement."""
-    match = re.match(r"/\*\+(.*?)\*/\n(.*)", statement(name).decode(), re.DOTALL)
+    match = re.match(r"/\*\+(.*?)\*/\n(.*)", statements()[name].decode(), re.DOTALL)
     assert match, f"{name} does not begin with a hint"
     return match[1], match[2]
 

@@ -70,8 +70,7 @@ def _examine(app: TidemarkApp) -> Iterator[Finding]:
     try:
         # As a broker connects: Tidemark's own settings would hide the server's.
         with open_connection(database_url, timeout=_POSTGRES_SECONDS) as conn:
-            for _, findings in examine(conn, app.settings):
-                yield from findings
+            yield from examine(conn, app.settings)
     except (TransientDatabaseError, SettingsError, psycopg.Error) as error:
         yield from judge([_silent("server", "Postgres", str(error), "start it, or correct TIDEMARK_DATABASE_URL")])
 

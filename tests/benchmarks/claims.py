@@ -12,7 +12,7 @@ import psycopg
 from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
-from db.statements import pin_plans, run
+from db.statements import run
 from tests.benchmarks.baseline import system
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.cold import Backlog, Share, drain, shares
@@ -46,7 +46,7 @@ def drain_planned(conn: Conn, work: tuple[bool, Share]) -> int:
         while left:
             with conn.pipeline(), conn.transaction():
                 if pinned:
-                    pin_plans(conn)
+                    run(conn, "transaction_settings", prepare=True)
                 run(conn, "lock_partitions", (Int4Array(left),), prepare=True)
                 placing = run(conn, _PLACE, (share.events_per_partition,), prepare=True)
                 moved = placing.fetchall()

@@ -10,7 +10,7 @@ import db.discover
 from db.arrays import Int4Array
 from db.discover import Committed, Pending, find_committed, save_fan_out, sweep
 from db.materialize import materialize
-from db.statements import run, statement
+from db.statements import run, statements
 from tests.integration.conftest import commit, make_topic
 from tests.support import Connect
 
@@ -264,7 +264,7 @@ def test_a_pass_that_began_before_the_round(connect: Connect, conn: Connection[T
     commit(late, "late", ids[:1])
     commit(conn, "early", ids[:1])
     worker.execute("begin")
-    worker.execute(statement("transaction_settings"))
+    worker.execute(statements()["transaction_settings"])
     run(worker, "lock_partitions", (Int4Array(ids[:1]),))
     run(worker, "place_incremental", (100,))
     late.execute("commit")

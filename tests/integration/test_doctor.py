@@ -153,7 +153,7 @@ def test_another_version(conn: Connection[Any]) -> None:
 
 def test_a_database_without_the_schema(postgres_server: PostgresServer) -> None:
     with psycopg.connect(postgres_server.url(), autocommit=True) as conn:
-        findings = [f for _, found in examine(conn, SETTINGS) for f in found]
+        findings = list(examine(conn, SETTINGS))
     assert [f.check for f in findings if f.area == "schema"] == ["version"]
 
 
@@ -172,13 +172,13 @@ def role(conn: Connection[Any], options: str = "login") -> Iterator[str]:
 
 def test_a_role_without_rights(conn: Connection[Any], database_url: str) -> None:
     with role(conn) as name, psycopg.connect(database_url.replace("//tidemark@", f"//{name}@"), autocommit=True) as own:
-        found = bad([f for _, findings in examine(own, SETTINGS) for f in findings if f.area != "settings"])
+        found = bad([f for f in examine(own, SETTINGS) if f.area != "settings"])
         lacking = [f for f in found if "may not" in f.found]
         assert {f.check for f in lacking} >= {"tables", "function commit_object"}
         monitor = [f for f in found if f.check == "pg_monitor"]
         assert [f.level for f in monitor] == [Level.WARN]
         run_repairs(conn, [*lacking, *monitor])
-        again = bad([f for _, findings in examine(own, SETTINGS) for f in findings])
+        again = bad(list(examine(own, SETTINGS)))
         assert [f for f in again if "may not" in f.found or f.check in {"pg_monitor", "version"}] == []
 
 
@@ -335,7 +335,7 @@ def test_old_transactions_and_dead_rows(
     create_topic(conn, "orders", 20)
     conn.execute("update tidemark.topic_partitions set partition = partition")
     conn.execute("select pg_stat_force_next_flush()")
-    found = bad([f for _, findings in examine(conn, SETTINGS) for f in findings if f.area == "activity"])
+    found = bad([f for f in examine(conn, SETTINGS) if f.area == "activity"])
     [own] = [f for f in found if f"pid {idle.info.backend_pid} " in f.found]
     assert (own.check, own.level) == ("long transaction", Level.WARN)
     assert own.repair == (f"select pg_terminate_backend({idle.info.backend_pid});",)
@@ -347,16 +347,16 @@ def test_prepared_transactions_and_slots(own_server: PostgresServer, monkeypatch
     upgrade(own_server.url())
     with psycopg.connect(own_server.url(), autocommit=True) as conn:
         conn.execute("select pg_create_physical_replication_slot('gone')")
-        found = [f for _, findings in examine(conn, SETTINGS) for f in findings]
+        found = list(examine(conn, SETTINGS))
         [slot] = [f for f in found if f.check == "replication slot"]
         assert slot.level is Level.WARN
         run_repairs(conn, [slot])
         conn.execute("begin; create table t (); prepare transaction 'it''s'")
-        found = [f for _, findings in examine(conn, SETTINGS) for f in findings]
+        found = list(examine(conn, SETTINGS))
         [prepared] = [f for f in found if f.check == "prepared transaction"]
         assert prepared.repair == ("commit prepared 'it''s'; or rollback prepared 'it''s';",)
         conn.execute("rollback prepared 'it''s'")
-        again = [f for _, findings in examine(conn, SETTINGS) for f in findings]
+        again = list(examine(conn, SETTINGS))
         assert {"replication slot", "prepared transaction"}.isdisjoint(f.check for f in again)
 
 

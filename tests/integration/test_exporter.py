@@ -29,7 +29,7 @@ from config.errors import UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY, Settings
 from db.audit import audit
 from db.materialize import MaterializationMetrics, Moved, ages_of_run, materialize
-from db.statements import run, statement
+from db.statements import run, statements
 from db.topics import create_topic, partition_ids
 from tasks import metrics
 from tasks.app import TidemarkApp
@@ -194,7 +194,7 @@ def test_counting_the_backlog_is_bounded(
 def read_by_figures(conn: Connection[TupleRow]) -> int:
     explained = psycopg.RawCursor(conn).execute(
         b"explain (analyze, buffers, format json) "
-        + statement("figures_topics").replace(b"$1", b"200").replace(b"$2", b"1000").replace(b"$3", b"60")
+        + statements()["figures_topics"].replace(b"$1", b"200").replace(b"$2", b"1000").replace(b"$3", b"60")
     )
     plan = explained.fetchone()
     assert plan

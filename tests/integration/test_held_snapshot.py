@@ -11,7 +11,7 @@ from psycopg.rows import TupleRow
 from config.settings import STRATEGIES
 from db.discover import find_committed, save_fan_out, sweep
 from db.materialize import materialize
-from db.statements import statement
+from db.statements import statements
 from tests.integration.conftest import commit, make_topic
 from tests.support import Connect
 
@@ -23,10 +23,10 @@ def buffers(conn: Connection[Any], query: str | bytes, *, name: str = "") -> int
     """Pages that a statement looks at, the statements inside of its functions included. What it wrote is undone."""
     text = query.encode() if isinstance(query, str) else query
     with conn.transaction(force_rollback=True):
-        conn.execute(statement("transaction_settings"))
+        conn.execute(statements()["transaction_settings"])
         conn.execute("select set_config('tidemark.locked', array_agg(id)::text, true) from tidemark.topic_partitions")
         if name:
-            conn.execute(f"prepare {name} as ".encode() + statement(name))
+            conn.execute(f"prepare {name} as ".encode() + statements()[name])
             text = b"execute " + text
         # Twice, for what is looked up in the catalogue once.
         for _ in range(2):

@@ -22,7 +22,7 @@ from db.doctor import examine
 from db.materialize import materialize
 from db.migrate import upgrade
 from db.retention import retain
-from db.statements import statement
+from db.statements import statements
 from db.topics import create_topic, partition_ids
 from tests.integration.conftest import make_topic
 from tests.integration.test_plans import Explained, fill
@@ -143,7 +143,7 @@ def reports(heard: Sequence[str]) -> list[Report]:
 
 def prepare(conn: Connection[Any], name: str) -> None:
     """As psycopg does it: the text of the file is all that is sent."""
-    result = conn.pgconn.prepare(name.encode(), statement(name))
+    result = conn.pgconn.prepare(name.encode(), statements()[name])
     assert result.status == ExecStatus.COMMAND_OK, result.error_message
 
 
@@ -266,5 +266,5 @@ def test_the_doctor_tells_whether_hints_are_used(server: PostgresServer) -> None
     with psycopg.connect(server.url(), autocommit=True) as conn:
         for value, found in (("on", "are used"), ("off", "enable_hint is off")):
             conn.execute(f"set pg_hint_plan.enable_hint = {value}".encode())
-            findings = [finding for _, group in examine(conn, settings) for finding in group]
+            findings = list(examine(conn, settings))
             assert [found in finding.found for finding in findings if finding.check == "pg_hint_plan"] == [True]

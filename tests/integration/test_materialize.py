@@ -17,7 +17,7 @@ from db.arrays import Int4Array
 from db.commit import commit_object
 from db.materialize import MaterializationMetrics, materialize
 from db.migrate import upgrade
-from db.statements import run, statement
+from db.statements import run, statements
 from tests.integration.conftest import make_topic
 from tests.servers import PostgresServer
 from tests.support import Connect, wait_until
@@ -83,7 +83,7 @@ def waits_for_lock(conn: Connection[Any], *others: Connection[Any]) -> Callable[
 def lock(conn: Connection[Any], ids: Sequence[int]) -> None:
     """What a materializer does before it places, in a transaction that stays open."""
     conn.execute("begin")
-    conn.execute(statement("transaction_settings"))
+    conn.execute(statements()["transaction_settings"])
     run(conn, "lock_partitions", (Int4Array(ids),))
 
 

@@ -18,7 +18,7 @@ from config.settings import DEFAULT_STRATEGY, STRATEGIES, Strategy
 from db.arrays import Int4Array
 from db.commit import commit_object
 from db.materialize import materialize
-from db.statements import run, statement
+from db.statements import run, statements
 from db.topics import create_topic
 from tests.integration.conftest import make_topic
 from tests.servers import PostgresServer
@@ -134,7 +134,7 @@ class Explained:
 def explain(conn: Connection[Any], name: str, types: str, values: Sequence[object], mode: str) -> Explained:
     """As the program runs it, but for the statement of settings, which is the caller's."""
     conn.execute(f"set local plan_cache_mode = {mode}".encode())
-    conn.execute(f"prepare {name} ({types}) as ".encode() + statement(name))
+    conn.execute(f"prepare {name} ({types}) as ".encode() + statements()[name])
     literals = sql.SQL(", ").join(map(sql.Literal, values))
     query = sql.SQL("explain (analyze, buffers, format json) execute {} ({})").format(sql.Identifier(name), literals)
     row = conn.execute(query).fetchone()
@@ -144,7 +144,7 @@ def explain(conn: Connection[Any], name: str, types: str, values: Sequence[objec
 
 def settings(conn: Connection[Any], ids: Sequence[int] = ()) -> None:
     """What stands before the statements of a transaction, and what the one that locks leaves to the next."""
-    conn.execute(statement("transaction_settings"))
+    conn.execute(statements()["transaction_settings"])
     conn.execute("select set_config('tidemark.locked', %s::int[]::text, true)", (list(ids),))
 
 
@@ -340,4 +340,4 @@ def test_plans_made_for_an_empty_database_do_not_outlive_it(connect: Connect, co
 @pytest.mark.parametrize("name", ["lock_partitions", "lock_free_partitions", "find_pending"])
 def test_no_statement_names_all_columns_of_partitions(name: str) -> None:
     """A new column must not make the hot statements wider by itself."""
-    assert not re.search(r"select p\.\*|select h\.\*", statement(name).decode())
+    assert not re.search(r"select p\.\*|select h\.\*", statements()[name].decode())

@@ -22,7 +22,7 @@ from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.objects import forget_dead_objects, list_dead_objects
 from db.retention import RetentionResult, retain
-from db.statements import pin_plans, run, statement
+from db.statements import run, statements
 from db.topics import create_topic, partition_ids, set_retention
 from tests.support import Connect, wait_until
 
@@ -434,7 +434,7 @@ def test_two_retentions_that_finish_an_object_at_one_moment(conn: Conn, connect:
     first, second = connect(), connect()
     with ThreadPoolExecutor(1) as threads:
         with first.transaction():
-            pin_plans(first)
+            run(first, "transaction_settings")
             run(first, "lock_free_partitions", (Int4Array([a]),))
             run(first, "delete_expired", (10,))
             run(first, "lock_spent_objects")
@@ -498,8 +498,8 @@ def test_a_snapshot_from_before_still_reads_the_old_log(conn: Conn, connect: Con
 def plan(conn: Conn, name: str, *parameters: Any) -> list[dict[str, Any]]:
     """The nodes of a statement's plan, as it is run; the first one's buffers are those of all."""
     cursor = RawCursor(conn)
-    pin_plans(conn)
-    cursor.execute(b"prepare checked as " + statement(name))
+    run(conn, "transaction_settings")
+    cursor.execute(b"prepare checked as " + statements()[name])
     values = f"({', '.join(str(parameter) for parameter in parameters)})" if parameters else ""
     row = conn.execute(f"explain (analyze, buffers, format json) execute checked {values}".encode()).fetchone()
     cursor.execute("deallocate checked")
@@ -584,7 +584,7 @@ def test_deleting_reads_what_it_deletes(conn: Conn, *, analyzed: bool) -> None:
     if analyzed:
         conn.execute("analyze")
     with conn.transaction(force_rollback=True):
-        pin_plans(conn)
+        run(conn, "transaction_settings")
         run(conn, "lock_free_partitions", (Int4Array(ids[:2]),))
         nodes = plan(conn, "delete_expired", 640)
         # Looked at for their times, and deleted. One run more is looked at, of which one batch is too young.

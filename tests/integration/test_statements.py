@@ -22,7 +22,7 @@ from db.migrate import require_current
 from db.objects import forget_dead_objects, list_dead_objects
 from db.rebase import rebase
 from db.retention import retain
-from db.statements import routine_files, statement, statements
+from db.statements import routine_files, statements
 from db.status import describe_partitions, describe_topics, find_partition, read_offsets, records_to_audit
 from db.topics import PartitionIds, create_topic, highest_partition_id, names_of, partition_ids, set_retention
 from tests.servers import PostgresServer
@@ -119,14 +119,14 @@ def test_the_statements_that_are_run_exist() -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_is_understood_by_psql(name: str, database_url: str) -> None:
     """Statements without values here: names and types are resolved, which is where a file goes stale."""
-    text = statement(name).decode()
+    text = statements()[name].decode()
     assert psql(database_url, f"prepare checked as\n{text};\n") == "PREPARE"
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_runs_in_psql(name: str, database_url: str, partition_id: int) -> None:
     values = [f"'{value.format(p=partition_id)}'" for value in PARAMETERS[name]]
-    text = statement(name).decode()
+    text = statements()[name].decode()
     # A single statement is sent with its values; scripts end each of theirs themselves.
     run = f"{text}\n\\bind {' '.join(values)} \\g\n" if values else f"{text};\n"
     # As the statement that locks leaves it to the one that places.
@@ -151,7 +151,7 @@ def test_starts_with_its_purpose(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_parameters_are_numbered_without_gaps(name: str) -> None:
-    code = re.sub(r"--.*", "", statement(name).decode())
+    code = re.sub(r"--.*", "", statements()[name].decode())
     assert {int(number) for number in re.findall(r"\$(\d+)", code)} == set(range(1, len(PARAMETERS[name]) + 1))
 
 
@@ -171,7 +171,7 @@ def test_the_hot_statements_have_hints() -> None:
 def test_pg_hint_plan_will_read_the_hint(name: str) -> None:
     """The whole of it, with each version: some stop at any other character, some refuse a second hint."""
     hint, rest = split(name)
-    assert statement(name).startswith(b"/*+")
+    assert statements()[name].startswith(b"/*+")
     assert re.fullmatch(r"[A-Za-z0-9_,()\s]+", hint)
     assert re.sub(r"[A-Z]\w+\([^A-Z]+\)", "", hint).strip() == ""
     assert hint.count("(") == hint.count(")")
