@@ -18,10 +18,7 @@ cross join lateral (select count(*) as runs from tidemark.runs_to_delete(g.id, 1
 -- Retention: deletes the expired runs of locked partitions with their events: whole runs, $1 batches of each partition or less,
 -- but always one run. The partitions are those that lock_free_partitions put into the setting. Which runs they are is decided
 -- here, in a snapshot from after the lock. The objects whose batches are gone are left in a setting for the next statements.
-with pass as materialized (
-    select tidemark.tx_base() + pg_current_xact_id()::text::bigint as tx
-),
-expired as materialized (
+with expired as materialized (
     select r.*, sum(r.batches) over (partition by r.partition_id order by r.start_offset) as batches_to,
            r.start_offset = h.start_offset as is_newest, k.start_offset as log_start, k.stale_run
     from unnest(current_setting('tidemark.locked')::int[]) i(id)
@@ -66,10 +63,9 @@ behind as (
 ),
 spent as (
     insert into tidemark.deleted_batches (object_id, tx, batches)
-    select d.object_id, a.tx, count(*)
+    select d.object_id, (select tidemark.tx_base() + pg_current_xact_id()::text::bigint), count(*)
     from deleted d
-    cross join pass a
-    group by d.object_id, a.tx
+    group by d.object_id
     returning object_id
 )
 select (select count(*) from deleted) as batches,
