@@ -180,12 +180,12 @@ begin
                    e.byte_offset, e.byte_length, e.max_timestamp
             from (
                 select m.*, base - m.n_records + sum(m.n_records) over (rows unbounded preceding) as start_offset
-                from unnest(first_txs, first_ids, last_txs, last_ids) t(first_tx, first_id, last_tx, last_id)
+                from generate_subscripts(first_txs, 1) i
                 cross join lateral (
                     select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records
                     from tidemark.record_batch_events b
                     where b.partition_id = fetch_batches.partition_id
-                      and (b.tx, b.id) >= (t.first_tx, t.first_id) and (b.tx, b.id) <= (t.last_tx, t.last_id)
+                      and (b.tx, b.id) >= (first_txs[i], first_ids[i]) and (b.tx, b.id) <= (last_txs[i], last_ids[i])
                     order by b.tx, b.id
                 ) m
             ) e
