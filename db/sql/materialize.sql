@@ -60,9 +60,6 @@ with recursive pass as materialized (
     select c.tx_base + pg_current_xact_id()::text::bigint as tx, tidemark.running_transactions() as running
     from tidemark.cluster c
 ),
-cursor as materialized (
-    select c.* from tidemark.cursors(current_setting('tidemark.locked')::int[]) c
-),
 -- Run by run: each step takes the next 64 events of every partition by one scan of the index, and adds them up to what came
 -- before. The sources, in their order: each late transaction, then all that lies beyond the position. So nothing beyond it
 -- is taken while a late one is left (invariant 3).
@@ -74,7 +71,7 @@ step as (
            0 as source, false as is_cut, 0 as taken, null::bigint as late_tx, c.seen_tx as from_tx, null::bigint as first_tx,
            null::bigint as first_id, null::bigint as last_tx, null::bigint as last_id, 0 as batches, 0::bigint as records,
            c.end_offset, 0::bigint as bytes, c.end_bytes, c.max_timestamp
-    from cursor c
+    from tidemark.cursors(current_setting('tidemark.locked')::int[]) c
     union all
     select s.partition_id, s.late, s.seen_tx, s.seen_id, s.resumed_tx, s.resumed_id,
            n.source, e.batches = n.size, s.taken + e.batches, n.late_tx, n.tx, e.first_tx,
