@@ -100,5 +100,4 @@ def _delete(conn: Connection, partition_ids: Sequence[int], share: int) -> tuple
         run(conn, "lock_spent_objects", prepare=True)
         freeing = run(conn, "free_spent_objects", prepare=True)
         (deleted,) = deleting.fetchall()
-        ((freed,),) = freeing.fetchall()
-    return deleted, freed
+    return deleted, freeing.rowcount

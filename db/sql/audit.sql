@@ -45,9 +45,9 @@ with cursor as materialized (
     select c.* from tidemark.cursors($1::int[]) c
 ),
 place as materialized (
-    select q.*, case when not q.is_whole then f.run end as before,
+    select q.*, case when not q.is_whole then f end as before,
            case when not q.is_whole then q.asked
-                when (f.run).end_offset > q.log_start then (f.run).start_offset
+                when f.end_offset > q.log_start then f.start_offset
                 else q.log_start end as from_offset
     from (
         select i.id, i.asked, coalesce(l.start_offset, 0) as log_start, coalesce(l.start_bytes, 0) as start_bytes,
@@ -56,13 +56,7 @@ place as materialized (
         left join lateral tidemark.log_start(i.id) l on true
     ) q
     -- The first run, or the one before the stretch. One descent: below the log's start there may be many that are deleted.
-    left join lateral (
-        select r as run
-        from tidemark.runs r
-        where r.partition_id = q.id and r.start_offset < case when q.is_whole then q.log_start + 1 else q.asked end
-        order by r.start_offset desc
-        limit 1
-    ) f on true
+    left join lateral tidemark.run_at(q.id, case when q.is_whole then q.log_start else q.asked - 1 end) f on true
 ),
 -- Each run, and what the one before it says about where it begins: unknown, for the first one of a log that was deleted from.
 sequence as materialized (

@@ -72,17 +72,12 @@ from tidemark.cluster c;
 -- transaction beyond the position and the late ones. It ends early when it has counted $4 events in all.
 with page as materialized (
     select array(select h.id from tidemark.topic_partitions h where h.id > $1::int order by h.id limit $2::int) as ids
-),
-cursor as materialized (
-    select c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late
-    from page p
-    cross join lateral tidemark.cursors(p.ids) c
 )
 -- In this order the limits never hide the first event beyond the position.
 select f.partition_id, count(f.tx)::int as events, min(f.tx) filter (where not f.is_late) as first_tx, f.late
 from (
     select c.partition_id, c.late, x.tx, x.is_late
-    from (select k.* from cursor k order by k.partition_id) c
+    from (select k.* from page p cross join lateral tidemark.cursors(p.ids) k order by k.partition_id) c
     left join lateral (
         select p.tx, p.is_late
         from tidemark.pending_events(c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late, $3::int) p

@@ -27,47 +27,38 @@ select set_config('enable_seqscan', 'off', true),
 --
 -- One row: the ids that exist, and the seconds that this took. They are told by the server, for a client that sends the next
 -- statement along with this one cannot see the moment between them. That statement reads the ids from the setting.
-select a.ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
-       set_config('tidemark.locked', a.ids::text, true)
+select coalesce(array_agg(l.id), '{}') as ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
+       set_config('tidemark.locked', coalesce(array_agg(l.id), '{}')::text, true)
 from (
-    select coalesce(array_agg(l.id), '{}') as ids
-    from (
-        select p.id
-        from tidemark.topic_partitions p
-        where p.id = any ($1::int[]) and (select tidemark.tx_base() is not null)
-        order by p.id
-        for no key update of p
-    ) l
-) a;
+    select p.id
+    from tidemark.topic_partitions p
+    where p.id = any ($1::int[]) and (select tidemark.tx_base() is not null)
+    order by p.id
+    for no key update of p
+) l;
 
 -- name: lock_free_partitions
 /*+ IndexScan(p topic_partitions_pkey) */
 -- As lock_partitions, for those that nobody else has locked; waits for none. The ids that are missing are locked or do not exist.
-select a.ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
-       set_config('tidemark.locked', a.ids::text, true)
+select coalesce(array_agg(l.id), '{}') as ids, extract(epoch from clock_timestamp() - statement_timestamp())::float8 as seconds,
+       set_config('tidemark.locked', coalesce(array_agg(l.id), '{}')::text, true)
 from (
-    select coalesce(array_agg(l.id), '{}') as ids
-    from (
-        select p.id
-        from tidemark.topic_partitions p
-        where p.id = any ($1::int[]) and (select tidemark.tx_base() is not null)
-        order by p.id
-        for no key update of p skip locked
-    ) l
-) a;
+    select p.id
+    from tidemark.topic_partitions p
+    where p.id = any ($1::int[]) and (select tidemark.tx_base() is not null)
+    order by p.id
+    for no key update of p skip locked
+) l;
 
 -- name: place_incremental
-/*+ IndexScan(m record_batch_events_pkey) IndexOnlyScan(h record_batch_events_pkey)
-    IndexOnlyScan(a record_batch_events_pkey) IndexScan(n runs_pkey) IndexScan(s passes_pkey)
-    IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx) IndexOnlyScan(v record_batch_events_pkey) Set(enable_material off) */
+/*+ IndexScan(b record_batch_events_pkey) IndexOnlyScan(e record_batch_events_pkey) IndexOnlyScan(m record_batch_events_pkey)
+    IndexScan(n runs_pkey) IndexScan(s passes_pkey) IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx)
+    IndexOnlyScan(v record_batch_events_pkey) Set(enable_material off) */
 -- Gives the pending events of locked partitions their offsets: $1 events per partition at most. The partitions are those that
 -- lock_partitions put into the setting. Everything here is seen by one snapshot. One row for each partition that got any.
 with recursive pass as materialized (
     select c.tx_base + pg_current_xact_id()::text::bigint as tx, tidemark.running_transactions() as running
     from tidemark.cluster c
-),
-cursor as materialized (
-    select c.* from tidemark.cursors(current_setting('tidemark.locked')::int[]) c
 ),
 -- Run by run: each step takes the next 64 events of every partition by one scan of the index, and adds them up to what came
 -- before. The sources, in their order: each late transaction, then all that lies beyond the position. So nothing beyond it
@@ -80,7 +71,7 @@ step as (
            0 as source, false as is_cut, 0 as taken, null::bigint as late_tx, c.seen_tx as from_tx, null::bigint as first_tx,
            null::bigint as first_id, null::bigint as last_tx, null::bigint as last_id, 0 as batches, 0::bigint as records,
            c.end_offset, 0::bigint as bytes, c.end_bytes, c.max_timestamp
-    from cursor c
+    from tidemark.cursors(current_setting('tidemark.locked')::int[]) c
     union all
     select s.partition_id, s.late, s.seen_tx, s.seen_id, s.resumed_tx, s.resumed_id,
            n.source, e.batches = n.size, s.taken + e.batches, n.late_tx, n.tx, e.first_tx,
@@ -103,11 +94,11 @@ step as (
                count(*)::int as batches, coalesce(sum(b.n_records), 0)::bigint as records,
                coalesce(sum(b.byte_length), 0)::bigint as bytes, max(b.max_timestamp) as max_timestamp
         from (
-            select m.tx, m.id, m.n_records, m.byte_length, m.max_timestamp
-            from tidemark.record_batch_events m
-            where m.partition_id = s.partition_id and (m.tx, m.id) > (n.tx, n.id)
-              and m.tx <= coalesce(n.late_tx, 9223372036854775807)
-            order by m.tx, m.id
+            select b.tx, b.id, b.n_records, b.byte_length, b.max_timestamp
+            from tidemark.record_batch_events b
+            where b.partition_id = s.partition_id and (b.tx, b.id) > (n.tx, n.id)
+              and b.tx <= coalesce(n.late_tx, 9223372036854775807)
+            order by b.tx, b.id
             limit n.size
         ) b
     ) e
@@ -137,26 +128,19 @@ remembered as (
 select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as records, sum(t.bytes)::bigint as log_bytes,
        count(*)::int as runs,
        -- A pass that stopped at its limit may have left something; any other one has not.
-       bool_or(t.taken = $1::int and (
-           t.source < coalesce(cardinality(t.late), 0)
-           or exists (
-               select from tidemark.record_batch_events h
-               where h.partition_id = t.partition_id and h.tx = t.late_tx and h.id > t.last_id
-           )
-           or exists (
-               select from tidemark.record_batch_events a
-               where a.partition_id = t.partition_id
-                 and (a.tx, a.id) > (case when t.late_tx is null then t.last_tx else t.seen_tx end,
-                                     case when t.late_tx is null then t.last_id else t.seen_id end)
-           )
+       bool_or(t.taken = $1::int and exists (
+           select
+           from tidemark.pending_events(
+               t.partition_id, case when t.late_tx is null then t.last_tx else t.seen_tx end,
+               case when t.late_tx is null then t.last_id else t.seen_id end, t.last_tx, t.last_id, t.late[t.source:], 1)
        )) as has_more
 from step t
 where t.batches > 0
 group by t.partition_id;
 
 -- name: place_window
-/*+ IndexScan(m record_batch_events_pkey) IndexScan(b record_batch_events_pkey) IndexOnlyScan(k record_batch_events_pkey)
-    IndexOnlyScan(h record_batch_events_pkey) IndexOnlyScan(a record_batch_events_pkey) IndexScan(n runs_pkey)
+/*+ IndexScan(a record_batch_events_pkey) IndexScan(b record_batch_events_pkey) IndexOnlyScan(k record_batch_events_pkey)
+    IndexOnlyScan(e record_batch_events_pkey) IndexOnlyScan(m record_batch_events_pkey) IndexScan(n runs_pkey)
     IndexScan(s passes_pkey) IndexScan(w sweeps_pkey) IndexScan(o objects_tx_idx) IndexOnlyScan(v record_batch_events_pkey)
     Set(enable_material off) */
 -- As place_incremental, by a running sum over all that a partition gets instead of run by run: $1 events per partition at most.
@@ -211,11 +195,11 @@ run as materialized (
                        row_number() over (order by x.source, e.id rows unbounded preceding) as total
                 from unnest(c.late) with ordinality x(tx, source)
                 cross join lateral (
-                    select m.id, m.n_records, m.byte_length, m.max_timestamp
-                    from tidemark.record_batch_events m
-                    where m.partition_id = c.partition_id and m.tx = x.tx
-                      and m.id > case when x.tx = c.last_tx then c.last_id else -9223372036854775808 end
-                    order by m.id
+                    select a.id, a.n_records, a.byte_length, a.max_timestamp
+                    from tidemark.record_batch_events a
+                    where a.partition_id = c.partition_id and a.tx = x.tx
+                      and a.id > case when x.tx = c.last_tx then c.last_id else -9223372036854775808 end
+                    order by a.id
                     limit $1::int
                 ) e
                 where c.late is not null
@@ -271,18 +255,11 @@ remembered as (
 )
 select t.partition_id, sum(t.batches)::int as events, sum(t.records)::bigint as records, sum(t.bytes)::bigint as log_bytes,
        count(*)::int as runs,
-       bool_or(t.taken = $1::int and (
-           t.source < coalesce(cardinality(t.late), 0)
-           or exists (
-               select from tidemark.record_batch_events h
-               where h.partition_id = t.partition_id and h.tx = t.late_tx and h.id > t.last_id
-           )
-           or exists (
-               select from tidemark.record_batch_events a
-               where a.partition_id = t.partition_id
-                 and (a.tx, a.id) > (case when t.late_tx is null then t.last_tx else t.seen_tx end,
-                                     case when t.late_tx is null then t.last_id else t.seen_id end)
-           )
+       bool_or(t.taken = $1::int and exists (
+           select
+           from tidemark.pending_events(
+               t.partition_id, case when t.late_tx is null then t.last_tx else t.seen_tx end,
+               case when t.late_tx is null then t.last_id else t.seen_id end, t.last_tx, t.last_id, t.late[t.source:], 1)
        )) as has_more
 from run t
 group by t.partition_id;

@@ -1,15 +1,14 @@
 -- name: find_expired
 -- Retention: the last of the $2 partitions that follow partition id $1, and those of them whose oldest run is to go. Takes no
 -- locks; what it finds is looked at again under lock. Of a topic without limits it reads no more than that.
-with page as materialized (
+select max(g.id) as last_id, coalesce(array_agg(g.id order by g.id) filter (where e.runs > 0), '{}') as expired
+from (
     select p.id
     from tidemark.topic_partitions p
     where p.id > $1::int
     order by p.id
     limit $2::int
-)
-select max(g.id) as last_id, coalesce(array_agg(g.id order by g.id) filter (where e.runs > 0), '{}') as expired
-from page g
+) g
 cross join lateral (select count(*) as runs from tidemark.runs_to_delete(g.id, 1)) e;
 
 -- name: delete_expired
@@ -18,10 +17,7 @@ cross join lateral (select count(*) as runs from tidemark.runs_to_delete(g.id, 1
 -- Retention: deletes the expired runs of locked partitions with their events: whole runs, $1 batches of each partition or less,
 -- but always one run. The partitions are those that lock_free_partitions put into the setting. Which runs they are is decided
 -- here, in a snapshot from after the lock. The objects whose batches are gone are left in a setting for the next statements.
-with pass as materialized (
-    select tidemark.tx_base() + pg_current_xact_id()::text::bigint as tx
-),
-expired as materialized (
+with expired as materialized (
     select r.*, sum(r.batches) over (partition by r.partition_id order by r.start_offset) as batches_to,
            r.start_offset = h.start_offset as is_newest, k.start_offset as log_start, k.stale_run
     from unnest(current_setting('tidemark.locked')::int[]) i(id)
@@ -57,7 +53,6 @@ moved as (
     select max(g.end_offset), max(g.end_bytes), max(g.start_offset) filter (where g.is_newest), g.partition_id
     from gone g
     group by g.partition_id
-    returning partition_id
 ),
 behind as (
     delete from tidemark.log_starts w
@@ -66,15 +61,14 @@ behind as (
 ),
 spent as (
     insert into tidemark.deleted_batches (object_id, tx, batches)
-    select d.object_id, a.tx, count(*)
+    select d.object_id, (select tidemark.tx_base() + pg_current_xact_id()::text::bigint), count(*)
     from deleted d
-    cross join pass a
-    group by d.object_id, a.tx
+    group by d.object_id
     returning object_id
 )
 select (select count(*) from deleted) as batches,
        (select coalesce(sum(d.byte_length), 0)::bigint from deleted d) as log_bytes,
-       array(select m.partition_id from moved m) as partition_ids,
+       array(select distinct g.partition_id from gone g) as partition_ids,
        array(select distinct e.partition_id from expired e where e.batches_to > $1::int and e.batches_to <> e.batches)
            as unfinished,
        set_config('tidemark.spent', array(select s.object_id from spent s)::text, true) as spent;
@@ -83,24 +77,17 @@ select (select count(*) from deleted) as batches,
 -- Retention: locks the objects whose batches it deleted, in the order of their ids. A statement of its own, before they are
 -- counted: of two transactions that delete the last batches of an object at one moment the second waits here, and counts
 -- with the first one's. Otherwise each would miss the other's. A lock leaves no version of the row behind.
-select count(*)
-from (
-    select o.id
-    from tidemark.objects o
-    where o.id = any (current_setting('tidemark.spent')::bigint[])
-    order by o.id
-    for no key update of o
-) l;
+select
+from tidemark.objects o
+where o.id = any (current_setting('tidemark.spent')::bigint[])
+order by o.id
+for no key update of o;
 
 -- name: free_spent_objects
--- Retention: puts those of the locked objects that have no batch left into dead_objects; returns how many.
-with dead as (
-    insert into tidemark.dead_objects (object_id)
-    select o.id
-    from tidemark.objects o
-    where o.id = any (current_setting('tidemark.spent')::bigint[])
-      and o.batches = (select sum(d.batches) from tidemark.deleted_batches d where d.object_id = o.id)
-    on conflict on constraint dead_objects_pkey do nothing
-    returning object_id
-)
-select count(*) from dead;
+-- Retention: puts those of the locked objects that have no batch left into dead_objects.
+insert into tidemark.dead_objects (object_id)
+select o.id
+from tidemark.objects o
+where o.id = any (current_setting('tidemark.spent')::bigint[])
+  and o.batches = (select sum(d.batches) from tidemark.deleted_batches d where d.object_id = o.id)
+on conflict on constraint dead_objects_pkey do nothing;

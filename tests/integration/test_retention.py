@@ -438,7 +438,7 @@ def test_two_retentions_that_finish_an_object_at_one_moment(conn: Conn, connect:
             run(first, "lock_free_partitions", (Int4Array([a]),))
             run(first, "delete_expired", (10,))
             run(first, "lock_spent_objects")
-            assert run(first, "free_spent_objects").fetchall() == [(0,)]
+            assert run(first, "free_spent_objects").rowcount == 0
             other = threads.submit(retention._delete, second, [b], 10)
             wait_until(waits_for_a_lock(conn, second.info.backend_pid))
         deleted, freed = other.result()

@@ -13,7 +13,8 @@ declare
     fix text;
 begin
     select r.problem, r.fix into problem, fix
-    from (values
+    from (
+        values
         (1, coalesce(object_key, '') = '', 'the object key is empty', 'Pass the key under which the object was uploaded.'),
         (2, octet_length(object_key) > 1024, format('the object key has %s bytes', octet_length(object_key)),
          'Use a key of at most 1024 bytes.'),
@@ -26,30 +27,26 @@ begin
         (6, greatest(array_ndims(partition_ids), array_ndims(n_records), array_ndims(byte_offsets),
                      array_ndims(byte_lengths), array_ndims(max_timestamps)) <> 1,
          'an array has more than one dimension', 'Pass arrays of one dimension.')
+        union all
+        select 6 + b.position,
+               (b.partition_id is not null and b.n_records >= 1 and b.byte_offset >= 0 and b.byte_length >= 0
+                and b.max_timestamp <= 253402300799999) is not true,
+               format('batch %s: %s', b.position, case
+                   when num_nulls(b.partition_id, b.n_records, b.byte_offset, b.byte_length, b.max_timestamp) > 0
+                       then 'a value is NULL'
+                   when b.n_records < 1 then format('n_records is %s', b.n_records)
+                   when b.max_timestamp > 253402300799999 then
+                       format('max_timestamp %s lies beyond the year 9999', b.max_timestamp)
+                   else format('the byte range starts at %s with length %s', b.byte_offset, b.byte_length)
+               end),
+               'Every batch needs a partition id, at least one record, a byte range without negative numbers and a timestamp '
+               'in milliseconds.'
+        from unnest(partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps) with ordinality
+            as b(partition_id, n_records, byte_offset, byte_length, max_timestamp, position)
     ) r(number, wrong, problem, fix)
     where r.wrong
     order by r.number
     limit 1;
-    if problem is null then
-        select format('batch %s: %s', b.position,
-                      case
-                          when b.partition_id is null or b.n_records is null or b.byte_offset is null
-                              or b.byte_length is null or b.max_timestamp is null then 'a value is NULL'
-                          when b.n_records < 1 then format('n_records is %s', b.n_records)
-                          when b.max_timestamp > 253402300799999 then
-                              format('max_timestamp %s lies beyond the year 9999', b.max_timestamp)
-                          else format('the byte range starts at %s with length %s', b.byte_offset, b.byte_length)
-                      end)
-        into problem
-        from unnest(partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps) with ordinality
-            as b(partition_id, n_records, byte_offset, byte_length, max_timestamp, position)
-        where (b.partition_id is not null and b.n_records >= 1 and b.byte_offset >= 0 and b.byte_length >= 0
-               and b.max_timestamp <= 253402300799999) is not true
-        order by b.position
-        limit 1;
-        fix := 'Every batch needs a partition id, at least one record, a byte range without negative numbers and a timestamp '
-               'in milliseconds.';
-    end if;
     raise exception using errcode = 'TM001', message = format('%s: %s', named, problem), hint = fix;
 end
 $$;

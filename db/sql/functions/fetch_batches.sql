@@ -25,7 +25,9 @@ declare
     first_ids bigint[];
     last_txs bigint[];
     last_ids bigint[];
-    upto bigint;
+    -- Where the ranges at hand begin.
+    base bigint;
+    run_by_run boolean;
     was_late boolean := true;
     first_bytes bigint;
     fetched int := 0;
@@ -111,33 +113,84 @@ begin
         return;
     end if;
 
-    -- Up to the first run that is apart the events follow each other in the key, however many runs they are in.
-    upto := coalesce(head.apart, head.end_offset);
-    if head.is_apart then
-        upto := head.start_offset;
-    else
-        if head.apart is not null then
-            select r.last_tx, r.last_id into head.end_tx, head.end_id
-            from tidemark.runs r
-            where r.partition_id = fetch_batches.partition_id and r.start_offset < head.apart
-            order by r.start_offset desc
-            limit 1;
+    -- Up to the first run that is apart the events follow each other in the key, however many runs they are in: one range. From
+    -- there on, if that is not enough, run by run.
+    run_by_run := head.is_apart;
+    base := head.start_offset;
+    loop
+        if not run_by_run then
+            if head.apart is not null then
+                select r.last_tx, r.last_id into head.end_tx, head.end_id
+                from tidemark.runs r
+                where r.partition_id = fetch_batches.partition_id and r.start_offset < head.apart
+                order by r.start_offset desc
+                limit 1;
+            end if;
+            first_txs[1] := head.first_tx;
+            first_ids[1] := coalesce(head.first_id, -9223372036854775808);
+            last_txs[1] := head.end_tx;
+            last_ids[1] := coalesce(head.end_id, 9223372036854775807);
+        else
+            -- Each has a batch at least, so these are enough.
+            for run in
+                select r.first_tx, r.first_id, r.last_tx, r.last_id, r.seen_tx is not null as late, r.skipped, r.end_bytes
+                from tidemark.runs r
+                where r.partition_id = fetch_batches.partition_id and r.start_offset >= base
+                order by r.start_offset
+                limit max_batches - fetched
+            loop
+                if run.late or was_late or run.skipped is not null then
+                    n := n + 1;
+                    first_txs[n] := run.first_tx;
+                    first_ids[n] := coalesce(run.first_id, -9223372036854775808);
+                end if;
+                was_late := run.late;
+                -- Divided at what it skips and has events here: to read and drop them would cost as much as there are.
+                if run.skipped <> '{}' then
+                    for skipped_tx in
+                        select x.tx
+                        from unnest(run.skipped) x(tx)
+                        -- As an "exists" it would be hashed: all events of the partition.
+                        cross join lateral (
+                            select
+                            from tidemark.record_batch_events v
+                            where v.partition_id = fetch_batches.partition_id and v.tx = x.tx
+                            limit 1
+                        ) v
+                        order by x.tx
+                    loop
+                        last_txs[n] := skipped_tx;
+                        last_ids[n] := -9223372036854775808;
+                        n := n + 1;
+                        first_txs[n] := skipped_tx;
+                        first_ids[n] := 9223372036854775807;
+                    end loop;
+                end if;
+                last_txs[n] := run.last_tx;
+                last_ids[n] := coalesce(run.last_id, 9223372036854775807);
+                -- Of the first one it is not known what lies before the offset.
+                first_bytes := coalesce(first_bytes, run.end_bytes);
+                exit when run.end_bytes - first_bytes >= max_bytes - bytes;
+            end loop;
         end if;
-        -- A loop stops reading at the byte limit; a window over max_batches rows would read them all.
+        -- A lateral join can only be a nested loop, so the batches come, and are added up, in the order of the ranges. A loop
+        -- stops reading at the byte limit; a window over max_batches rows would read them all.
         for start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp in
             select e.start_offset, e.n_records, (select o.key from tidemark.objects o where o.id = e.object_id),
                    e.byte_offset, e.byte_length, e.max_timestamp
             from (
-                select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records,
-                       head.start_offset - b.n_records
-                       + sum(b.n_records) over (order by b.tx, b.id rows unbounded preceding) as start_offset
-                from tidemark.record_batch_events b
-                where b.partition_id = fetch_batches.partition_id
-                  and (b.tx, b.id) >= (head.first_tx, coalesce(head.first_id, -9223372036854775808))
-                  and (b.tx, b.id) <= (head.end_tx, coalesce(head.end_id, 9223372036854775807))
+                select m.*, base - m.n_records + sum(m.n_records) over (rows unbounded preceding) as start_offset
+                from generate_subscripts(first_txs, 1) i
+                cross join lateral (
+                    select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records
+                    from tidemark.record_batch_events b
+                    where b.partition_id = fetch_batches.partition_id
+                      and (b.tx, b.id) >= (first_txs[i], first_ids[i]) and (b.tx, b.id) <= (last_txs[i], last_ids[i])
+                    order by b.tx, b.id
+                ) m
             ) e
             where e.start_offset + e.n_records > from_offset
-            limit max_batches
+            limit max_batches - fetched
         loop
             bytes := bytes + byte_length;
             exit when bytes > max_bytes and fetched > 0;
@@ -145,75 +198,9 @@ begin
             fetched := fetched + 1;
             exit when bytes >= max_bytes;
         end loop;
-    end if;
-    if bytes >= max_bytes or fetched = max_batches or upto = head.end_offset then
-        return;
-    end if;
-
-    -- From there on, run by run. Each has a batch at least, so these are enough.
-    for run in
-        select r.first_tx, r.first_id, r.last_tx, r.last_id, r.seen_tx is not null as late, r.skipped, r.end_bytes
-        from tidemark.runs r
-        where r.partition_id = fetch_batches.partition_id and r.start_offset >= upto
-        order by r.start_offset
-        limit max_batches - fetched
-    loop
-        if run.late or was_late or run.skipped is not null then
-            n := n + 1;
-            first_txs[n] := run.first_tx;
-            first_ids[n] := coalesce(run.first_id, -9223372036854775808);
-        end if;
-        was_late := run.late;
-        -- Divided at what it skips and has events here: to read and drop them would cost as much as there are.
-        if run.skipped <> '{}' then
-            for skipped_tx in
-                select x.tx
-                from unnest(run.skipped) x(tx)
-                -- As an "exists" it would be hashed: all events of the partition.
-                cross join lateral (
-                    select
-                    from tidemark.record_batch_events v
-                    where v.partition_id = fetch_batches.partition_id and v.tx = x.tx
-                    limit 1
-                ) v
-                order by x.tx
-            loop
-                last_txs[n] := skipped_tx;
-                last_ids[n] := -9223372036854775808;
-                n := n + 1;
-                first_txs[n] := skipped_tx;
-                first_ids[n] := 9223372036854775807;
-            end loop;
-        end if;
-        last_txs[n] := run.last_tx;
-        last_ids[n] := coalesce(run.last_id, 9223372036854775807);
-        -- Of the first one it is not known what lies before the offset.
-        first_bytes := coalesce(first_bytes, run.end_bytes);
-        exit when run.end_bytes - first_bytes >= max_bytes - bytes;
-    end loop;
-    -- A lateral join can only be a nested loop, so the batches come, and are added up, in the order of the ranges.
-    for start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp in
-        select e.start_offset, e.n_records, (select o.key from tidemark.objects o where o.id = e.object_id),
-               e.byte_offset, e.byte_length, e.max_timestamp
-        from (
-            select m.*, upto - m.n_records + sum(m.n_records) over (rows unbounded preceding) as start_offset
-            from unnest(first_txs, first_ids, last_txs, last_ids) t(first_tx, first_id, last_tx, last_id)
-            cross join lateral (
-                select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records
-                from tidemark.record_batch_events b
-                where b.partition_id = fetch_batches.partition_id
-                  and (b.tx, b.id) >= (t.first_tx, t.first_id) and (b.tx, b.id) <= (t.last_tx, t.last_id)
-                order by b.tx, b.id
-            ) m
-        ) e
-        where e.start_offset + e.n_records > from_offset
-        limit max_batches - fetched
-    loop
-        bytes := bytes + byte_length;
-        exit when bytes > max_bytes and fetched > 0;
-        return next;
-        fetched := fetched + 1;
-        exit when bytes >= max_bytes;
+        exit when run_by_run or head.apart is null or bytes >= max_bytes or fetched = max_batches;
+        run_by_run := true;
+        base := head.apart;
     end loop;
 end
 $$;

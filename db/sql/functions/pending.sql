@@ -5,13 +5,9 @@ create or replace function tidemark.pending(partition_ids int[], most int, in_al
 returns table (partition_id int, events bigint, committed_at timestamptz)
 language sql stable parallel safe
 begin atomic
-    with cursor as materialized (
-        select c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late
-        from tidemark.cursors(pending.partition_ids) c
-    ),
-    waiting as materialized (
+    with waiting as materialized (
         select c.*, f.committed_at
-        from cursor c
+        from tidemark.cursors(pending.partition_ids) c
         cross join lateral (
             select count(*) as found, min(o.committed_at) as committed_at
             from tidemark.pending_events(c.partition_id, c.seen_tx, c.seen_id, c.last_tx, c.last_id, c.late, 1) p
