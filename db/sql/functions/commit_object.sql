@@ -61,8 +61,15 @@ begin
     end if;
 
     -- The same content is the same commit, whatever the arrays' lower bounds.
-    digest := sha256(record_send(row(
-        partition_ids[:], n_records[:], byte_offsets[:], byte_lengths[:], max_timestamps[:])));
+    if array_lower(partition_ids, 1) <> 1 or array_lower(n_records, 1) <> 1 or array_lower(byte_offsets, 1) <> 1
+        or array_lower(byte_lengths, 1) <> 1 or array_lower(max_timestamps, 1) <> 1 then
+        partition_ids := partition_ids[:];
+        n_records := n_records[:];
+        byte_offsets := byte_offsets[:];
+        byte_lengths := byte_lengths[:];
+        max_timestamps := max_timestamps[:];
+    end if;
+    digest := sha256(record_send(row(partition_ids, n_records, byte_offsets, byte_lengths, max_timestamps)));
 
     select array_agg(t.id order by t.id), array_agg(t.batches order by t.id)
     into touched, counts

@@ -21,8 +21,20 @@ select t.name as topic, p.partition, p.id as partition_id, coalesce(s.start_offs
        coalesce(r.end_offset, 0) as end_offset, coalesce(r.end_bytes, 0) - coalesce(s.start_bytes, 0) as byte_size
 from tidemark.topic_partitions p
 join tidemark.topics t on t.id = p.topic_id
-left join lateral tidemark.newest_run(p.id) r on true
-left join lateral tidemark.log_start(p.id) s on true;
+left join lateral (
+    select n.end_offset, n.end_bytes
+    from tidemark.runs n
+    where n.partition_id = p.id
+    order by n.start_offset desc
+    limit 1
+) r on true
+left join lateral (
+    select l.start_offset, l.start_bytes
+    from tidemark.log_starts l
+    where l.partition_id = p.id
+    order by l.start_offset desc
+    limit 1
+) s on true;
 
 create or replace view tidemark.named_record_batch_events as
 select t.name as topic, p.partition, e.tx, e.id,
