@@ -1,4 +1,4 @@
-"""Connections: one pool per process, SQLAlchemy's engine on top of it, and single connections for commands.
+"""Connections: one pool per process, and single connections for commands.
 
 The pool opens its first connection when one is asked for, never before: a connection that crosses a fork is shared by
 two processes and corrupts both. `Database` remembers the process it was opened in, and opens a new pool in another.
@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from math import inf
 from threading import Lock
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -29,9 +29,6 @@ from config.errors import SettingsError, TransientDatabaseError
 from config.settings import Settings
 from db.statements import Connection, run
 from db.translate import domain_errors
-
-if TYPE_CHECKING:
-    from sqlalchemy import Engine
 
 # How long a connection without the pool may take to be made, when its caller sets no time-out.
 CONNECT_SECONDS = 10
@@ -206,9 +203,6 @@ class Database:
                     timeout=settings.pool_wait,
                     reconnect_timeout=_RECONNECT_SECONDS,
                     configure=lambda conn: _configure(conn, settings),
-                    # SQLAlchemy's connections begin transactions by themselves; the next user of one expects none.
-                    reset=lambda conn: conn.set_autocommit(True),
-                    close_returns=True,
                     open=True,
                     name="tidemark",
                 )
@@ -251,20 +245,6 @@ class Database:
                 raise
             else:
                 return conn
-
-    @property
-    def engine(self) -> "Engine":
-        """SQLAlchemy on the same pool: it gets a connection, and closing it hands it back."""
-        from sqlalchemy import create_engine  # noqa: PLC0415 - commands do without it
-        from sqlalchemy.pool import NullPool  # noqa: PLC0415
-
-        return create_engine("postgresql+psycopg://", creator=self._transactional, poolclass=NullPool)
-
-    def _transactional(self) -> Connection:
-        conn = self._acquire(self.pool)
-        # SQLAlchemy begins transactions by itself; the pool undoes this when the connection is back.
-        conn.autocommit = False
-        return conn
 
     def close(self) -> None:
         """Close this process's connections."""

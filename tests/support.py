@@ -1,10 +1,12 @@
 """What several tests need and no fixture is."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
+import psutil
 from psycopg import Connection
 from psycopg.rows import TupleRow
 
@@ -32,6 +34,25 @@ def strategy_of(partition_id: int, settings: Settings) -> Strategy:
     """The candidate for its share of the partitions, the strategy for the others."""
     share = round((settings.candidate_percent or 0) * 100)
     return settings.candidate if settings.candidate and bucket_of(partition_id) < share else settings.strategy
+
+
+@contextmanager
+def frozen(*pids: int) -> Iterator[None]:
+    """Servers that hang, as in a virtual machine that is paused: their sockets stay, and nobody answers."""
+    processes = [psutil.Process(pid) for pid in pids]
+    for process in processes:
+        process.suspend()
+    # Those of a server that stands still get no more; one may be ending.
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    try:
+        for process in processes[len(pids) :]:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 class Connect(Protocol):

@@ -1,8 +1,6 @@
 """Commits through Python wake their partitions; the commit stands whatever becomes of that."""
 
 import itertools
-import os
-import signal
 import time
 
 import pytest
@@ -16,7 +14,7 @@ from tasks.metrics import WorkerMetrics
 from tests.acceptance.conftest import Log, Place, Programs, make_app
 from tests.acceptance.producers import commit_one
 from tests.servers import RedisServer
-from tests.support import finish
+from tests.support import finish, frozen
 
 
 def commit(app: TidemarkApp, log: Log, key: str, partition: int) -> int:
@@ -77,12 +75,11 @@ def test_a_broker_that_is_away_fails_no_commit(
 
 
 def test_a_broker_that_hangs_holds_up_no_commit(place: Place, log: Log, crashable_redis: RedisServer) -> None:
-    """SIGSTOP is what a frozen host or a dropped link looks like: the committing thread never talks to Redis."""
+    """The committing thread never talks to Redis."""
     app = make_app(Place(database_url=place.database_url, broker_url=crashable_redis.url, directory=place.directory))
     commit(app, log, "bucket/first", log.partitions[0])
     finish(app.once(Background))
-    os.kill(crashable_redis.pid, signal.SIGSTOP)
-    try:
+    with frozen(crashable_redis.pid):
         longest = 0.0
         until = time.monotonic() + 4
         for number in itertools.count():
@@ -91,8 +88,6 @@ def test_a_broker_that_hangs_holds_up_no_commit(place: Place, log: Log, crashabl
             longest = max(longest, time.monotonic() - began)
             if began > until:
                 break
-    finally:
-        os.kill(crashable_redis.pid, signal.SIGCONT)
     assert number > 100
     # Fifty seconds and more where the committing thread talks to Redis; this machine is shared.
     assert longest < 1.5
@@ -113,15 +108,12 @@ def test_a_hung_redis_of_hints_costs_a_task_half_a_second(place: Place, log: Log
         )
     )
     serve(app, log.partitions[:1])
-    os.kill(crashable_redis.pid, signal.SIGSTOP)
-    try:
+    with frozen(crashable_redis.pid):
         began = time.monotonic()
         for _ in range(4):
             serve(app, log.partitions[:1])
             app.once(WorkerMetrics).flush()
         took = time.monotonic() - began
-    finally:
-        os.kill(crashable_redis.pid, signal.SIGCONT)
     assert took < 2
     app.database.close()
     assert app.redis is not None

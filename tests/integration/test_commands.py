@@ -7,14 +7,13 @@ import json
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -38,7 +37,7 @@ from tasks.commands.upkeep import materialize as materialize_command
 from tasks.commands.workers import workers
 from tests.integration.conftest import make_topic
 from tests.servers import PostgresServer, RedisServer
-from tests.support import wait_until
+from tests.support import frozen, wait_until
 from tests.support_commands import COLUMNS, Cli, app_for
 
 LONG = "n" * 249
@@ -424,15 +423,6 @@ def test_redis_is_away(command: Any, arguments: list[str], unchanged: tuple[Cli,
         error = Cli(app)(command, *arguments, code=1).err
     assert "Connection refused" in error
     assert_names(error, "TIDEMARK_BROKER_URL")
-
-
-@contextmanager
-def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import psycopg
 import pytest
 from psycopg import Connection
@@ -23,6 +22,7 @@ from db.migrate import bring_up, upgrade
 from db.pool import Database, connect
 from db.topics import create_topic, partition_ids
 from tests.servers import PostgresServer
+from tests.support import frozen
 
 # What a command gives a server, and what its user gives the command.
 TIMEOUT = 4
@@ -34,20 +34,6 @@ def server(server_directory: Path, postgres_bin: Path | None) -> Iterator[Postgr
     with PostgresServer(server_directory / "frozen", bin_dir=postgres_bin).start() as started:
         upgrade(started.url())
         yield started
-
-
-@contextmanager
-def frozen(server: PostgresServer) -> Iterator[None]:
-    """The whole server stands still, as a virtual machine that is paused: its sockets stay, and nobody answers."""
-    postmaster = psutil.Process(server.pid)
-    processes = [postmaster, *postmaster.children()]
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
 
 
 def named(server: PostgresServer) -> str:
@@ -69,7 +55,7 @@ FROZEN_USES: dict[str, Callable[[str], object]] = {
 
 @pytest.mark.parametrize("use", FROZEN_USES)
 def test_a_frozen_server_is_told_by_who_connects(use: str, server: PostgresServer) -> None:
-    with frozen(server), soon(), pytest.raises(TransientDatabaseError, match="TIDEMARK_DATABASE_URL") as caught:
+    with frozen(server.pid), soon(), pytest.raises(TransientDatabaseError, match="TIDEMARK_DATABASE_URL") as caught:
         FROZEN_USES[use](server.url())
     assert named(server) in str(caught.value)
 
@@ -92,7 +78,7 @@ def test_a_server_that_freezes_is_told_by_who_waits(
 ) -> None:
     """And nothing waits for it again on the way out, or logs it as well (but for psycopg's pipelines)."""
     with connect(server.url(), Settings(), timeout=timeout) as conn:
-        with frozen(server), soon(), pytest.raises(TransientDatabaseError, match="frozen") as caught:
+        with frozen(server.pid), soon(), pytest.raises(TransientDatabaseError, match="frozen") as caught:
             STATEMENTS[use](conn)
         assert named(server) in str(caught.value)
         assert "TIDEMARK_DATABASE_URL" in str(caught.value)
@@ -112,13 +98,9 @@ def test_but_not_longer_than_the_server_would_let_it(server: PostgresServer) -> 
     """Somebody else answers for it: a pooler, or as here the postmaster for one frozen backend."""
     settings = Settings(statement_timeout=0.5, lock_timeout=0.5)
     with connect(server.url(), settings, timeout=0.2) as conn:
-        backend = psutil.Process(conn.info.backend_pid)
-        backend.suspend()
-        try:
-            with soon(), pytest.raises(TransientDatabaseError, match="frozen"):
-                conn.execute("select 1")
-        finally:
-            backend.resume()
+        pid = conn.info.backend_pid
+        with frozen(pid), soon(), pytest.raises(TransientDatabaseError, match="frozen"):
+            conn.execute("select 1")
 
 
 def test_it_is_set_up_like_those_of_the_pool(server: PostgresServer) -> None:
@@ -149,10 +131,10 @@ UNREACHABLE = [
 ]
 
 
-def from_the_pool(url: str, *, engine: bool = False) -> None:
+def from_the_pool(url: str) -> None:
     database = Database(url, Settings(pool_wait=0.3))
     try:
-        with database.engine.connect() if engine else database.connection():
+        with database.connection():
             pass
     finally:
         database.close()
@@ -160,7 +142,6 @@ def from_the_pool(url: str, *, engine: bool = False) -> None:
 
 USES: dict[str, Callable[[str], object]] = {
     "pool": from_the_pool,
-    "engine": lambda url: from_the_pool(url, engine=True),
     "connect": lambda url: connect(url, Settings()).__enter__(),
     "upgrade": upgrade,
     "bring_up": bring_up,
@@ -193,7 +174,7 @@ def test_a_wrong_password_is_told_with_the_server(server: PostgresServer) -> Non
 
 def test_topics_are_found_after_a_freeze(server: PostgresServer) -> None:
     """A server that goes on is used as before."""
-    with frozen(server):
+    with frozen(server.pid):
         pass
     with connect(server.url(), Settings(), timeout=TIMEOUT) as conn:
         create_topic(conn, "orders", 1)

@@ -9,13 +9,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import psutil
 import psycopg
 import pytest
 from prometheus_client.core import Metric
@@ -42,7 +41,7 @@ from tasks.names import PartitionNames
 from tests.integration import conftest
 from tests.integration.conftest import MakeApp, make_topic
 from tests.servers import PostgresServer, RedisServer
-from tests.support import Connect, wait_until
+from tests.support import Connect, frozen, wait_until
 from tests.support_commands import drain
 
 ROOT = Path(__file__).parents[2]
@@ -516,19 +515,6 @@ def test_redis_and_broker_away(
             return up == [1, 0, 0] and found("partitions", topic="orders") == 4
 
         wait_until(all_but_postgres_are_down)
-
-
-@contextmanager
-def frozen(*pids: int) -> Iterator[None]:
-    """Servers that hang, with all their processes: they take connections and requests, and answer nothing."""
-    processes = [p for pid in pids for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
 
 
 def test_a_scrape_of_hung_servers_ends_in_time(

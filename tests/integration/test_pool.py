@@ -1,4 +1,4 @@
-"""The pool: lazy, one per process, shared with SQLAlchemy's engine, bounded, and never handing out what is broken."""
+"""The pool: lazy, one per process, bounded, and never handing out what is broken."""
 
 import os
 import signal
@@ -14,12 +14,11 @@ from psycopg import Connection
 from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 from psycopg_pool import PoolTimeout
-from sqlalchemy import column, select, table, text
 
 from config.errors import UnknownTopicError
 from config.settings import Settings
 from db.pool import Database
-from db.topics import create_topic, partition_ids
+from db.topics import partition_ids
 from tests.support import wait_until
 
 
@@ -44,7 +43,6 @@ def backend(database: Database) -> int:
 
 
 def test_nothing_is_opened_before_it_is_asked_for(database: Database, conn: Connection[TupleRow]) -> None:
-    _ = database.engine
     assert backends(conn) == set()
     assert backend(database) in backends(conn)
 
@@ -62,45 +60,6 @@ def test_connections_are_reused(database: Database, conn: Connection[TupleRow]) 
     assert backends(conn) == before
 
 
-def test_the_engine_shares_the_pool(database: Database, conn: Connection[TupleRow]) -> None:
-    create_topic(conn, "orders", 3)
-    topics = table("topics", column("name"), column("partitions"), schema="tidemark")
-    with database.engine.connect() as connection:
-        assert connection.execute(select(topics.c.name, topics.c.partitions)).all() == [("orders", 3)]
-        pid = connection.execute(text("select pg_backend_pid()")).scalar_one()
-        assert pid in backends(conn)
-    seen = set()
-    for _ in range(10):
-        with database.engine.connect() as connection:
-            seen.add(connection.execute(text("select pg_backend_pid()")).scalar_one())
-    assert seen | {backend(database)} <= backends(conn)
-    assert len(backends(conn)) <= 3
-
-
-def test_a_connection_is_in_autocommit_mode_also_after_the_engine_had_it(database_url: str) -> None:
-    database = Database(database_url, Settings(pool_open=1))
-    try:
-        for _ in range(3):
-            with database.engine.connect() as connection:
-                connection.execute(text("create temporary table x (y int)"))
-            with database.connection() as conn:
-                assert conn.autocommit
-                assert conn.info.transaction_status == TransactionStatus.IDLE
-                conn.execute("select 1")
-                assert conn.info.transaction_status == TransactionStatus.IDLE
-    finally:
-        database.close()
-
-
-def test_the_engine_commits_only_when_told(database: Database, conn: Connection[TupleRow]) -> None:
-    insert = text("insert into tidemark.topics (name, partitions) values (:name, 1)")
-    with database.engine.connect() as connection:
-        connection.execute(insert, {"name": "dropped"})
-    with database.engine.begin() as connection:
-        connection.execute(insert, {"name": "kept"})
-    assert conn.execute("select name from tidemark.topics").fetchall() == [("kept",)]
-
-
 def test_no_more_than_the_limit(database_url: str, conn: Connection[TupleRow]) -> None:
     database = Database(database_url, Settings(pool_open=4, pool_idle=2, pool_wait=0.5))
     with ExitStack() as stack:
@@ -113,16 +72,11 @@ def test_no_more_than_the_limit(database_url: str, conn: Connection[TupleRow]) -
     database.close()
 
 
-@pytest.mark.parametrize("in_engine", [False, True])
-def test_session_settings(in_engine: bool, database: Database) -> None:  # noqa: FBT001
+def test_session_settings(database: Database) -> None:
     query = "select name, setting from pg_settings where name = any(array['lock_timeout', 'statement_timeout', "
     query += "'idle_in_transaction_session_timeout', 'synchronous_commit', 'TimeZone', 'application_name'])"
-    if in_engine:
-        with database.engine.connect() as connection:
-            rows = [tuple(row) for row in connection.execute(text(query))]
-    else:
-        with database.connection() as conn:
-            rows = conn.execute(query.encode()).fetchall()
+    with database.connection() as conn:
+        rows = conn.execute(query.encode()).fetchall()
     assert dict(rows) == {
         "lock_timeout": "1000",
         "statement_timeout": "60000",
@@ -234,8 +188,6 @@ def test_a_fork_opens_connections_of_its_own(database: Database, conn: Connectio
         answer = b"failed"
         try:
             own = backend(database)
-            with database.engine.connect() as connection:
-                connection.execute(text("select 1"))
             answer = str(own).encode()
             database.close()
         finally:

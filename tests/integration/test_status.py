@@ -1,9 +1,7 @@
 """`status` and `top`: what waits, what it waits for, and how fast it goes."""
 
 import json
-import os
 import re
-import signal
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +30,7 @@ from tasks.hints import KEY, Program
 from tasks.metrics import STUCK_KEY, WorkerMetrics
 from tests.integration.conftest import commit, make_topic
 from tests.servers import PostgresServer, RedisServer
-from tests.support import Connect, wait_until
+from tests.support import Connect, frozen, wait_until
 from tests.support_commands import Cli, app_for
 
 LONG = "n" * 249
@@ -250,14 +248,10 @@ def test_redis_that_hangs_or_is_away(
     with RedisServer(server_directory / "stopped", binary=redis_binary).start() as server:
         with Redis.from_url(server.url) as redis:
             pid = int(redis.info("server")["process_id"])
-        with app_for(database_url, server.url) as app:
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                began = time.monotonic()
-                words = Cli(app)(status, "--interval", "0", "--after", "0").words
-                assert time.monotonic() - began < 2
-            finally:
-                os.kill(pid, signal.SIGCONT)
+        with app_for(database_url, server.url) as app, frozen(pid):
+            began = time.monotonic()
+            words = Cli(app)(status, "--interval", "0", "--after", "0").words
+            assert time.monotonic() - began < 2
     assert "Redis does not answer: Timeout" in words
     assert "orders 2 0 2 0." in words
     assert "Redis does not answer start it, or correct TIDEMARK_BROKER_URL" in words
