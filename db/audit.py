@@ -48,16 +48,12 @@ class Violation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditResult:
-    """`batches` newly read in `partitions`; `complete` when every partition was audited up to its end.
-
-    `empty`, and then not complete: nothing was read, because no record of these partitions has an offset yet.
-    """
+    """`batches` newly read in `partitions`; `complete` when each was audited up to its end, and one has records."""
 
     partitions: int
     batches: int
     violations: tuple[Violation, ...]
     complete: bool
-    empty: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,13 +104,11 @@ def audit(
             _save(conn, page[-1:], always=True)
         if full or stopped:
             break
-    ended, any_records = not (full or stopped), any(position.offset for position in audited)
     return AuditResult(
         partitions=len(audited),
         batches=sum(position.batches for position in audited),
         violations=tuple(violations),
-        complete=ended and any_records,
-        empty=ended and not any_records,
+        complete=not (full or stopped) and any(position.offset for position in audited),
     )
 
 

@@ -36,14 +36,13 @@ _SHARE = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetentionResult:
-    """`deleted` batches of `log_bytes` in `partitions` partitions, and `objects_freed` by it: none of their batches is
-    left. `next_partition_id` is what to pass as `after_partition_id` to go on, None at the end.
+    """`deleted` batches of `log_bytes`, and `objects_freed` by it: none of their batches is left. `next_partition_id`
+    is what to pass as `after_partition_id` to go on, None at the end.
     """
 
     deleted: int = 0
     log_bytes: int = 0
     objects_freed: int = 0
-    partitions: int = 0
     next_partition_id: int | None = None
 
 
@@ -64,7 +63,6 @@ def retain(
     """
     if delete_batch < 1:
         raise ValueError(f"retention with {delete_batch} batches per transaction: pass at least one")
-    touched: set[int] = set()
     done = RetentionResult()
     size = max(1, delete_batch // _SHARE)
     while True:
@@ -75,12 +73,10 @@ def retain(
         while expired:
             group, expired = expired[:size], expired[size:]
             deleted, freed = _delete(conn, group, delete_batch // len(group))
-            touched.update(deleted.partition_ids)
             done = RetentionResult(
                 deleted=done.deleted + deleted.batches,
                 log_bytes=done.log_bytes + deleted.log_bytes,
                 objects_freed=done.objects_freed + freed,
-                partitions=len(touched),
             )
             expired = sorted(deleted.unfinished) + expired
             if stop():

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.pq import TransactionStatus
 
-from config.errors import InvalidCommitError, InvalidJobError, SettingsError, UnknownPartitionError
+from config.errors import InvalidCommitError, InvalidJobError, SettingsError
 from config.queues import MATERIALIZE, shard_of
 from config.settings import Settings
 from db.commit import commit_object
 from db.discover import Pending, find_committed, save_fan_out
 from db.discover import sweep as sweep_partitions
+from db.status import find_partition
 from db.topics import partition_ids as ids_of_topic
 from tasks.app import TidemarkApp
 from tasks.hints import Background, QueuedTokens
@@ -178,16 +179,11 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
 
     def look_up() -> list[int]:
         with app.database.connection() as conn:
-            ids = ids_of_topic(conn, topic)
+            ids = ids_of_topic(conn, topic) if partition is None else [find_partition(conn, topic, partition)]
             app.once(PartitionNames).learn(conn, ids)
             return ids
 
     ids = with_retries(app.settings, look_up, until=monotonic() + app.settings.task_seconds)
-    if partition is not None:
-        if not 0 <= partition < len(ids):
-            has = f"it has partitions 0 to {len(ids) - 1}"
-            raise UnknownPartitionError(f"topic {topic!r} has no partition {partition}; {has}")
-        ids = [ids[partition]]
     with app.producer_or_acquire() as producer:
         return [publish(app, g, at_once=True, producer=producer, **options).id for g in group_ids(ids, app.settings)]
 

@@ -34,7 +34,7 @@ from config.redis import RedisAddress, is_redis
 from db.pool import connect
 from db.status import HOLDER_KINDS, read_figures
 from tasks.app import TidemarkApp
-from tasks.hints import GONE_SECONDS, read_programs, redis_time
+from tasks.hints import read_programs, redis_time
 from tasks.metrics import BUCKETS, FAMILIES, MICROSECONDS, OTHER, Family, read
 
 log = logging.getLogger(__name__)
@@ -53,10 +53,6 @@ _WORKER_SILENT_SECONDS = 60.0
 
 # One, or by label, or by labels; None is no sample.
 Values = float | Mapping[Any, float] | None
-
-
-class ServerError(TidemarkError):
-    """The exporter cannot listen where it was told to, or not hear what it should."""
 
 
 def _gauge(name: str, help_text: str, values: Values, *labels: str, kind: Any = GaugeMetricFamily) -> Metric:
@@ -229,8 +225,7 @@ def _histogram(family: Family, values: Mapping[tuple[str, ...], float]) -> Metri
 
 def lease_metrics(redis: Redis, shards: int) -> list[Metric]:
     """Who has which shards, as the workers tell (`tasks.leases`), and the programs that live."""
-    now = redis_time(redis)
-    programs = [p for p in read_programs(redis).values() if p.seen > now - GONE_SECONDS]
+    programs = read_programs(redis, redis_time(redis)).values()
     sharing = [p for p in programs if p.leases and p.shards == shards]
     ticked = max((p.seen for p in programs if p.program == "beat"), default=None)
     return [
@@ -265,7 +260,7 @@ class Broker:
 
     def __call__(self) -> Iterator[Metric]:
         if self._error is not None:
-            raise ServerError(self._error)
+            raise TidemarkError(self._error)
         depths: dict[str, float] = {}
         if self._redis is not None:
             with self._redis.pipeline(transaction=False) as pipeline:
@@ -341,7 +336,8 @@ class Exporter(Collector):
         try:
             self._server, self._thread = start_http_server(port, address, registry)
         except (OSError, OverflowError) as error:
-            raise ServerError(f"cannot listen on {address} port {port}: {error}") from None
+            raise TidemarkError(f"cannot listen on {address} port {port}: {error}") from None
+        self.port = int(self._server.server_port)
         self._broker.start()
 
     def collect(self) -> Iterator[Metric]:
@@ -357,10 +353,6 @@ class Exporter(Collector):
         yield _gauge("exporter_source_duration_seconds", "Time it took to read a source.", seconds, "source")
         for reading in readings.values():
             yield from reading.metrics
-
-    @property
-    def port(self) -> int:
-        return int(self._server.server_port)
 
     @property
     def url(self) -> str:

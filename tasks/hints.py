@@ -229,10 +229,7 @@ class Membership:
         now = redis_time(redis)
         redis.hset(KEY, self.id, json.dumps({"since": now, **self._facts, "seen": now}))
         self._facts.setdefault("since", now)
-        entries = read_programs(redis)
-        if dead := [name for name, entry in entries.items() if entry.seen < now - GONE_SECONDS]:
-            redis.hdel(KEY, *dead)
-        return {name: entry for name, entry in entries.items() if name not in dead}
+        return read_programs(redis, now)
 
 
 def redis_time(redis: "Redis") -> float:
@@ -241,11 +238,13 @@ def redis_time(redis: "Redis") -> float:
     return float(seconds) + float(microseconds) / 1e6
 
 
-def read_programs(redis: "Redis") -> dict[str, Program]:
-    """Every entry by its id, less another release's; those of `GONE_SECONDS` ago may be among them."""
+def read_programs(redis: "Redis", now: float) -> dict[str, Program]:
+    """Who lives, by the entry's id; another release's are left out, and those gone for `GONE_SECONDS` forgotten."""
     found: Any = redis.hgetall(KEY)
     entries = {}
     for name, text in found.items():
         with suppress(ValueError, TypeError):
             entries[name] = Program(**json.loads(text))
-    return entries
+    if dead := [name for name, entry in entries.items() if entry.seen < now - GONE_SECONDS]:
+        redis.hdel(KEY, *dead)
+    return {name: entry for name, entry in entries.items() if name not in dead}

@@ -68,7 +68,6 @@ spent as (
 )
 select (select count(*) from deleted) as batches,
        (select coalesce(sum(d.byte_length), 0)::bigint from deleted d) as log_bytes,
-       array(select distinct g.partition_id from gone g) as partition_ids,
        array(select distinct e.partition_id from expired e where e.batches_to > $1::int and e.batches_to <> e.batches)
            as unfinished,
        set_config('tidemark.spent', array(select s.object_id from spent s)::text, true) as spent;

@@ -12,13 +12,7 @@ from tasks.exporter import DEFAULT_PORT, Exporter
 
 @command("exporter")
 @click.option("--address", default="127.0.0.1", metavar="ADDRESS", help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65_535),
-    default=DEFAULT_PORT,
-    metavar="PORT",
-    help="Port to listen on; 0: any free one.",
-)
+@click.option("--port", type=click.IntRange(0, 65_535), default=DEFAULT_PORT, metavar="PORT", help="0: any free one.")
 def exporter(ctx: click.Context, address: str, port: int) -> None:
     """Serve metrics for Prometheus at /metrics until Ctrl-C.
 

@@ -18,7 +18,7 @@ from db.status import Holder, LockWait, PartitionState, Reading, Session
 from tasks import hints
 from tasks.app import TidemarkApp
 from tasks.commands.display import NOTHING, count, duration, label, number, statement, table, text
-from tasks.hints import GONE_SECONDS, Program, redis_time
+from tasks.hints import Program, redis_time
 from tasks.metrics import read_stuck
 from tasks.names import ranges, together
 
@@ -68,9 +68,9 @@ class Hints:
 def read_programs(redis: Redis) -> list[Program]:
     """The programs that reported lately, by Redis' own clock, by name."""
     now = redis_time(redis)
-    entries = hints.read_programs(redis).values()
-    found = [replace(p, since=max(0.0, now - p.since), seen=max(0.0, now - p.seen)) for p in entries]
-    return sorted((p for p in found if p.seen <= GONE_SECONDS), key=lambda p: p.name)
+    entries = hints.read_programs(redis, now).values()
+    found = (replace(p, since=max(0.0, now - p.since), seen=max(0.0, now - p.seen)) for p in entries)
+    return sorted(found, key=lambda p: p.name)
 
 
 def read_hints(app: TidemarkApp) -> Hints:

@@ -13,7 +13,7 @@ from pytest_celery import CeleryBrokerCluster
 from redis import Redis
 
 from tasks.app import TidemarkApp
-from tasks.hints import read_programs
+from tasks.hints import read_programs, redis_time
 from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.producers import Producers, commit_one
 from tests.benchmarks.lease_timeline import SHARDS, Timeline, Watch, play, render
@@ -73,7 +73,7 @@ def test_a_stopping_workers_shards_are_others_at_once(
     with Redis.from_url(place.broker_url, decode_responses=True) as redis:
 
         def consumed() -> dict[str, list[int]]:
-            return {e.name.split("@")[0]: list(e.consumes) for e in read_programs(redis).values()}
+            return {e.name.split("@")[0]: list(e.consumes) for e in read_programs(redis, redis_time(redis)).values()}
 
         def both_have_their_half() -> dict[str, list[int]] | None:
             found = consumed()

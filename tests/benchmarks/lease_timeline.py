@@ -89,9 +89,9 @@ class Watch:
 
     def owners(self) -> dict[int, str]:
         """Worker name by shard, as the workers tell; without those that have told nothing for the lease's time."""
-        entries = read_programs(self._redis)
-        alive = redis_time(self._redis) - self._lease
-        return {s: e.name.split("@")[0] for e in entries.values() if e.seen > alive for s in e.consumes}
+        now = redis_time(self._redis)
+        entries = read_programs(self._redis, now).values()
+        return {s: e.name.split("@")[0] for e in entries if e.seen > now - self._lease for s in e.consumes}
 
     def close(self) -> None:
         self._stop.set()

@@ -435,13 +435,13 @@ def test_one_topic(conn: Conn) -> None:
 
 def test_nothing_to_read_is_not_complete(conn: Conn) -> None:
     """Without topics, without records, and with records that have no offset yet; but so it is with nothing new."""
-    nothing = AuditResult(partitions=0, batches=0, violations=(), complete=False, empty=True)
+    nothing = AuditResult(partitions=0, batches=0, violations=(), complete=False)
     assert audit(conn) == nothing
     ids = make_topic(conn, "t", partitions=3)
     assert audit(conn, topic="t") == replace(nothing, partitions=3)
     commit(conn, "o", ids[:1])
     assert audit(conn) == replace(nothing, partitions=3)
-    assert audit(conn, stop=lambda: True) == replace(nothing, partitions=3, empty=False)
+    assert audit(conn, stop=lambda: True) == replace(nothing, partitions=3)
     materialize(conn, ids)
     for batches in (1, 0):
         assert AuditResult(partitions=3, batches=batches, violations=(), complete=True) == audit(conn)

@@ -24,7 +24,7 @@ from psycopg.rows import TupleRow
 from redis import Redis
 
 import db.status
-from config.errors import UnknownPartitionError
+from config.errors import TidemarkError, UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY, Settings
 from db.audit import audit
 from db.materialize import MaterializationMetrics, Moved, ages_of_run, materialize
@@ -34,7 +34,7 @@ from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.compare import Side
 from tasks.drain import DrainMetrics, observers
-from tasks.exporter import Exporter, ServerError, Source
+from tasks.exporter import Exporter, Source
 from tasks.hints import Membership
 from tasks.metrics import WorkerMetrics
 from tasks.names import PartitionNames
@@ -585,7 +585,7 @@ def test_a_source_that_hung_is_asked_again_soon(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_where_it_cannot_listen(app: TidemarkApp, exporter: Exporter) -> None:
-    with pytest.raises(ServerError, match=f"cannot listen on 127.0.0.1 port {exporter.port}"):
+    with pytest.raises(TidemarkError, match=f"cannot listen on 127.0.0.1 port {exporter.port}"):
         Exporter(app, "127.0.0.1", exporter.port)
 
 

@@ -87,7 +87,7 @@ def test_time_stops_at_the_first_batch_that_is_young_enough(conn: Conn) -> None:
     (p,) = topic(conn, ms=DAY)
     log(conn, [p], [OLD, OLD, NOW, OLD])
 
-    assert RetentionResult(deleted=2, log_bytes=20, objects_freed=2, partitions=1) == retain(conn)
+    assert RetentionResult(deleted=2, log_bytes=20, objects_freed=2) == retain(conn)
     assert head(conn, p) == (4, 8, 20)
     assert [b.object_key for b in fetch_batches(conn, p, 4)] == ["o2", "o3"]
     with pytest.raises(OffsetOutOfRangeError):
@@ -237,7 +237,7 @@ def test_an_object_is_dead_when_its_last_batch_is_deleted(conn: Conn) -> None:
     materialize(conn, [a])
 
     conn.execute("update tidemark.record_batch_events set max_timestamp = %s where partition_id = %s", (NOW, b))
-    assert RetentionResult(deleted=2, log_bytes=20, objects_freed=1, partitions=1) == retain(conn)
+    assert RetentionResult(deleted=2, log_bytes=20, objects_freed=1) == retain(conn)
     assert [d.id for d in list_dead_objects(conn, older_than_seconds=0)] == [lone]
     assert list_dead_objects(conn, older_than_seconds=60) == []
     assert list_dead_objects(conn, older_than_seconds=0, after_object_id=lone) == []
@@ -270,7 +270,7 @@ def test_an_object_of_which_too_much_was_deleted_is_kept(conn: Conn) -> None:
     wrong = commit(conn, "wrong", [a, b], [OLD, NOW])
     materialize(conn, [a, b])
     conn.execute("insert into tidemark.deleted_batches values (%s, 1, 2)", (wrong,))
-    assert RetentionResult(deleted=1, log_bytes=10, partitions=1) == retain(conn)
+    assert RetentionResult(deleted=1, log_bytes=10) == retain(conn)
     conn.execute("insert into tidemark.dead_objects (object_id) values (%s)", (wrong,))
     assert forget_dead_objects(conn, [wrong]) == 0
 
@@ -290,7 +290,7 @@ def test_transactions_are_bounded_and_every_one_leaves_a_contiguous_log(conn: Co
         return False
 
     result = retain(conn, delete_batch=7, stop=look)
-    assert (result.deleted, result.partitions, result.next_partition_id) == (120, 5, None)
+    assert (result.deleted, result.next_partition_id) == (120, None)
     assert result.objects_freed == 20 == count(conn, "dead_objects")
     assert left[-1] == 0
     assert all(0 <= before - after <= 7 for before, after in pairwise(left))
@@ -442,7 +442,7 @@ def test_two_retentions_that_finish_an_object_at_one_moment(conn: Conn, connect:
             other = threads.submit(retention._delete, second, [b], 10)
             wait_until(waits_for_a_lock(conn, second.info.backend_pid))
         deleted, freed = other.result()
-    assert (deleted.batches, deleted.log_bytes, deleted.partition_ids, deleted.unfinished, freed) == (1, 10, [b], [], 1)
+    assert (deleted.batches, deleted.log_bytes, deleted.unfinished, freed) == (1, 10, [], 1)
     assert [d.id for d in list_dead_objects(conn, older_than_seconds=0)] == [shared]
     assert sound(conn)
 
@@ -479,9 +479,9 @@ def test_a_partition_that_somebody_has_locked_is_passed_over(conn: Conn, connect
     conn.execute("set lock_timeout = '1s'")
     other = connect(autocommit=False)
     other.execute("select from tidemark.topic_partitions where id = %s for no key update", (ids[1],))
-    assert RetentionResult(deleted=2, log_bytes=20, partitions=2) == retain(conn)
+    assert RetentionResult(deleted=2, log_bytes=20) == retain(conn)
     other.rollback()
-    assert RetentionResult(deleted=1, log_bytes=10, objects_freed=1, partitions=1) == retain(conn)
+    assert RetentionResult(deleted=1, log_bytes=10, objects_freed=1) == retain(conn)
 
 
 def test_a_snapshot_from_before_still_reads_the_old_log(conn: Conn, connect: Connect) -> None:
