@@ -61,7 +61,7 @@ class Connect(Protocol):
     def __call__(self, *, autocommit: bool = True) -> Connection[TupleRow]: ...
 
 
-def wait_until(condition: Callable[[], T], *, timeout: float = 15.0, interval: float = 0.02) -> T:
+def wait_until(condition: Callable[[], T], *, timeout: float = 30.0, interval: float = 0.02) -> T:
     """Return the first true value of `condition`; fail when there is none in time.
 
     The message is what `condition` is called, so give it a name that says what was waited for.

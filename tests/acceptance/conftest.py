@@ -262,7 +262,7 @@ class Log:
     def backlog(self) -> int:
         return backlog(self.conn)
 
-    def wait_until_drained(self, timeout: float = 30) -> None:
+    def wait_until_drained(self, timeout: float = 60) -> None:
         def the_backlog_is_drained() -> bool:
             return self.backlog() == 0
 

@@ -119,7 +119,7 @@ def test_the_pages_read_well(flower: Flower, worker: Worker, page: Any, app: Tid
     def flower_knows_the_worker() -> bool:
         return worker.hostname() in flower.request("/api/workers?refresh=1")
 
-    wait_until(flower_knows_the_worker, timeout=30, interval=0.5)
+    wait_until(flower_knows_the_worker, timeout=60, interval=0.5)
     for n in range(3):
         commit_one(log.conn, log.ledger, f"bucket/{n}", log.partitions)
     started = flower.request("/api/task/async-apply/tasks.materialize_topic", {"args": ["orders"]})
@@ -136,7 +136,7 @@ def test_the_pages_read_well(flower: Flower, worker: Worker, page: Any, app: Tid
         ]
         return tasks if len(tasks) == len(shards) else []
 
-    tasks = wait_until(flower_has_seen_all_of_them, timeout=30, interval=0.2)
+    tasks = wait_until(flower_has_seen_all_of_them, timeout=60, interval=0.2)
     assert all(task["args"].startswith("(orders/") for task in tasks)
     assert all("'events_processed': 6" in task["result"] for task in tasks)
 
@@ -182,7 +182,7 @@ def test_a_failed_task_says_why(flower: Flower, worker: Worker, page: Any) -> No
         return worker.hostname() in flower.request("/api/workers?refresh=1")
 
     # Before, it has not asked for the worker's events.
-    wait_until(flower_knows_the_worker, timeout=30, interval=0.5)
+    wait_until(flower_knows_the_worker, timeout=60, interval=0.5)
     failed = flower.request("/api/task/async-apply/tasks.materialize_topic", {"args": ["nosuch"]})["task-id"]
 
     def the_failure_is_known() -> bool:

@@ -39,7 +39,7 @@ def inspected(start: Programs, workers: int) -> dict[str, Any]:
         replies: dict[str, Any] = start.app.control.inspect(timeout=5, limit=workers)._request("shards") or {}
         return replies if len(replies) == workers else None
 
-    return wait_until(all_workers_answer, timeout=30) or {}
+    return wait_until(all_workers_answer, timeout=60) or {}
 
 
 def test_one_then_four_then_one_killed_and_one_stopped(start: Programs, place: Place, log: Log) -> None:
@@ -121,7 +121,7 @@ def test_an_emptied_store_moves_nothing(
         shares = sorted(len(numbers_in(r["shards"])) for r in replies.values() if r["leasing"])
         return replies if shares == [SHARDS // 2, SHARDS // 2] else None
 
-    before = wait_until(both_have_their_half, timeout=30) or {}
+    before = wait_until(both_have_their_half, timeout=60) or {}
     assert [r["shards"] for r in before.values() if not r["leasing"]] == ["3"]
     producers = produce()
     with Redis.from_url(place.broker_url) as redis:

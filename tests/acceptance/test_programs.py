@@ -19,7 +19,7 @@ def test_names_and_first_words(start: Programs, app: TidemarkApp) -> None:
     def both_are_ready() -> bool:
         return "is ready" in worker.output() and "beat is ready" in beat.output()
 
-    wait_until(both_are_ready, timeout=30)
+    wait_until(both_are_ready, timeout=60)
     name = f"celery@{socket.gethostname()}"
     assert f"{name} is ready" in worker.output()
     assert list(app.control.inspect(timeout=5, limit=1).ping() or {}) == [name]
@@ -51,7 +51,7 @@ def test_ticks_that_nobody_takes_do_not_pile_up(start: Programs, place: Place, l
         def beat_has_stopped_adding() -> bool:
             return "nobody takes the ticks" in beat.output()
 
-        wait_until(beat_has_stopped_adding, timeout=30)
+        wait_until(beat_has_stopped_adding, timeout=60)
         assert redis.llen("control") == 100
     commit_one(log.conn, log.ledger, "bucket/1", log.partitions)
     start.worker()

@@ -84,7 +84,7 @@ def test_the_next_worker_takes_over(
     def the_second_materializes() -> bool:
         return start.stats(second).get("tasks.materialize", 0) > 0
 
-    wait_until(the_second_materializes, timeout=30)
+    wait_until(the_second_materializes, timeout=60)
     producers.stop()
     log.wait_until_drained()
     assert log.check() == len(log.ledger.sent)

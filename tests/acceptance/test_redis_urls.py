@@ -211,7 +211,7 @@ def test_a_sentinel_and_a_fail_over(servers: Servers, place: Place, log: Log) ->
             def the_replica_is_master() -> bool:
                 return bool(replica.info("replication")["role"] == "master")
 
-            wait_until(the_replica_is_master, timeout=30)
+            wait_until(the_replica_is_master, timeout=60)
 
             def the_worker_is_back() -> bool:
                 return bool(replica.info("clients")["blocked_clients"] > 0)
