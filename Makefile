@@ -47,12 +47,12 @@ check: setup ## Format, lint, types, layers
 
 .PHONY: test
 test: check ## All checks and all tests that need nothing but this repository
-	$(PYTEST) --numprocesses 2 --dist loadfile $(ARGS)
+	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: coverage
 coverage: check ## The same tests, with the branch coverage of all processes, and its floor
 	mkdir -p build/coverage && $(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -99,7 +99,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 
 .PHONY: lock
 lock: setup ## Lock the newest versions that pyproject.toml admits
-	$(COMPILE) --upgrade --extra tracing --output-file config/requirements.lock
+	$(COMPILE) --upgrade --extra tracing --extra store --output-file config/requirements.lock
 	$(COMPILE) --upgrade --all-extras --group dev --output-file config/requirements-dev.lock
 
 .PHONY: clean

@@ -47,8 +47,11 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "fan_out": settings.fan_out_interval,
         "sweep": settings.sweep_interval,
         "retain": settings.retention_interval,
+        "purge": settings.retention_interval,
         "audit": settings.audit_interval,
     }
+    if settings.object_store is not None:
+        intervals |= {"collect": settings.collect_interval, "reconcile": settings.reconcile_interval}
     config: dict[str, Any] = {
         "broker_url": broker_url if broker is None else broker.celery_url,
         "task_queues": [

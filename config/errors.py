@@ -69,6 +69,26 @@ class OffsetNotAvailableError(TidemarkError, code="TM011"):
     """A standby was asked for an offset that has not arrived there; the next attempt may succeed."""
 
 
+class CondemnedObjectError(TidemarkError, code="TM012"):
+    """The object key was condemned before it was committed: what was uploaded under it is deleted."""
+
+
+class UnknownProducerError(TidemarkError, code="TM013"):
+    """No producer has this id, or it was silent for so long that it expired."""
+
+
+class FencedProducerError(TidemarkError, code="TM014"):
+    """The producer goes on under a newer epoch, in another program."""
+
+
+class StoreError(TidemarkError):
+    """The object store did not do what it was asked for; nothing is forgotten, and the next turn asks again."""
+
+
+class PartitionNotEmptyError(TidemarkError, code="TM015"):
+    """The partition has had batches with offsets, so nobody can choose any more where it begins."""
+
+
 class SchemaVersionError(TidemarkError):
     """The database's schema is not the one this program needs."""
 
@@ -79,3 +99,19 @@ class TransientDatabaseError(TidemarkError):
 
 class InvalidJobError(TidemarkError):
     """The arguments of a task are not what it takes."""
+
+
+class SeedError(TidemarkError):
+    """The tables of the seed's system are not what can be adopted; nothing was written."""
+
+
+class SeedChangedError(SeedError):
+    """The seed's system has written since its adoption began, so what was copied is not what it holds."""
+
+
+class AdoptConflictError(TidemarkError):
+    """What is to be adopted is there already, and was not adopted from the seed's system."""
+
+
+class AdoptDifferenceError(TidemarkError):
+    """What was copied differs from the seed's rows; no topic was created."""

@@ -12,7 +12,7 @@ from config.errors import InvalidJobError
 
 # Fan-out and ad-hoc jobs: short, and what latency depends on.
 CONTROL = "control"
-# Sweep, retention, audit: seconds each, so they must not stand in the way of fan-out.
+# Sweep, retention, purge, audit, what cleans up storage: seconds each, so they must not stand in the way of fan-out.
 MAINTENANCE = "maintenance"
 
 _SHARD_PREFIX = "materialize."
@@ -35,7 +35,7 @@ def all_queues(shards: int) -> list[str]:
 
 
 MATERIALIZE = "tasks.materialize"
-_MAINTENANCE = {"tasks.sweep", "tasks.retain", "tasks.audit"}
+_MAINTENANCE = {f"tasks.{name}" for name in ("sweep", "retain", "purge", "audit", "collect", "reconcile")}
 
 
 def shard_of(partition_id: int, shards: int) -> int:

@@ -4,12 +4,13 @@
 """
 
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import platformdirs
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, Json, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from config.errors import SettingsError
@@ -89,13 +90,41 @@ class Settings(BaseSettings):
     sweep_interval: Seconds = 30
     """Every partition is probed at this interval, to find what a lost message left behind."""
     retention_interval: Seconds = 60
-    """The retention limits of topics are applied at this interval."""
+    """The retention limits of topics are applied, and deleted topics purged, at this interval."""
     audit_interval: Seconds = 600
     """The invariants are checked on a part of the log at this interval."""
     maintenance_seconds: Seconds = 5
-    """A retention or audit task stops after this time and continues at its next run."""
+    """A retention, audit, collect or reconcile task stops after this time and continues at its next run."""
     delete_batch: int = Field(5_000, ge=1, le=1_000_000)
     """Retention deletes at most this many batches in one transaction."""
+    # Kafka's default for producers without transactions.
+    producer_seconds: Seconds = 86_400
+    """An idempotent producer that has been silent for this long is forgotten. It starts over with a new id or epoch."""
+    default_partitions: int = Field(1, ge=1, le=100_000)
+    """`topics create` makes this many partitions when it is not told how many."""
+    default_retention_seconds: Annotated[float, Field(ge=0, le=3e11, allow_inf_nan=False)] | None = None
+    """`topics create` gives a topic this retention time when it is not told one. Without it batches are kept."""
+    default_retention_bytes: int | None = Field(None, ge=0, le=2**63 - 1)
+    """`topics create` gives a topic this retention size by partition when it is not told one. Without it there is no
+    limit."""
+
+    object_store: str | None = None
+    """Where the brokers upload to, as `file:///directory` or `s3://bucket/prefix`: the keys of objects are relative to
+    it, and nothing else may be kept there. Without it nothing is deleted from storage. It needs the extra `store`."""
+    object_store_options: Json[dict[str, Any]] | None = Field(None, repr=False)
+    """Options of s3fs as JSON, such as `{"endpoint_url": "https://…", "key": "…", "secret": "…"}`. Without them the
+    credentials are those that boto finds."""
+    # Short, for a turn is: ten brokers that upload twenty objects a second are to be kept up with.
+    collect_interval: Seconds = 10
+    """With an object store, uploads that no batch refers to are deleted at this interval."""
+    reconcile_interval: Seconds = 300
+    """With an object store, a part of its keys is compared with the table at this interval."""
+    object_grace_seconds: Seconds = 3600
+    """An upload is deleted this long after its last batch, or after it was condemned. It must be longer than a reader
+    holds a batch that it has fetched, than a broker repeats a commit, and than a standby may lag that is promoted."""
+    object_ttl_seconds: Seconds = 86_400
+    """An upload that is older and that nobody has committed is condemned. It must be longer than a broker takes from
+    the beginning of an upload to its commit, repetitions included."""
     queued_seconds: Seconds = 60
     """A partition counts as queued for at most this long. After that it may be queued a second time."""
 
@@ -158,6 +187,15 @@ class Settings(BaseSettings):
             RedisAddress.parse(value)
         return value
 
+    @field_validator("object_store")
+    @classmethod
+    def _names_a_store(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"file:///[^/].*|s3://[^/@:?#]+(/.*)?", value):
+            raise ValueError(
+                "must be file:///directory or s3://bucket/prefix; credentials go into TIDEMARK_OBJECT_STORE_OPTIONS"
+            )
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.lock_timeout > self.statement_timeout:
@@ -214,7 +252,8 @@ def load_settings() -> Settings:
         lines = []
         for item in error.errors():
             name = f"TIDEMARK_{item['loc'][0]}".upper() if item["loc"] else "settings"
-            # A URL holds a password, and a message may end up in a log.
-            given = f" (given: {item['input']!r})" if item["loc"] and not name.endswith(("_URL", "_AUTH")) else ""
+            # A URL may hold a password, and a message may end up in a log.
+            is_secret = name.endswith(("_URL", "_AUTH", "_STORE", "_OPTIONS"))
+            given = f" (given: {item['input']!r})" if item["loc"] and not is_secret else ""
             lines.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
         raise SettingsError("; ".join(lines)) from None

@@ -30,9 +30,10 @@ _SKEW = 2.0, 30.0
 _MANY_DEAD = 50_000
 _MILLISECOND = 0.001
 
-_TABLE = re.compile(r"^create table tidemark\.(\w+) \(\n(.*?)\n\)(?: with \((.*)\))?;$", re.MULTILINE | re.DOTALL)
+_TABLE = re.compile(r"^create table tidemark\.(\w+) \(\n(.*?)\n\)(?: with \(([^)]*)\))?;$", re.MULTILINE | re.DOTALL)
 _CONSTRAINT = re.compile(r"^ *constraint (\w+) (.*?),?$", re.MULTILINE)
-_INDEX = re.compile(r"^(create index (\w+) on ([\w.]+) .*;)$", re.MULTILINE)
+_FUNCTION = re.compile(r"^create or replace function tidemark\.(\w+)", re.MULTILINE)
+_INDEX = re.compile(r"^(create (?:unique )?index (\w+) on ([\w.]+) .*;)$", re.MULTILINE)
 
 
 class Level(StrEnum):
@@ -99,7 +100,7 @@ def checks(conn: Connection, settings: Settings) -> dict[str, Callable[[], Itera
         "version": lambda: _version(conn),
         "tables": table("doctor_tables", *_tables()),
         "constraints and indexes": table("doctor_rules", *_rules()),
-        "functions": table("doctor_functions", [f.stem for f in routine_files() if f.stem not in {"views", "grants"}]),
+        "functions": table("doctor_functions", _functions()),
         "privileges": table("doctor_privileges"),
         "activity": lambda: judge_activity(read_status(conn), settings),
         "vacuum": table("doctor_vacuum", _MANY_DEAD),
@@ -144,6 +145,12 @@ def _tables() -> tuple[list[str], list[str | None]]:
     """Tables that should be there, and their storage parameters."""
     found = [(name, options or None) for name, _, options in _definitions(_TABLE)]
     return [name for name, _ in found], [options for _, options in found]
+
+
+def _functions() -> list[str]:
+    """Functions that should be there."""
+    texts = (file.read_text("utf-8") for file in routine_files())
+    return sorted({name for text in texts for name in _FUNCTION.findall(text)})
 
 
 def _rules() -> tuple[list[str], list[str], list[str]]:

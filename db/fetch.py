@@ -1,10 +1,22 @@
-"""The read path: batches of a partition from an offset on."""
+"""The read path: batches of partitions from an offset on, offsets by time, and what became of commits."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from time import monotonic, sleep
+from typing import Any, Literal, Protocol
 
-from config.errors import UnknownPartitionError
-from db.statements import Connection, all_
+from config.errors import InvalidFetchError, UnknownPartitionError
+from db.arrays import Int4Array, Int8Array
+from db.commit import Verdict
+from db.statements import Connection, all_, rows
 from db.translate import is_int
+
+MAX_BYTES = 50 * 1024 * 1024
+LATEST, EARLIEST, MAX_TIMESTAMP = -1, -2, -3
+FetchError = Literal["unknown_partition", "offset_out_of_range", "offset_not_available", "malformed"]
+# So long a message that was lost, or that nobody sends, is not missed.
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,12 +31,73 @@ class FetchedBatch:
     max_timestamp: int
 
 
+@dataclass(frozen=True, slots=True)
+class FetchRequest:
+    """What is asked of one partition: batches from an offset on, `max_bytes` at most."""
+
+    partition_id: int
+    from_offset: int
+    max_bytes: int = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchedPartition:
+    """The answer for one partition; its log has the offsets `[start_offset, end_offset)`, None where it is unknown."""
+
+    partition_id: int
+    error: FetchError | None
+    start_offset: int | None
+    end_offset: int | None
+    batches: list[FetchedBatch]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedOffset:
+    """An offset, and the greatest timestamp of its batch where a time was asked for; None where there is none."""
+
+    partition_id: int
+    error: FetchError | None
+    log_offset: int | None
+    max_timestamp: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """What became of one batch of a commit: `batch` counts from 1 in the order of the request.
+
+    `base_offset` is the offset of its first record, for a duplicate that of the first one. It is None while
+    `is_pending`, for what was not accepted, and where retention has deleted it.
+    """
+
+    object_id: int
+    batch: int
+    partition_id: int | None
+    verdict: Verdict
+    base_offset: int | None
+    is_pending: bool
+
+
+class Moves(Protocol):
+    """Tells which partitions have got new offsets, see `tasks.hints.Moves`."""
+
+    def wait(self, seconds: float) -> Collection[int]:
+        """Partitions that moved since the last call; waits for the first ones so long, and then returns none."""
+
+
+class _NoMoves:
+    """Where nobody tells: all that is left is to look."""
+
+    def wait(self, seconds: float) -> Collection[int]:
+        sleep(seconds)
+        return ()
+
+
 def fetch_batches(
     conn: Connection,
     partition_id: int,
     from_offset: int,
     *,
-    max_bytes: int = 50 * 1024 * 1024,
+    max_bytes: int = MAX_BYTES,
     max_batches: int = 500,
 ) -> list[FetchedBatch]:
     """Batches from `from_offset` on, the first of which contains it; empty at the end offset.
@@ -36,3 +109,162 @@ def fetch_batches(
     if not is_int(partition_id):
         raise UnknownPartitionError(f"partition id {partition_id} does not exist")
     return all_(conn, FetchedBatch, "fetch_batches", (partition_id, from_offset, max_bytes, max_batches))
+
+
+def fetch_partitions(
+    conn: Connection, requests: Iterable[FetchRequest], *, max_bytes: int = MAX_BYTES, max_batches: int = 5_000
+) -> list[FetchedPartition]:
+    """Batches of many partitions, in their order and in one snapshot; an answer for each, with an error of its own.
+
+    At most `max_bytes` and `max_batches` in all. The first batch comes whatever its size, any other one where it fits.
+
+    Raises InvalidFetchError for limits below 1, numbers that do not fit and more than 10,000 partitions.
+    """
+    wanted = list(requests)
+    arrays = _arrays(
+        (Int4Array, [r.partition_id for r in wanted]),
+        (Int8Array, [r.from_offset for r in wanted]),
+        (Int8Array, [r.max_bytes for r in wanted]),
+    )
+    found = rows(conn, "fetch_partitions", (*arrays, max_bytes, max_batches))
+    return [_answer(list(answers)) for _, answers in groupby(found, lambda row: row.request)]
+
+
+def _answer(found: Sequence[Any]) -> FetchedPartition:
+    names = FetchedBatch.__slots__
+    batches = [FetchedBatch(**{name: getattr(row, name) for name in names}) for row in found if row.n_records]
+    head = found[0]
+    return FetchedPartition(
+        partition_id=head.partition_id,
+        error=head.error,
+        start_offset=head.log_start,
+        end_offset=head.log_end,
+        batches=batches,
+    )
+
+
+def wait_for_batches(
+    conn: Connection,
+    requests: Iterable[FetchRequest],
+    *,
+    max_wait: float,
+    min_bytes: int = 1,
+    max_bytes: int = MAX_BYTES,
+    max_batches: int = 5_000,
+    moves: Moves | None = None,
+    poll_seconds: float = POLL_SECONDS,
+) -> list[FetchedPartition]:
+    """As `fetch_partitions`, once there are `min_bytes` in all, or an error, or `max_wait` seconds are over.
+
+    Looks again when `moves` says that one of the partitions moved, and every `poll_seconds` at least.
+    """
+    wanted = list(requests)
+    ids = {request.partition_id for request in wanted}
+    for _ in _looks(ids, max_wait, moves, poll_seconds):
+        found = fetch_partitions(conn, wanted, max_bytes=max_bytes, max_batches=max_batches)
+        size = sum(batch.byte_length for partition in found for batch in partition.batches)
+        if size >= min(min_bytes, max_bytes) or any(partition.error for partition in found):
+            break
+    return found
+
+
+def list_offsets(conn: Connection, partition_ids: Sequence[int], times: Sequence[int]) -> list[ListedOffset]:
+    """The offset of each partition at a time, in milliseconds since the epoch, or LATEST, EARLIEST, MAX_TIMESTAMP.
+
+    For a time: the first offset whose batch may hold a record of that time or later. An error by partition.
+
+    Raises InvalidFetchError for sequences that differ, numbers that do not fit and more than 10,000 partitions.
+    """
+    arrays = _arrays((Int4Array, partition_ids), (Int8Array, times))
+    return all_(conn, ListedOffset, "list_offsets", arrays)
+
+
+def _arrays(*wanted: tuple[type[Int4Array], Sequence[int]]) -> list[Int4Array]:
+    try:
+        return [kind(numbers) for kind, numbers in wanted]
+    except (OverflowError, TypeError) as error:
+        raise InvalidFetchError(
+            f"{error}. Pass partition ids of 32 bits, and offsets, sizes and times of 64 bits."
+        ) from None
+
+
+def receipts(conn: Connection, object_ids: Iterable[int], moved: Iterable[int] | None = None) -> list[Receipt]:
+    """What became of the batches of these objects, by object and in the order of the request.
+
+    With `moved`, only batches of these partitions that have an offset by now. Ids that are not known are left out.
+    """
+    partitions = None if moved is None else Int4Array(moved)
+    return all_(conn, Receipt, "receipts", (Int8Array(object_ids), partitions))
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Commits that wait for their offsets: any number, by one call each time some partitions have moved."""
+
+    # By partition: the objects that have batches there without an offset, and which.
+    _pending: dict[int, dict[int, set[int]]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    def add(self, conn: Connection, object_ids: Iterable[int]) -> list[Receipt]:
+        """Wait for these as well; returns the receipts that are there already."""
+        found = receipts(conn, object_ids)
+        for receipt in found:
+            if receipt.is_pending and receipt.partition_id is not None:
+                waiting = self._pending.setdefault(receipt.partition_id, {})
+                waiting.setdefault(receipt.object_id, set()).add(receipt.batch)
+        return [receipt for receipt in found if not receipt.is_pending]
+
+    def look(self, conn: Connection, moved: Collection[int] = ()) -> list[Receipt]:
+        """The receipts that have come in these partitions, or in any one."""
+        ids = self._pending.keys() & set(moved) if moved else set(self._pending)
+        if not ids:
+            return []
+        answered = []
+        for receipt in receipts(conn, {o for i in ids for o in self._pending[i]}, ids):
+            waiting = self._pending.get(receipt.partition_id or 0, {})
+            batches = waiting.get(receipt.object_id, set())
+            # Batches that are answered already come again with the others of their object.
+            if receipt.batch in batches:
+                answered.append(receipt)
+                batches.remove(receipt.batch)
+                if not batches:
+                    del waiting[receipt.object_id]
+                if not waiting:
+                    del self._pending[receipt.partition_id or 0]
+        return answered
+
+
+def wait_for_receipts(
+    conn: Connection,
+    object_ids: Iterable[int],
+    *,
+    timeout: float,
+    moves: Moves | None = None,
+    poll_seconds: float = POLL_SECONDS,
+) -> list[Receipt]:
+    """The receipts of these objects, once all are there or `timeout` seconds are over; then some may be pending.
+
+    Looks again when `moves` says that partitions moved, and every `poll_seconds` at least.
+    """
+    wanted = list(object_ids)
+    waiting = Waiting()
+    waiting.add(conn, wanted)
+    until = monotonic() + timeout
+    source = moves or _NoMoves()
+    while waiting and (left := until - monotonic()) > 0:
+        waiting.look(conn, source.wait(min(poll_seconds, left)))
+    return receipts(conn, wanted)
+
+
+def _looks(ids: set[int], seconds: float, moves: Moves | None, poll_seconds: float) -> Iterator[None]:
+    """Now, then whenever one of the partitions has moved, and at the end of every poll, until the time is over."""
+    source = moves or _NoMoves()
+    until = monotonic() + seconds
+    yield
+    while (left := until - monotonic()) > 0:
+        poll = monotonic() + min(poll_seconds, left)
+        while (left := poll - monotonic()) > 0 and ids.isdisjoint(source.wait(left)):
+            pass
+        yield

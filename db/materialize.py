@@ -24,8 +24,7 @@ from psycopg.rows import class_row
 from config.errors import UnknownPartitionError
 from config.settings import DEFAULT_STRATEGY, Strategy
 from db.arrays import Int4Array
-from db.statements import Connection, pipelined, run
-from db.topics import names_of
+from db.statements import Connection, pipelined, run, values
 
 # Heap tuple (32 bytes header with the bitmap of nulls, 64 to 80 of columns, 4 of line pointer) and its entry in the
 # primary key (8 bytes header, 12 of columns, padded to 24, 4 of line pointer) of one row of runs.
@@ -152,11 +151,11 @@ def materialize(
         placing = run(conn, f"place_{strategy}", (events_per_partition,), prepare=True, row_factory=class_row(Moved))
         locked, waited, _ = locking.fetchall()[0]
         missing = sorted(set(ids) - set(locked))
-        if missing and not wait:
-            missing = sorted(set(missing) - names_of(conn, missing).keys())
-        if missing:
+        # Those of a topic that was deleted meanwhile need nothing more; those that others have locked are there.
+        known = values(conn, "known_partitions", (Int4Array(missing),))[0] if missing else ()
+        if unknown := sorted(set(missing) - set(known)):
             raise UnknownPartitionError(
-                f"partition id {missing[0]} does not exist ({len(missing)} of {len(ids)} asked for). "
+                f"partition id {unknown[0]} does not exist ({len(unknown)} of {len(ids)} asked for). "
                 f"Read the ids of a topic's partitions with tidemark.partition_ids(topic)."
             )
         moved: tuple[Moved, ...] = tuple(placing.fetchall())
@@ -170,7 +169,7 @@ def materialize(
         log_bytes=sum(m.log_bytes for m in moved),
         transactions=1,
         backlog_partition_ids=tuple(sorted(m.partition_id for m in moved if m.has_more)),
-        busy_partition_ids=tuple(sorted(set(ids) - set(locked))),
+        busy_partition_ids=() if wait else tuple(missing),
         strategy=strategy,
         batch_events=events_per_partition * len(ids),
         moved=moved,

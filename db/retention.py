@@ -24,8 +24,10 @@ from typing import Any
 
 from psycopg.rows import namedtuple_row
 
+from config.errors import UnknownPartitionError
 from db.arrays import Int4Array
 from db.statements import Connection, pipelined, run, values
+from db.translate import is_int
 
 # Partitions looked at in one statement: some milliseconds.
 _PAGE = 1_000
@@ -84,6 +86,46 @@ def retain(
         after_partition_id = last
         if stop():
             return replace(done, next_partition_id=last)
+
+
+def purge(conn: Connection, *, delete_batch: int = 5_000, stop: Callable[[], bool] = lambda: False) -> RetentionResult:
+    """Delete what the partitions of deleted topics held, at most `delete_batch` batches per transaction.
+
+    Several may do so at once: each takes partitions that nobody else has locked. Ends when nothing is left that can go
+    now, or when `stop` says so, which it asks after each transaction. Transactions that ran when the topic was
+    deleted may still commit to it, so a partition is done at a later call. The connection must be in autocommit mode.
+
+    Lock order: deleted_partitions by ascending id, passing over those that are locked, then objects.
+    """
+    done = RetentionResult()
+    size = max(1, delete_batch // _SHARE)
+    while True:
+        with pipelined(conn):
+            run(conn, "lock_deleted_partitions", (size,), prepare=True)
+            purging = run(conn, "purge", (max(_SHARE, delete_batch // size),), prepare=True, row_factory=namedtuple_row)
+            run(conn, "lock_spent_objects", prepare=True)
+            freeing = run(conn, "free_spent_objects", prepare=True)
+            (gone,) = purging.fetchall()
+        done = RetentionResult(
+            deleted=done.deleted + gone.batches,
+            log_bytes=done.log_bytes + gone.log_bytes,
+            objects_freed=done.objects_freed + freeing.rowcount,
+        )
+        if not gone.went_on or stop():
+            run(conn, "forget_purged", (_PAGE,))
+            return done
+
+
+def delete_records(conn: Connection, partition_id: int, before_offset: int) -> int:
+    """Delete a partition's records before an offset, or all for -1; returns the start offset of the log.
+
+    It may lie inside of a batch, and never goes back. What lies before it is gone for readers at once; retention
+    deletes it. Raises UnknownPartitionError, and OffsetOutOfRangeError for an offset below -1.
+    """
+    if not is_int(partition_id):
+        raise UnknownPartitionError(f"partition id {partition_id} does not exist")
+    (start,) = values(conn, "delete_records", (partition_id, before_offset))
+    return int(start)
 
 
 def _delete(conn: Connection, partition_ids: Sequence[int], share: int) -> tuple[Any, int]:

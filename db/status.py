@@ -170,6 +170,14 @@ class Dispatch:
     own_cluster: bool
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leftovers:
+    """What waits to be deleted, each counted up to 100,000: partitions of deleted topics, and objects in storage."""
+
+    partitions: int
+    objects: int
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What people look at, at one moment; `at` is the monotonic clock's."""
@@ -181,6 +189,7 @@ class Reading:
     lock_waits: Sequence[LockWait]
     holders: Sequence[Holder]
     dispatch: Dispatch
+    leftovers: Leftovers
 
     def backlogs(self) -> dict[str, TopicBacklog]:
         """Backlog by topic; an empty one for topics without."""
@@ -216,6 +225,7 @@ class Figures:
     lock_waits: Sequence[LockWait]
     holders: Sequence[Holder]
     dispatch: Dispatch
+    leftovers: Leftovers
 
 
 def read_status(conn: Connection, names: Sequence[str] | None = None) -> Reading:
@@ -253,12 +263,14 @@ def _snapshot(conn: Connection) -> Iterator[None]:
         yield
 
 
-def _activity(conn: Connection) -> tuple[list[LockWait], list[Holder], Dispatch]:
-    """Who waits for locks, what holds something up, and how far fan-out got."""
+def _activity(conn: Connection) -> tuple[list[LockWait], list[Holder], Dispatch, Leftovers]:
+    """Who waits for locks, what holds something up, how far fan-out got, and what is yet to be deleted."""
     waits = all_(conn, LockWait, "find_lock_waits", (_ROWS,), prepare=False)
     holders = all_(conn, Holder, "find_holders", (_ROWS,), prepare=False)
     # The migration puts a row of fan-out's there, and the newest one stays.
-    return waits, holders, all_(conn, Dispatch, "read_dispatch", prepare=False)[0]
+    [dispatch] = all_(conn, Dispatch, "read_dispatch", prepare=False)
+    [leftovers] = all_(conn, Leftovers, "read_leftovers", prepare=False)
+    return waits, holders, dispatch, leftovers
 
 
 def describe_topics(conn: Connection, names: Sequence[str] | None = None) -> list[TopicState]:

@@ -1,22 +1,76 @@
 """Topics and their partitions."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 from config.errors import InvalidTopicError, UnknownTopicError
 from db.arrays import Int4Array
-from db.statements import Connection, run, values
+from db.statements import Connection, all_, run, values
 from db.translate import is_storable
 
 _MAX_LIMIT = 2**63 - 1
 
 
-def create_topic(conn: Connection, name: str, partitions: int) -> UUID:
-    """Create a topic; raises InvalidTopicError and TopicExistsError."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topic:
+    """A topic: the ids of its partitions, partition 0 first, and its limits of retention, None for none."""
+
+    id: UUID
+    name: str
+    partition_ids: list[int]
+    retention_ms: int | None
+    retention_bytes: int | None
+    created_at: datetime
+
+
+def create_topic(
+    conn: Connection,
+    name: str,
+    partitions: int,
+    *,
+    topic_id: UUID | None = None,
+    retention_ms: int | None = None,
+    retention_bytes: int | None = None,
+) -> UUID:
+    """Create a topic, under an id of the caller's where one is given; returns its id.
+
+    Raises InvalidTopicError, also for a name that differs from another one in `.` and `_` alone, and TopicExistsError.
+    """
     if not is_storable(name):
         raise InvalidTopicError(f"topic name {name!r} is not legal. Use 1 to 249 of the characters A-Z a-z 0-9 . _ -")
-    (topic_id,) = values(conn, "create_topic", (name, partitions))
+    _check_limits(name, retention_ms, retention_bytes)
+    (created,) = values(conn, "create_topic", (name, partitions, topic_id, retention_ms, retention_bytes))
+    return UUID(str(created))
+
+
+def add_partitions(conn: Connection, topic: str, partitions: int) -> list[int]:
+    """Give a topic more partitions, so that it has `partitions` in all; returns the ids of all of them.
+
+    Raises UnknownTopicError, and InvalidTopicError where that is no more than it has.
+    """
+    (ids,) = values(conn, "add_partitions", (topic, partitions))
+    return list(ids)
+
+
+def delete_topic(conn: Connection, topic: str) -> UUID:
+    """Delete a topic: its name is free at once, `tasks.purge` deletes what it held. Raises UnknownTopicError."""
+    (topic_id,) = values(conn, "delete_topic", (topic,))
     return UUID(str(topic_id))
+
+
+def list_topics(
+    conn: Connection,
+    names: Sequence[str] | None = None,
+    *,
+    ids: Sequence[UUID] | None = None,
+    after: str = "",
+    limit: int = 1_000,
+) -> list[Topic]:
+    """Topics by name: those with these names or ids, or all; at most `limit`, after a name. Others are left out."""
+    wanted = None if names is None else list(names), None if ids is None else list(ids)
+    return all_(conn, Topic, "list_topics", (*wanted, after, limit))
 
 
 def partition_ids(conn: Connection, topic: str) -> list[int]:
@@ -55,15 +109,16 @@ def names_of(conn: Connection, ids: Sequence[int]) -> dict[int, tuple[str, int]]
 def set_retention(conn: Connection, topic: str, *, retention_ms: int | None, retention_bytes: int | None) -> None:
     """Set a topic's limits, both; None is no limit. What is beyond them goes at the next retention.
 
-    Raises UnknownTopicError, and InvalidTopicError for a limit that is not positive or beyond 64 bits.
+    Raises UnknownTopicError, and InvalidTopicError for a limit that is negative or beyond 64 bits.
     """
-    for name, limit in (("retention_ms", retention_ms), ("retention_bytes", retention_bytes)):
-        if limit is not None and not 1 <= limit <= _MAX_LIMIT:
-            raise InvalidTopicError(
-                f"topic {topic!r}: {name} {limit} is out of range. Use 1 to {_MAX_LIMIT}, or None for no limit."
-            )
-    if not run(conn, "set_retention", (topic, retention_ms, retention_bytes)).rowcount:
-        raise UnknownTopicError(
-            f"topic {topic!r} does not exist. Create it with tidemark.create_topic(name, partitions), or list what "
-            f"there is in tidemark.topics."
+    _check_limits(topic, retention_ms, retention_bytes)
+    run(conn, "set_retention", (topic, retention_ms, retention_bytes))
+
+
+def _check_limits(topic: str, *limits: int | None) -> None:
+    # Postgres would find no function for a number that is no bigint.
+    if any(limit is not None and not 0 <= limit <= _MAX_LIMIT for limit in limits):
+        raise InvalidTopicError(
+            f"topic {topic!r}: retention of {limits[0]} ms and {limits[1]} bytes is out of range. Use 0 to "
+            f"{_MAX_LIMIT}, or None for no limit."
         )

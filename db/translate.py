@@ -55,8 +55,8 @@ _BY_CONSTRAINT: dict[str, type[TidemarkError]] = {
     "objects_key_length": InvalidCommitError,
     "topics_name_legal": InvalidTopicError,
     "topics_partitions_in_range": InvalidTopicError,
-    "topics_retention_ms_positive": InvalidTopicError,
-    "topics_retention_bytes_positive": InvalidTopicError,
+    "topics_retention_ms_not_negative": InvalidTopicError,
+    "topics_retention_bytes_not_negative": InvalidTopicError,
     "topics_name_key": TopicExistsError,
 }
 

@@ -24,7 +24,7 @@ from tasks.app import TidemarkApp
 from tasks.batching import Controller, make_controller
 from tasks.compare import DrainComparison, Observer, Side, split
 from tasks.dispatch import hand_over
-from tasks.hints import QueuedTokens
+from tasks.hints import Hints, QueuedTokens, publish_moves
 from tasks.metrics import OTHER, SEVERAL, STUCK_KEY, WorkerMetrics
 from tasks.names import PartitionNames
 from tasks.retries import with_retries
@@ -168,7 +168,18 @@ class _Side:
 
 def observers(app: TidemarkApp) -> tuple[Observer, ...]:
     """Everybody who wants to know what a task's partitions go through; for `app.once`."""
-    return DrainMetrics(app), DrainComparison(app), DrainLog(app)
+    return DrainMoves(app), DrainMetrics(app), DrainComparison(app), DrainLog(app)
+
+
+class DrainMoves(Observer):
+    """Tells whoever waits for offsets which partitions have got some."""
+
+    def __init__(self, app: TidemarkApp) -> None:
+        self._hints = app.once(Hints)
+
+    def transaction(self, side: Side, done: MaterializationMetrics) -> None:  # noqa: ARG002 - an observer's
+        if moved := [m.partition_id for m in done.moved]:
+            self._hints.ask(lambda redis: publish_moves(redis, moved), 0)
 
 
 class DrainMetrics(Observer):

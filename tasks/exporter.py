@@ -178,6 +178,8 @@ def read_postgres(app: TidemarkApp) -> Iterator[Metric]:
     waiters, longest = len({wait.pid for wait in found.lock_waits}), _longest(w.waited for w in found.lock_waits)
     yield _gauge("lock_waiting_sessions", "Database sessions that wait for a lock, up to 100.", waiters)
     yield _gauge("lock_wait_longest_seconds", "How long the longest of them has waited.", longest)
+    yield _gauge("deleted_partitions", "Partitions of deleted topics yet to be purged.", found.leftovers.partitions)
+    yield _gauge("dead_objects", "Objects that can go from storage, up to 100,000.", found.leftovers.objects)
     yield _gauge("fan_out_last_found_timestamp_seconds", "When fan-out last found commits.", found_at)
     yield _gauge("fan_out_waiting_seconds", "Age of the oldest commit no fan-out has seen, or 0.", waiting)
     yield _gauge("audit_progress_timestamp_seconds", "When an audit last read batches.", audited)

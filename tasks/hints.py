@@ -1,4 +1,4 @@
-"""Redis, for what may as well be missing: tokens, metrics, leases, traces (invariant 8: truth lives in Postgres alone).
+"""Redis, for what may as well be missing: tokens, moves, metrics, leases, traces. Truth is in Postgres (invariant 8).
 
 Whoever asks goes on without an answer. A Redis that hangs is the worst case: each question would wait for its
 time-out. So time-outs are short, and after a failure nothing is asked for some seconds: while Redis is away a task
@@ -27,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import BoundedSemaphore
-from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import uuid4
 
 from redis import RedisError
@@ -130,6 +130,61 @@ class QueuedTokens:
     def release(self, partition_ids: Iterable[int]) -> None:
         if keys := list(map(_key, partition_ids)):
             self._hints.ask(lambda redis: redis.delete(*keys), None)
+
+
+# --- Moves
+
+_MOVED = "tidemark:moved"
+
+
+def publish_moves(redis: "Redis", partition_ids: Sequence[int]) -> int:
+    """Tell everybody who listens that these partitions have got new offsets; returns how many do.
+
+    A list of partition ids as JSON. A message that is lost costs a listener one poll, and nothing else.
+    """
+    return int(redis.publish(_MOVED, json.dumps(partition_ids)))
+
+
+class Moves:
+    """Listens for partitions that got new offsets: for `db.fetch`. Close it, or leave it, when done."""
+
+    def __init__(self, app: TidemarkApp) -> None:
+        redis: Any = app.redis
+        self._pubsub = None if redis is None else redis.pubsub(ignore_subscribe_messages=True)
+        self._subscribed = False
+        self._silent_until = 0.0
+
+    def wait(self, seconds: float) -> set[int]:
+        """Partitions that moved since the last call; waits so long for the first, and returns none without a Redis."""
+        until = monotonic() + seconds
+        moved: set[int] = set()
+        if self._pubsub is not None and monotonic() >= self._silent_until:
+            try:
+                if not self._subscribed:
+                    self._pubsub.subscribe(_MOVED)
+                    self._subscribed = True
+                message = self._pubsub.get_message(timeout=seconds)
+                while message is not None or not (moved or monotonic() >= until):
+                    if message is not None:
+                        moved.update(json.loads(message["data"]))
+                    message = self._pubsub.get_message(timeout=0 if moved else max(0.0, until - monotonic()))
+            except RedisError as error:
+                self._silent_until = monotonic() + _PAUSE_SECONDS
+                said = f"{type(error).__name__}: {error}"
+                log.warning("Redis does not answer: polling for offsets", extra={"error": said})
+        if not moved:
+            sleep(max(0.0, until - monotonic()))
+        return moved
+
+    def close(self) -> None:
+        if self._pubsub is not None:
+            self._pubsub.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 # --- What nobody waits for

@@ -1,6 +1,6 @@
 """The tasks. From Python: `from tasks.jobs import materialize_topic; materialize_topic.delay("orders")`.
 
-What they do stands in `tasks.drain`, `tasks.dispatch` and `tasks.maintenance`, as functions of an app.
+What they do stands in `tasks.drain`, `tasks.dispatch`, `tasks.maintenance` and `tasks.cleanup`, as functions of an app.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from celery.exceptions import Ignore, Retry
 
 from config.errors import InvalidJobError, TransientDatabaseError, UnknownPartitionError, UnknownTopicError
 from config.queues import MATERIALIZE
-from tasks import dispatch, drain, maintenance
+from tasks import cleanup, dispatch, drain, maintenance
 from tasks.app import TidemarkApp, app
 from tasks.metrics import WorkerMetrics
 
@@ -95,11 +95,29 @@ def sweep() -> dict[str, int]:
 
 @_job(name="tasks.retain")
 def retain() -> dict[str, int]:
-    """Delete batches beyond the topics' retention limits, for as long as a maintenance task may take."""
+    """Delete batches beyond the topics' limits, and silent producers, for as long as a maintenance task may take."""
     return maintenance.retain(app)
+
+
+@_job(name="tasks.purge")
+def purge() -> dict[str, int]:
+    """Delete what deleted topics held, for as long as a maintenance task may take."""
+    return maintenance.purge(app)
 
 
 @_job(name="tasks.audit")
 def audit() -> dict[str, Any]:
     """Check the invariants on what was not audited yet, for as long as a maintenance task may take."""
     return maintenance.audit(app)
+
+
+@_job(name="tasks.collect")
+def collect() -> dict[str, int]:
+    """Delete the uploads that no batch refers to, for as long as a maintenance task may take."""
+    return cleanup.collect(app)
+
+
+@_job(name="tasks.reconcile")
+def reconcile() -> dict[str, Any]:
+    """Compare the next part of the store with the table, for as long as a maintenance task may take."""
+    return cleanup.reconcile(app)

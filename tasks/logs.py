@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _CHATTER = ("celery.worker.strategy", "celery.app.trace", "celery.beat")
 _LONGEST_EVENT = 1_000
 _FRAMES = 12
 _PASSWORD_IN_URL = re.compile(r"(\w+://[^\s:/@]*):[^\s@]+@")
+_SECRET_OPTION = re.compile("key|secret|token|password", re.IGNORECASE)
 _HIDDEN = "********"
 
 
@@ -59,8 +60,18 @@ def secrets_of(app: Any) -> frozenset[str]:
         else:
             parts = urlsplit(url)
             found.update({parts.password or "", dict(parse_qsl(parts.query)).get("password", "")})
+    found.update(_secret_options(app.settings.object_store_options or {}))
     # A password of a letter would hide half the log.
     return frozenset(secret for secret in found if len(secret) > 3)  # noqa: PLR2004
+
+
+def _secret_options(options: dict[str, Any]) -> Iterator[str]:
+    """What an option holds that is called a key, a secret or a token, however deep it stands."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _secret_options(value)
+        elif isinstance(value, str) and _SECRET_OPTION.search(name):
+            yield value
 
 
 def configure(settings: Settings, *, level: int | str, file: str | None = None, secrets: Iterable[str] = ()) -> None:

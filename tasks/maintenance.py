@@ -1,4 +1,4 @@
-"""Retention and audit, each for as long as a maintenance task may take; the next turn goes on."""
+"""Retention, purge and audit, each for as long as a maintenance task may take; the next turn goes on."""
 
 import logging
 import random
@@ -8,6 +8,8 @@ from typing import Any
 
 from db.audit import AuditResult
 from db.audit import audit as audit_log
+from db.producers import expire_producers
+from db.retention import purge as purge_log
 from db.retention import retain as retain_log
 from db.topics import highest_partition_id
 from tasks.app import TidemarkApp
@@ -32,7 +34,21 @@ def retain(app: TidemarkApp) -> dict[str, int]:
                 total = {name: so_far + getattr(result, name) for name, so_far in total.items()}
                 if result.next_partition_id is not None:
                     break
+            silent = app.settings.producer_seconds
+            total["producers_expired"] = expire_producers(conn, silent_seconds=silent, stop=stop)
         return total
+
+    return with_retries(app.settings, once, until=until)
+
+
+def purge(app: TidemarkApp) -> dict[str, int]:
+    """Delete what is left of deleted topics."""
+    until = monotonic() + app.settings.maintenance_seconds
+
+    def once() -> dict[str, int]:
+        with app.database.connection() as conn:
+            done = purge_log(conn, delete_batch=app.settings.delete_batch, stop=lambda: monotonic() >= until)
+        return {"deleted": done.deleted, "log_bytes": done.log_bytes, "objects_freed": done.objects_freed}
 
     return with_retries(app.settings, once, until=until)
 

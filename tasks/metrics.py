@@ -92,6 +92,13 @@ FAMILIES = (
     Family("sweep_partitions", "Partitions with pending events that the sweep met."),
     Family("retention_batches", "Batches that retention deleted."),
     Family("retention_log_bytes", "Their bytes in object storage."),
+    Family("producers_expired", "Idempotent producers that partitions forgot, because they were silent for long."),
+    Family("purge_batches", "Batches of deleted topics that were purged."),
+    Family("collect_objects", "Uploads that tasks.collect deleted from the object store."),
+    Family("collect_failures", "Uploads that it could not delete; it tries them again."),
+    Family("reconcile_objects", "Keys in the store that tasks.reconcile compared."),
+    Family("reconcile_condemned", "Uploads that it condemned: nobody has committed them."),
+    Family("reconcile_missing", "Committed objects that it did not find in the store, counted once a round."),
     Family("audit_violations", "Broken invariants that tasks.audit met."),
     Family("audit_last_violations", "Broken invariants that the last run of tasks.audit met.", kind="gauge"),
     Family("audit_last_timestamp_seconds", "When that was, in seconds since the epoch.", kind="gauge"),
@@ -119,8 +126,19 @@ _POOL = {
 _RESULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "tasks.fan_out": {"commits": ("fan_out_commits",), "tasks": ("fan_out_tasks", "fan_out")},
     "tasks.sweep": {"partitions": ("sweep_partitions",), "tasks": ("fan_out_tasks", "sweep")},
-    "tasks.retain": {"deleted": ("retention_batches",), "log_bytes": ("retention_log_bytes",)},
+    "tasks.retain": {
+        "deleted": ("retention_batches",),
+        "log_bytes": ("retention_log_bytes",),
+        "producers_expired": ("producers_expired",),
+    },
+    "tasks.purge": {"deleted": ("purge_batches",)},
     "tasks.audit": {"violations": ("audit_violations",)},
+    "tasks.collect": {"deleted": ("collect_objects",), "failed": ("collect_failures",)},
+    "tasks.reconcile": {
+        "compared": ("reconcile_objects",),
+        "condemned": ("reconcile_condemned",),
+        "missing": ("reconcile_missing",),
+    },
 }
 
 

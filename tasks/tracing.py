@@ -42,7 +42,7 @@ from tasks.hints import Background, Hints
 log = logging.getLogger(__name__)
 
 _FINDERS = {"tasks.fan_out", "tasks.sweep"}
-_PERIODIC = _FINDERS | {"tasks.retain", "tasks.audit"}
+_PERIODIC = _FINDERS | {f"tasks.{name}" for name in ("retain", "purge", "audit", "collect", "reconcile")}
 _LINKS = 32
 # As long as a commit may wait for its materialization and still be shown with it.
 _NOTED_SECONDS = 600

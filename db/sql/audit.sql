@@ -50,8 +50,9 @@ place as materialized (
                 when f.end_offset > q.log_start then f.start_offset
                 else q.log_start end as from_offset
     from (
-        select i.id, i.asked, coalesce(l.start_offset, 0) as log_start, coalesce(l.start_bytes, 0) as start_bytes,
-               (i.asked > coalesce(l.start_offset, 0)) is not true as is_whole
+        select i.id, i.asked, coalesce(l.deleted_to, 0) as log_start,
+               case when (l.start_offset > l.deleted_to) is not true then coalesce(l.start_bytes, 0) end as start_bytes,
+               (i.asked > coalesce(l.deleted_to, 0)) is not true as is_whole
         from unnest($1::int[], $2::bigint[]) i(id, asked)
         left join lateral tidemark.log_start(i.id) l on true
     ) q
@@ -100,7 +101,7 @@ counted as materialized (
                coalesce(sum(v.n_records) filter (where k.is_inside), 0) as records,
                coalesce(sum(v.byte_length) filter (where k.is_inside), 0) as bytes,
                max(v.max_timestamp) filter (where k.is_inside) as newest,
-               array_agg(v.object_id) filter (where k.is_inside) as object_ids,
+               array_agg(v.id >> 16) filter (where k.is_inside) as object_ids,
                array_agg(distinct v.tx) filter (
                    where not k.is_inside and ((v.tx, v.id) > (s.seen_tx, s.seen_id)) is not false) as passed
         from tidemark.record_batch_events v

@@ -171,7 +171,7 @@ select 'schema' as area, 'constraints and indexes' as "check",
 from (
     select coalesce(w.name, h.name) as name, coalesce(w.tbl, h.tbl) as tbl, coalesce(w.is_index, h.is_index) as is_index,
            w.ddl, w.name is not null as ours, h.name is null as missing, h.valid, h.of_constraint
-    from (select u.name, to_regclass(u.tbl)::oid as tbl, u.ddl, u.ddl like 'create index%' as is_index
+    from (select u.name, to_regclass(u.tbl)::oid as tbl, u.ddl, u.ddl ~ '^create (unique )?index ' as is_index
           from unnest($1::text[], $2::text[], $3::text[]) u(name, tbl, ddl)
           where to_regclass(u.tbl) is not null) w
     full join has h on h.name = w.name and h.is_index = w.is_index

@@ -8,3 +8,18 @@ from tidemark.fetch_batches($1::int, $2::bigint, $3::bigint, $4::int) f;
 select p.start_offset, p.end_offset
 from tidemark.named_partitions p
 where p.partition_id = $1::int;
+
+-- name: fetch_partitions
+-- One element for each partition: $1 ids, $2 from offsets, $3 bytes at most; in all $4 bytes and $5 batches at most.
+select f.*
+from tidemark.fetch_partitions($1::int[], $2::bigint[], $3::bigint[], $4::bigint, $5::int) f;
+
+-- name: list_offsets
+-- $1 partition ids, $2 times.
+select l.partition_id, l.error, l.log_offset, l.max_timestamp
+from tidemark.list_offsets($1::int[], $2::bigint[]) l;
+
+-- name: receipts
+-- $1 object ids, $2 partitions that moved, or null.
+select r.object_id, r.batch, r.partition_id, r.verdict, r.base_offset, r.is_pending
+from tidemark.receipts($1::bigint[], $2::int[]) r;

@@ -36,8 +36,14 @@ values ($1::bigint, $2::bigint);
 select setval(s.name, s.highest)
 from (values
     ('tidemark.objects_id_seq'::regclass, (select max(o.id) from tidemark.objects o)),
-    ('tidemark.topic_partitions_id_seq', (select max(p.id) from tidemark.topic_partitions p)),
+    ('tidemark.topic_partitions_id_seq', (select greatest((select max(p.id) from tidemark.topic_partitions p),
+                                                          (select max(a.partition_id) from tidemark.adopted_partitions a),
+                                                          (select max(d.partition_id) from tidemark.deleted_partitions d)))),
     ('tidemark.fan_outs_id_seq', (select max(f.id) from tidemark.fan_outs f)),
+    ('tidemark.producers_id_seq', (select max(greatest(p.id, b.producer_id))
+                                   from (select max(q.id) as id from tidemark.producers q) p
+                                   cross join (select max(c.producer_id) as producer_id from tidemark.producer_batches c) b)),
+    ('tidemark.collections_id_seq', (select max(l.id) from tidemark.collections l)),
     ('tidemark.sweeps_id_seq', (select max(w.id) from tidemark.sweeps w))
 ) s(name, highest)
 where s.highest > coalesce(pg_sequence_last_value(s.name), 0);

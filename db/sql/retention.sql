@@ -19,7 +19,7 @@ cross join lateral (select count(*) as runs from tidemark.runs_to_delete(g.id, 1
 -- here, in a snapshot from after the lock. The objects whose batches are gone are left in a setting for the next statements.
 with expired as materialized (
     select r.*, sum(r.batches) over (partition by r.partition_id order by r.start_offset) as batches_to,
-           r.start_offset = h.start_offset as is_newest, k.start_offset as log_start, k.stale_run
+           r.start_offset = h.start_offset as is_newest, k.start_offset as log_start, k.deleted_to, k.start_bytes, k.stale_run
     from unnest(current_setting('tidemark.locked')::int[]) i(id)
     left join lateral tidemark.newest_run(i.id) h on true
     left join lateral tidemark.log_start(i.id) k on true
@@ -36,7 +36,7 @@ deleted as (
       and (v.tx, v.id) >= (g.first_tx, coalesce(g.first_id, -9223372036854775808))
       and (v.tx, v.id) <= (g.last_tx, coalesce(g.last_id, 9223372036854775807))
       and (g.skipped is null or v.tx <> all (g.skipped))
-    returning v.object_id, v.byte_length
+    returning v.id >> 16 as object_id, v.byte_length
 ),
 -- The newest run stays, because it is the cursor. It goes with the next ones.
 dropped as (
@@ -49,15 +49,16 @@ dropped as (
     where u.partition_id = q.partition_id and u.start_offset = q.start_offset
 ),
 moved as (
-    insert into tidemark.log_starts (start_offset, start_bytes, stale_run, partition_id)
-    select max(g.end_offset), max(g.end_bytes), max(g.start_offset) filter (where g.is_newest), g.partition_id
+    insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, stale_run, partition_id)
+    select greatest(max(g.log_start), max(g.end_offset)), max(g.end_offset), greatest(max(g.start_bytes), max(g.end_bytes)),
+           max(g.start_offset) filter (where g.is_newest), g.partition_id
     from gone g
     group by g.partition_id
 ),
 behind as (
     delete from tidemark.log_starts w
     using gone g
-    where w.partition_id = g.partition_id and w.start_offset = g.log_start
+    where w.partition_id = g.partition_id and w.start_offset = g.log_start and w.deleted_to = g.deleted_to
 ),
 spent as (
     insert into tidemark.deleted_batches (object_id, tx, batches)

@@ -33,6 +33,11 @@ left join backlog b on b.partition_id = n.partition_id
 where ($1::text[] is null or n.topic = any ($1::text[])) and (b.events > 0 or not $3::boolean)
 order by n.topic, n.partition;
 
+-- name: read_leftovers
+-- What waits to be deleted, each counted up to 100,000: partitions of deleted topics, and objects in storage.
+select (select count(*) from (select from tidemark.deleted_partitions d where d.purged_at is null limit 100000) p) as partitions,
+       (select count(*) from (select from tidemark.dead_objects o limit 100000) k) as objects;
+
 -- name: read_dispatch
 -- How far fan-out got: seconds since it last had something to do, seconds since the oldest commit it has not seen (null for
 -- none), and whether the database is in the cluster its log speaks of.

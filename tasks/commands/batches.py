@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Group, RenderableType
 
 from config.errors import OffsetOutOfRangeError, UnknownTopicError
-from db.commit import Batch, commit_batches
+from db.commit import Batch, columns, commit_object
 from db.fetch import FetchedBatch, fetch_batches
 from db.status import find_partition, read_offsets
 from db.topics import PartitionIds
@@ -69,7 +69,7 @@ def commit(ctx: click.Context, key: str, file: BinaryIO) -> None:
         if errors:
             more = [f"… and {len(errors) - _SHOWN} more"] * (len(errors) > _SHOWN)
             raise click.ClickException("\n  ".join(["nothing was committed:", *errors[:_SHOWN], *more]))
-        object_id = commit_batches(conn, key, batches)
+        object_id = commit_object(conn, key, *columns(batches))
     # Kafka's -1 is no time at all, and 0 no mistake of units.
     early = [(n, line.max_timestamp) for n, line in lines if 0 < line.max_timestamp < _EARLIEST]
     for n, timestamp in early[:1]:

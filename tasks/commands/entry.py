@@ -21,6 +21,7 @@ import click
 
 # Short: `celery --help` shows them on one line each.
 SUMMARIES: Mapping[str, str] = {
+    "adopt": "take over the log of the seed's system",
     "audit": "check the invariants of the log",
     "commit": "commit an object, its batches as JSON lines",
     "compare": "a candidate strategy beside the current one",
@@ -34,7 +35,7 @@ SUMMARIES: Mapping[str, str] = {
     "servers": "run the embedded Postgres and Redis",
     "status": "show backlog, lag, rate and what waits for what",
     "top": "show status, live",
-    "topics": "create, list and show topics, set retention",
+    "topics": "create, list, change and delete topics",
     "workers": "list workers, their shards and what they do",
 }
 # Of those that share a module; the others have one of their own name.

@@ -47,7 +47,7 @@ def _read_offset(given: str) -> str | int:
 
 
 def _read_quantity(given: str, *, wanted: str, units: Mapping[str, int], none: bool = False) -> int | None:
-    """A positive number with a unit, rounded to the smallest of the units; None for `none`, where that is allowed."""
+    """A positive number with a unit, rounded to the smallest one; with `none` also that word, for None, and zero."""
     text = given.strip().lower()
     if none and text == "none":
         return None
@@ -56,7 +56,7 @@ def _read_quantity(given: str, *, wanted: str, units: Mapping[str, int], none: b
     found = re.fullmatch(r"([0-9]{1,19}(?:\.[0-9]{1,9})?) ?([a-z]*)", text)
     if found and found[2] in factors:
         amount = round(Decimal(found[1]) * factors[found[2]])
-        if 1 <= amount <= MAX_BIGINT:
+        if (0 if none else 1) <= amount <= MAX_BIGINT:
             return amount
     raise click.BadParameter(
         f"{given[:_SHOWN]!r} is not {wanted}{' or none' * none}; units: {', '.join(filter(None, units))}"

@@ -215,6 +215,7 @@ class Situation:
             "holders": [asdict(h) for h in reading.holders],
             "fan_out": {"last_seconds": reading.dispatch.last, "undispatched_seconds": reading.dispatch.undispatched},
             "own_cluster": reading.dispatch.own_cluster,
+            "to_delete": asdict(reading.leftovers),
             "programs": None
             if hints.programs is None
             else [{**{name: getattr(p, name) for name in _PROGRAM}, "up": p.since} for p in hints.programs],
@@ -232,6 +233,8 @@ class Situation:
         if (numbers := self.hints.shards_differ(self.settings.shards)) is not None:
             wrong.append(f"TIDEMARK_SHARDS differs: {numbers}")
         parts = [self._topics(curves), *(part for what in wrong for part in ("", text(what, "bold red")))]
+        if left := self.reading.leftovers.partitions:
+            parts += ["", text(f"Deleted topics: {count(left, 'partition')} to be purged", "dim")]
         if self.waiting:
             parts += ["", text(f"Waiting {duration(self.after)} or longer", "bold"), *self._waiting()]
         if self.lock_waits:

@@ -137,8 +137,8 @@ def thin(conn: Conn, _url: str, settings: Settings, scale: float) -> Run:
     chosen = [i for i in range(1, partitions + 1) if i % 200 < deeper]
     conn.execute(
         "insert into tidemark.record_batch_events "
-        "(tx, object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length) "
-        f"select {TX}, 1, g, 0, p, 1, 1000 from unnest(%s::int[]) p, generate_series(1, %s) g",
+        "(tx, id, byte_offset, max_timestamp, partition_id, n_records, byte_length) "
+        f"select {TX}, p::bigint * 65536 + g, g, 0, p, 1, 1000 from unnest(%s::int[]) p, generate_series(1, %s) g",
         (chosen, more),
     )
     conn.execute("analyze tidemark.record_batch_events")

@@ -18,9 +18,9 @@ PARTITIONS = 16
 
 # The fastest bare form there is: one statement, prepared, binary arrays; only what the table itself demands is checked.
 BARE_INSERT = b"""
-insert into bench_limit.events (tx, object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp)
-select pg_current_xact_id()::text::bigint, $1::bigint, unnest($2::int[]), unnest($3::int[]), unnest($4::bigint[]),
-       unnest($5::int[]), unnest($6::bigint[])
+insert into bench_limit.events (tx, id, partition_id, n_records, byte_offset, byte_length, max_timestamp)
+select pg_current_xact_id()::text::bigint, $1::bigint * 65536 + generate_series(0, cardinality($2::int[]) - 1),
+       unnest($2::int[]), unnest($3::int[]), unnest($4::bigint[]), unnest($5::int[]), unnest($6::bigint[])
 """
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psycopg
 from redis import Redis
 
-from db.commit import Batch, commit_batches
+from db.commit import Batch, columns, commit_object
 from db.migrate import upgrade
 from db.topics import create_topic, partition_ids
 from tasks.hints import read_programs, redis_time
@@ -107,7 +107,7 @@ class Watch:
                     Batch(partition_id=p, n_records=1, byte_offset=n, byte_length=1, max_timestamp=0)
                     for n, p in enumerate(self._partitions)
                 ]
-                commit_batches(conn, f"timeline/{self.commits:06}", batches)
+                commit_object(conn, f"timeline/{self.commits:06}", *columns(batches))
 
     def _sample(self) -> None:
         grown: dict[int, tuple[int, float]] = {}

@@ -41,8 +41,9 @@ def load(conn: psycopg.Connection[Any], partitions: int, events_each: int) -> No
         conn.execute(
             f"""
             insert into tidemark.record_batch_events
-                (tx, object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
-            select {TX}, %s::bigint, g * 1000, 1700000000000 + g, (g * %s::bigint) %% %s::bigint + 1, 1 + g %% 500, 1000
+                (tx, id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
+            select {TX}, %s::bigint * 65536 + g %% 65536, g * 1000, 1700000000000 + g,
+                   (g * %s::bigint) %% %s::bigint + 1, 1 + g %% 500, 1000
             from generate_series(%s::bigint, %s::bigint) g
             """,
             (first, _STRIDE, partitions, first, min(first + _COMMIT_ROWS, total) - 1),
@@ -58,9 +59,9 @@ def list_objects(conn: psycopg.Connection[Any]) -> None:
         insert into tidemark.objects (tx, batches, key, content_hash, partition_ids, batch_counts)
         select n.tx, sum(n.events), 'object-' || n.object_id, '', array_agg(n.partition_id), array_agg(n.events)
         from (
-            select e.tx, e.object_id, e.partition_id, count(*)::int as events
+            select e.tx, e.id >> 16 as object_id, e.partition_id, count(*)::int as events
             from tidemark.record_batch_events e
-            group by e.tx, e.object_id, e.partition_id
+            group by e.tx, e.id >> 16, e.partition_id
         ) n
         group by n.tx, n.object_id
         """
@@ -90,8 +91,8 @@ def load_random(
         conn.execute(
             f"""
             insert into tidemark.record_batch_events
-                (tx, object_id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
-            select {TX}, %s::bigint, g * 1000, 1700000000000 + g, floor(random() * %s)::int + %s,
+                (tx, id, byte_offset, max_timestamp, partition_id, n_records, byte_length)
+            select {TX}, %s::bigint * 65536 + g %% 65536, g * 1000, 1700000000000 + g, floor(random() * %s)::int + %s,
                    %s + floor(random() * (%s - %s + 1))::int, 1000
             from generate_series(%s::bigint, %s::bigint) g
             """,

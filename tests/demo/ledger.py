@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 import psycopg
 
-from db.commit import Batch, commit_batches
+from db.commit import Batch, columns, commit_object
 from db.fetch import FetchedBatch
 
 
@@ -141,7 +141,7 @@ def note(
 def commit_noted(conn: psycopg.Connection[Any], notes: Notes, key: str, batches: Sequence[Batch]) -> int:
     """Commit an object and write it down; returns its id."""
     began = time.monotonic()
-    object_id = commit_batches(conn, key, batches)
+    object_id = commit_object(conn, key, *columns(batches))
     note(notes, key, batches, began, Outcome.COMMITTED, object_id)
     return object_id
 

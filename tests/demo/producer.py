@@ -25,7 +25,7 @@ import psycopg
 
 from config.errors import CommitConflictError
 from config.settings import load_settings
-from db.commit import Batch, commit_batches
+from db.commit import Batch, columns, commit_object
 from db.pool import Database
 from db.translate import is_transient
 from tests.demo.ledger import LedgerWriter, Notes, Outcome, commit_noted, note
@@ -172,11 +172,11 @@ class Producer:
             try:
                 if hold:
                     with self._database.connection() as conn, conn.transaction():
-                        object_id = commit_batches(conn, key, batches)
+                        object_id = commit_object(conn, key, *columns(batches))
                         time.sleep(hold)
                 else:
                     with self._database.connection() as conn:
-                        object_id = commit_batches(conn, key, batches)
+                        object_id = commit_object(conn, key, *columns(batches))
                 outcome = Outcome.COMMITTED
             except CommitConflictError:
                 outcome = Outcome.REFUSED
@@ -193,7 +193,7 @@ class Producer:
         began = time.monotonic()
         try:
             with self._database.connection() as conn, conn.transaction(force_rollback=True):
-                commit_batches(conn, key, batches)
+                commit_object(conn, key, *columns(batches))
                 time.sleep(hold)
         except Exception as error:
             if not is_transient(error):

@@ -1,7 +1,12 @@
-"""Factories: topics, commits, apps. Their defaults are what a test does not care about."""
+"""Factories: topics, commits, apps, an installed Tidemark. Their defaults are what a test does not care about."""
 
+import os
+import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol
 
 import psycopg
@@ -11,6 +16,11 @@ from db.commit import commit_object
 from db.topics import create_topic, partition_ids
 from tasks.app import TidemarkApp
 from tests.support_commands import Cli, app_for
+
+ROOT = Path(__file__).parents[2]
+CELERY = str(Path(sys.executable).with_name("celery"))
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENTRY_POINTS: dict[str, str] = PROJECT["entry-points"]["celery.commands"]
 
 
 def make_topic(conn: psycopg.Connection[Any], name: str = "orders", *, partitions: int = 1) -> list[int]:
@@ -58,3 +68,22 @@ def app(make_app: MakeApp) -> TidemarkApp:
 @pytest.fixture
 def cli(app: TidemarkApp) -> Cli:
     return Cli(app)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH on which Tidemark is installed as pyproject.toml says at present, whatever pip installed."""
+    directory = tmp_path_factory.mktemp("installed")
+    lines = [f"{name} = {target}" for name, target in ENTRY_POINTS.items()]
+    # Of two distributions of one name the first one on the path counts.
+    for name in {PROJECT["name"], *_our_names()}:
+        metadata = directory / f"{name.replace('-', '_')}-0.1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n")
+        (metadata / "entry_points.txt").write_text("\n".join(["[celery.commands]", *lines, ""]))
+    return f"{directory}{os.pathsep}{ROOT}"
+
+
+def _our_names() -> set[str]:
+    found = entry_points(group="celery.commands")
+    return {e.dist.name for e in found if e.dist is not None and e.value.startswith("tasks.")}

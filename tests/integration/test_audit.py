@@ -51,7 +51,7 @@ DAMAGE: dict[str, tuple[LiteralString, list[tuple[str, int | None, str]]]] = {
     "gap": (
         (
             "delete from tidemark.runs where start_offset = 30;"
-            "delete from tidemark.record_batch_events where object_id = 4"
+            "delete from tidemark.record_batch_events where id >> 16 = 4"
         ),
         [("gap", 40, "run [40, 50) starts after 30, the end of the one before")],
     ),
@@ -70,7 +70,7 @@ DAMAGE: dict[str, tuple[LiteralString, list[tuple[str, int | None, str]]]] = {
         ],
     ),
     "lost event": (
-        "delete from tidemark.record_batch_events where object_id = 4",
+        "delete from tidemark.record_batch_events where id >> 16 = 4",
         [
             ("batches", 30, "run [30, 40) has 1 batches, and events 0"),
             ("records", 30, "has events with 0 records"),
@@ -82,7 +82,7 @@ DAMAGE: dict[str, tuple[LiteralString, list[tuple[str, int | None, str]]]] = {
         [("batches", 30, "run [30, 40) has 2 batches, and events 1")],
     ),
     "longer": (
-        "update tidemark.record_batch_events set n_records = 15 where object_id = 4",
+        "update tidemark.record_batch_events set n_records = 15 where id >> 16 = 4",
         [("records", 30, "run [30, 40) has events with 15 records")],
     ),
     "end too high": (
@@ -98,7 +98,7 @@ DAMAGE: dict[str, tuple[LiteralString, list[tuple[str, int | None, str]]]] = {
         [("byte_size", 30, "run [30, 40) ends at byte 401, but its events have 100 after 300 (the first of 2)")],
     ),
     "bytes of an event": (
-        "update tidemark.record_batch_events set byte_length = 99 where object_id = 4",
+        "update tidemark.record_batch_events set byte_length = 99 where id >> 16 = 4",
         [("byte_size", 30, "run [30, 40) ends at byte 400, but its events have 99 after 300")],
     ),
     "bytes before the first": (
@@ -120,53 +120,53 @@ DAMAGE: dict[str, tuple[LiteralString, list[tuple[str, int | None, str]]]] = {
         [("max_timestamp", 0, "has max_timestamp 1000000000001, but its events have 1000000000000 after")],
     ),
     "time of an event": (
-        "update tidemark.record_batch_events set max_timestamp = max_timestamp + 1 where object_id = 4",
+        "update tidemark.record_batch_events set max_timestamp = max_timestamp + 1 where id >> 16 = 4",
         [("max_timestamp", 30, "has max_timestamp 1000000000000, but its events have 1000000000001")],
     ),
     "no first run": (
         (
             "delete from tidemark.runs where start_offset = 0;"
-            "delete from tidemark.record_batch_events where object_id = 1"
+            "delete from tidemark.record_batch_events where id >> 16 = 1"
         ),
         [("start_offset", 0, "no run holds the start offset 0, though the log ends at 100")],
     ),
     "no run at the start": (
         (
             "delete from tidemark.runs where start_offset between 10 and 40;"
-            "delete from tidemark.record_batch_events where object_id between 1 and 5;"
-            "insert into tidemark.log_starts (start_offset, start_bytes, stale_run, partition_id)"
-            " select 10, 100, 0, partition_id from tidemark.runs where start_offset = 0"
+            "delete from tidemark.record_batch_events where id >> 16 between 1 and 5;"
+            "insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, stale_run, partition_id)"
+            " select 10, 10, 100, 0, partition_id from tidemark.runs where start_offset = 0"
         ),
         [("start_offset", 10, "no run holds the start offset 10, though the log ends at 100")],
     ),
     "start beyond the end": (
         (
-            "insert into tidemark.log_starts (start_offset, start_bytes, partition_id)"
-            " select 101, 1000, partition_id from tidemark.runs where start_offset = 0"
+            "insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, partition_id)"
+            " select 101, 101, 1000, partition_id from tidemark.runs where start_offset = 0"
         ),
         [("start_offset", 101, "the start offset 101 lies beyond the end offset 100")],
     ),
     "no runs": (
         (
-            "insert into tidemark.log_starts (start_offset, start_bytes, partition_id)"
-            " select 100, 1000, partition_id from tidemark.runs where start_offset = 0;"
-            "delete from tidemark.runs; delete from tidemark.record_batch_events where object_id < 11"
+            "insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, partition_id)"
+            " select 100, 100, 1000, partition_id from tidemark.runs where start_offset = 0;"
+            "delete from tidemark.runs; delete from tidemark.record_batch_events where id >> 16 < 11"
         ),
         [("start_offset", 100, "the start offset 100 lies beyond the end offset 0")],
     ),
     "bytes of the start": (
         (
-            "insert into tidemark.log_starts (start_offset, start_bytes, partition_id)"
-            " select 10, 99, partition_id from tidemark.runs where start_offset = 0;"
+            "insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, partition_id)"
+            " select 10, 10, 99, partition_id from tidemark.runs where start_offset = 0;"
             "delete from tidemark.runs where start_offset = 0;"
-            "delete from tidemark.record_batch_events where object_id = 1"
+            "delete from tidemark.record_batch_events where id >> 16 = 1"
         ),
         [("byte_size", 10, "run [10, 20) ends at byte 200, but its events have 100 after 99")],
     ),
     "negative size": (
         (
-            "insert into tidemark.log_starts (start_offset, start_bytes, partition_id)"
-            " select 100, 1001, partition_id from tidemark.runs where start_offset = 0"
+            "insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, partition_id)"
+            " select 100, 100, 1001, partition_id from tidemark.runs where start_offset = 0"
         ),
         [("byte_size", 100, "1001 bytes lie before the start offset 100, but 1000 before the end")],
     ),
@@ -211,7 +211,7 @@ DAMAGE: dict[str, tuple[LiteralString, list[tuple[str, int | None, str]]]] = {
         ],
     ),
     "late run that moves the position": (
-        "update tidemark.runs set seen_tx = last_tx, seen_id = 5 where start_offset = 30",
+        "update tidemark.runs set seen_tx = last_tx, seen_id = 5 << 16 where start_offset = 30",
         [("position", 30, "does not go on from the position (")],
     ),
     "deleted too often": (
@@ -260,15 +260,15 @@ DAMAGE: dict[str, tuple[LiteralString, list[tuple[str, int | None, str]]]] = {
     "skipped": (
         (
             "update tidemark.runs r set last_tx = e.tx, skipped = array[e.tx]"
-            " from tidemark.record_batch_events e where e.object_id = 11 and r.start_offset = 90"
+            " from tidemark.record_batch_events e where e.id >> 16 = 11 and r.start_offset = 90"
         ),
         [("unplaced", 90, "has 1 batches below the end of the run at offset 90, 0 are placed and none is pending")],
     ),
     "passed over between runs": (
         (
             "update tidemark.record_batch_events e set tx = r.last_tx + 1"
-            " from tidemark.runs r where e.object_id = 11 and r.start_offset = 30;"
-            "update tidemark.record_batch_events set tx = tx + 2 where object_id between 5 and 10;"
+            " from tidemark.runs r where e.id >> 16 = 11 and r.start_offset = 30;"
+            "update tidemark.record_batch_events set tx = tx + 2 where id >> 16 between 5 and 10;"
             "update tidemark.runs set first_tx = first_tx + 2, last_tx = last_tx + 2 where start_offset >= 40"
         ),
         [("unplaced", 40, "has 1 batches below the end of the run at offset 40, 0 are placed and none is pending")],
@@ -452,8 +452,8 @@ def test_it_ends_with_enough_violations(conn: Conn, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_VIOLATIONS", 3)
     make_topic(conn, "t", partitions=50)
     conn.execute(
-        "insert into tidemark.log_starts (start_offset, start_bytes, partition_id) "
-        "select 1, 0, id from tidemark.topic_partitions"
+        "insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, partition_id) "
+        "select 1, 1, 0, id from tidemark.topic_partitions"
     )
     result = audit(conn)
     assert (len(result.violations) < 8, result.complete) == (True, False)

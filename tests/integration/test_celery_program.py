@@ -4,9 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,12 @@ import click
 import pytest
 
 from tasks.commands.entry import SUMMARIES, LazyCommand, load
+from tests.integration.conftest import CELERY, ENTRY_POINTS
 from tests.support import wait_until
 
-ROOT = Path(__file__).parents[2]
-CELERY = str(Path(sys.executable).with_name("celery"))
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ENTRY_POINTS: dict[str, str] = PROJECT["entry-points"]["celery.commands"]
 SECRET = "s3cr3t-pa55"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PYTHONPATH on which Tidemark is installed as pyproject.toml says at present, whatever pip installed."""
-    directory = tmp_path_factory.mktemp("installed")
-    lines = [f"{name} = {target}" for name, target in ENTRY_POINTS.items()]
-    # Of two distributions of one name the first one on the path counts.
-    for name in {PROJECT["name"], *_our_names()}:
-        metadata = directory / f"{name.replace('-', '_')}-0.1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n")
-        (metadata / "entry_points.txt").write_text("\n".join(["[celery.commands]", *lines, ""]))
-    return f"{directory}{os.pathsep}{ROOT}"
-
-
-def _our_names() -> set[str]:
-    found = entry_points(group="celery.commands")
-    return {e.dist.name for e in found if e.dist is not None and e.value.startswith("tasks.")}
 
 
 @pytest.fixture

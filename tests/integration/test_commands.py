@@ -14,6 +14,7 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,7 +24,7 @@ import pytest
 from psycopg import Connection, sql
 
 from config.queues import all_queues
-from db.commit import commit_object
+from db.commit import Batch, commit_batches, commit_object
 from db.materialize import materialize
 from db.topics import create_topic, partition_ids
 from tasks.commands.batches import commit, fetch
@@ -35,7 +36,7 @@ from tasks.commands.topics import topics
 from tasks.commands.upkeep import audit, migrate, rebase
 from tasks.commands.upkeep import materialize as materialize_command
 from tasks.commands.workers import workers
-from tests.integration.conftest import make_topic
+from tests.integration.conftest import MakeApp, make_topic
 from tests.servers import PostgresServer, RedisServer
 from tests.support import frozen, wait_until
 from tests.support_commands import COLUMNS, Cli, app_for
@@ -123,6 +124,54 @@ def test_a_topic_is_created_with_its_retention_or_not_at_all(cli: Cli, conn: Con
 
 
 # --- commit and fetch
+
+
+def test_a_topic_is_created_by_the_defaults(make_app: MakeApp) -> None:
+    app = make_app(default_partitions=3, default_retention_seconds=86_400, default_retention_bytes=5_000)
+    cli = Cli(app)
+    cli(topics, "create", "orders")
+    cli(topics, "create", "payments", "-p", "1", "--retention-time", "none", "--retention-size", "0B")
+    found = {t["topic"]: t for t in cli(topics, "list", "--json").json}
+    limits = {name: (t["partition_count"], t["retention_ms"], t["retention_bytes"]) for name, t in found.items()}
+    assert limits == {"orders": (3, 86_400_000, 5_000), "payments": (1, None, 0)}
+
+
+def test_a_topic_grows_and_is_deleted(cli: Cli, conn: Connection[Any]) -> None:
+    make_topic(conn, partitions=2)
+    assert cli(topics, "grow", "orders", "5").out == "orders: has 5 partitions\n"
+    assert "has 5 partitions, not fewer than 3" in cli(topics, "grow", "orders", "3", code=1).err
+    asked = cli(topics, "delete", "orders", stdin="n\n", code=1)
+    assert "Delete orders, 5 partitions with 0 records? [y/N]" in asked.err
+    assert len(partition_ids(conn, "orders")) == 5
+    topic_id = cli(topics, "delete", "orders", "--yes", "--json").json["id"]
+    assert conn.execute("select distinct topic_id::text from tidemark.deleted_partitions").fetchone() == (topic_id,)
+    assert json.loads(cli(topics, "delete", "orders", "--yes", "--json", code=1).err)["code"] == "TM004"
+
+
+def test_records_are_deleted_and_offsets_found_by_time(cli: Cli, conn: Connection[Any]) -> None:
+    ids = make_topic(conn, partitions=2)
+    for n in range(3):
+        commit_object(conn, f"o{n}", ids[:1], [10], [0], [1], [1_700_000_000_000 + n * 86_400_000])
+    materialize(conn, ids)
+    found = cli(topics, "offsets", "orders", "2023-11-15", "--json").json
+    assert [(o["partition"], o["offset"], o["max_timestamp"]) for o in found] == [
+        (0, 10, 1_700_086_400_000),
+        (1, None, None),
+    ]
+    assert "2023-11-15 22:13:20.000" in cli(topics, "offsets", "orders", "2023-11-15T12:00").out
+    assert cli(topics, "truncate", "orders", "0", "15").out == "orders/0: starts at offset 15\n"
+    assert cli(topics, "truncate", "orders", "0", "latest", "--json").json["start_offset"] == 30
+    assert "nothing lies before earliest" in cli(topics, "truncate", "orders", "0", "earliest", code=2).err
+
+
+def test_the_producers_of_a_partition(cli: Cli, conn: Connection[Any]) -> None:
+    (partition_id,) = make_topic(conn)
+    assert cli(topics, "producers", "orders", "0").out == "no idempotent producer is known\n"
+    sent = Batch(partition_id=partition_id, n_records=5, byte_offset=0, byte_length=1, max_timestamp=0)
+    commit_batches(conn, "o", [replace(sent, producer_id=7, producer_epoch=2, base_sequence=0)])
+    [told] = cli(topics, "producers", "orders", "0", "--json").json
+    assert (told["producer_id"], told["producer_epoch"], told["last_sequence"], told["batches"]) == (7, 2, 4, 1)
+    assert rows(cli(topics, "producers", "orders", "0", "--csv").out)[0]["last_sequence"] == "4"
 
 
 def test_commit_then_fetch(cli: Cli, conn: Connection[Any]) -> None:
@@ -290,7 +339,7 @@ def rows(output: str) -> list[dict[str, str]]:
         (topics, ["create", "a", "-p", "0"], 2, "0 is not in the range"),
         (topics, ["create", "a", "-p", "many"], 2, "not a valid integer"),
         (topics, ["create", "a", "-p", "100001"], 2, "not in the range"),
-        (topics, ["create", "a", "--retention-time", "0d"], 2, "is not a time"),
+        (topics, ["create", "a", "--retention-time", "0"], 2, "is not a time"),
         (topics, ["create", "a", "--retention-time", "-1s"], 2, "is not a time"),
         (topics, ["create", "a", "--retention-size", "9" * 5000], 2, "is not a size"),
         (topics, ["create", "a", "--retention-size", "²"], 2, "is not a size"),
@@ -338,7 +387,7 @@ def rows(output: str) -> list[dict[str, str]]:
         (topics, ["create", "a", "--retention-time", "7"], 2, "'7' is not a time such as 7d, 12h or none"),
         (topics, ["create", "a", "--retention-time", "7 parsecs"], 2, "units: ms, s, min, h, d, w"),
         (topics, ["create", "a", "--retention-size", "1EB"], 2, "units: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"),
-        (topics, ["create", "a", "--retention-size", "0.1B"], 2, "'0.1B' is not a size"),
+        (topics, ["create", "a", "--retention-size", "1e3B"], 2, "'1e3B' is not a size"),
         (topics, ["list", "--timeout", "0"], 2, "not in the range"),
         (fetch, ["orders", "0", "--max-bytes", "none"], 2, "'none' is not a size such as 1GB, 500MiB; units"),
         (fetch, ["orders", "-1"], 2, "No such option"),

@@ -17,7 +17,7 @@ from config.errors import (
     TidemarkError,
     UnknownPartitionError,
 )
-from db.commit import Batch, commit_batches, commit_object
+from db.commit import Batch, columns, commit_object
 from db.materialize import materialize
 from db.topics import PartitionIds, create_topic, partition_ids
 from tests.servers import PostgresServer
@@ -94,7 +94,7 @@ def written(conn: Connection[Any]) -> tuple[list[TupleRow], list[TupleRow]]:
     return (
         conn.execute("select id, key, batches, partition_ids, batch_counts from tidemark.objects").fetchall(),
         conn.execute(
-            "select object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp "
+            "select id >> 16, partition_id, n_records, byte_offset, byte_length, max_timestamp "
             "from tidemark.record_batch_events order by tx, id"
         ).fetchall(),
     )
@@ -139,7 +139,7 @@ def test_array_order_is_event_order(conn: Connection[TupleRow], commit: Commit) 
 
 def test_batches_one_by_one(conn: Connection[TupleRow]) -> None:
     batch = Batch(partition_id=2, n_records=1, byte_offset=4, byte_length=5, max_timestamp=-1)
-    object_id = commit_batches(conn, "k", iter([batch, replace(batch, partition_id=1)]))
+    object_id = commit_object(conn, "k", *columns(iter([batch, replace(batch, partition_id=1)])))
     assert written(conn)[1] == [(object_id, 2, 1, 4, 5, -1), (object_id, 1, 1, 4, 5, -1)]
 
 

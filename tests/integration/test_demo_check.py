@@ -12,7 +12,7 @@ from psycopg.rows import TupleRow
 
 from config.errors import CommitConflictError
 from config.settings import Settings
-from db.commit import Batch, commit_batches
+from db.commit import Batch, columns, commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.pool import Database
@@ -67,10 +67,10 @@ class Story:
         object_id = None
         if outcome is Outcome.ROLLED_BACK:
             with self.conn.transaction(force_rollback=True):
-                commit_batches(self.conn, key, batches)
+                commit_object(self.conn, key, *columns(batches))
         else:
             with suppress(CommitConflictError):
-                object_id = commit_batches(self.conn, key, batches)
+                object_id = commit_object(self.conn, key, *columns(batches))
         if outcome is Outcome.COMMITTED and object_id is None:
             outcome = Outcome.REFUSED
         return note(self.ledger, key, batches, began, outcome, object_id)
@@ -155,7 +155,7 @@ def test_overlap(story: Story) -> None:
 
 def test_first_batch_may_span_the_start_offset(story: Story) -> None:
     story.sql(
-        "insert into tidemark.log_starts (partition_id, start_offset, start_bytes) select id, 5, 0 from "
+        "insert into tidemark.log_starts (partition_id, start_offset, deleted_to, start_bytes) select id, 5, 0, 0 from "
         "tidemark.topic_partitions"
     )
     story.sightings.clear()
@@ -388,13 +388,17 @@ def _swap(story: Story, one: str, other: str) -> None:
     """Let two objects change places in the log."""
     objects = find_objects(story.conn, PREFIX)
     a, b = objects[PREFIX + one], objects[PREFIX + other]
-    story.sql(
-        f"update tidemark.record_batch_events set object_id = case object_id when {a} then {b} else {a} end "
-        f"where object_id in ({a}, {b})"
-    )
+
+    def swapped(column: str) -> str:
+        return (
+            f"{column} = {column} + (case {column} >> 16 when {a} then {b - a} when {b} then {a - b} else 0 end << 16)"
+        )
+
+    story.sql(f"update tidemark.record_batch_events set {swapped('id')}")
+    story.sql(f"update tidemark.runs set {swapped('first_id')}, {swapped('last_id')}")
 
 
 def batch(story: Story, key: str, position: int) -> str:
     """A condition for one batch of an object."""
     object_id = find_objects(story.conn, PREFIX)[PREFIX + key]
-    return f"(object_id = {object_id} and byte_offset = {position * BYTES})"
+    return f"(id >> 16 = {object_id} and byte_offset = {position * BYTES})"

@@ -33,7 +33,7 @@ from db.topics import create_topic, partition_ids
 from tasks import metrics
 from tasks.app import TidemarkApp
 from tasks.compare import Side
-from tasks.drain import DrainMetrics, observers
+from tasks.drain import DrainMetrics
 from tasks.exporter import Exporter, Source
 from tasks.hints import Membership
 from tasks.metrics import WorkerMetrics
@@ -306,7 +306,7 @@ def test_failed_attempts_by_kind(app: TidemarkApp, exporter: Exporter, connect: 
     assert drain(app, orders[:1]).stuck_partition_ids == (orders[0],)
     with pytest.raises(UnknownPartitionError):
         drain(app, [2**31 - 1])
-    app.once(observers)[0].failed(SIDE, ZeroDivisionError())
+    DrainMetrics(app).failed(SIDE, ZeroDivisionError())
     app.once(WorkerMetrics).flush()
     found = scrape(exporter)
     assert found("materialize_errors_total", kind="LockNotAvailable") == 1
@@ -432,6 +432,8 @@ def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
     worker.task_ended("tasks.audit", "SUCCESS", 0.5, {"violations": 2, "complete": True})
     worker.task_ended("tasks.audit", "SUCCESS", 0.5, {"violations": 0, "complete": True})
     worker.task_ended("tasks.audit", "FAILURE", 0.25, ValueError("violations"))
+    worker.task_ended("tasks.collect", "SUCCESS", 0.5, {"deleted": 7, "failed": 1})
+    worker.task_ended("tasks.reconcile", "SUCCESS", 0.5, {"compared": 9, "condemned": 3, "missing": 2, "first": ["k"]})
     worker.flush()
     found = scrape(exporter)
     assert found("task_runs_total", task="tasks.audit", outcome="success") == 2
@@ -443,6 +445,9 @@ def test_figures_of_other_tasks(app: TidemarkApp, exporter: Exporter) -> None:
     assert found("fan_out_tasks_total", by="sweep") == 2
     assert found("sweep_partitions_total") == 5
     assert (found("retention_batches_total"), found("retention_log_bytes_total")) == (4, 50)
+    assert (found("collect_objects_total"), found("collect_failures_total")) == (7, 1)
+    assert (found("reconcile_objects_total"), found("reconcile_condemned_total")) == (9, 3)
+    assert found("reconcile_missing_total") == 2
     assert (found("audit_violations_total"), found("audit_last_violations")) == (2, 0)
     assert time.time() - (found("audit_last_timestamp_seconds") or 0) < 10
 

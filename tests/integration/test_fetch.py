@@ -140,7 +140,7 @@ def test_a_reader_without_a_right_to_the_topics(conn: Connection[TupleRow], part
         """
         create role reader;
         grant usage on schema tidemark to reader;
-        grant execute on function tidemark.fetch_batches(int, bigint, bigint, int) to reader;
+        grant execute on function tidemark.fetch_batches(int, bigint, bigint, int, boolean) to reader;
         grant select on tidemark.topic_partitions, tidemark.runs, tidemark.log_starts, tidemark.record_batch_events,
                         tidemark.objects to reader;
         set role reader;
@@ -192,7 +192,8 @@ def test_a_start_offset_inside_a_batch(deleted: bool, conn: Connection[TupleRow]
             ids,
         )
         conn.execute("delete from tidemark.runs where partition_id = %s and start_offset = 0", ids)
-    conn.execute("insert into tidemark.log_starts (partition_id, start_offset, start_bytes) values (%s, 12, 2)", ids)
+    columns = "partition_id, start_offset, deleted_to, start_bytes"
+    conn.execute(f"insert into tidemark.log_starts ({columns}) values (%s, 12, 0, 2)", ids)
     assert [batch.start_offset for batch in fetch_batches(conn, ids[0], 12)] == [10, 15]
     assert [batch.start_offset for batch in fetch_batches(conn, ids[0], 15)] == [15]
     with pytest.raises(OffsetOutOfRangeError, match="12 to 20"):

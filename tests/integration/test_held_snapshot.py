@@ -3,14 +3,17 @@
 By buffers, not by time. In the first edition three hundred passes made each of these some twenty times as dear.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 
 from config.settings import STRATEGIES
+from db.commit import Batch, commit_batches
 from db.discover import find_committed, save_fan_out, sweep
 from db.materialize import materialize
+from db.producers import init_producer
 from db.statements import statements
 from tests.integration.conftest import commit, make_topic
 from tests.support import Connect
@@ -43,19 +46,27 @@ def buffers(conn: Connection[Any], query: str | bytes, *, name: str = "") -> int
 def test_nothing_gets_dearer_under_a_held_snapshot(connect: Connect, conn: Connection[TupleRow]) -> None:
     ids = make_topic(conn, partitions=PARTITIONS)
     holder, meter = connect(autocommit=False), connect()
+    producer = init_producer(conn).producer_id
     # Else psycopg deallocates what it did not prepare, after a rollback.
     meter.prepare_threshold = None
 
     def work(turns: range) -> None:
         for turn in turns:
+            sent = Batch(partition_id=0, n_records=1, byte_offset=0, byte_length=1, max_timestamp=turn)
+            sent = replace(sent, producer_id=init_producer(conn, producer).producer_id)
+            sent = replace(sent, producer_epoch=turn + 1, base_sequence=0)
+            # Twice in each epoch, so that the rows before the last five are deleted again and again.
+            for sequence in range(2):
+                batches = [replace(sent, partition_id=i, base_sequence=sequence) for i in ids]
+                assert set(commit_batches(conn, f"sent {turn} {sequence}", batches).verdicts) == {"accepted"}
             with connect(autocommit=False) as other:
                 # Runs while the pass is made, which is remembered for that, and forgotten by the sweep.
                 other.execute("select pg_current_xact_id()")
                 commit(conn, f"object {turn}", ids)
-                assert materialize(conn, ids).events_processed == PARTITIONS
+                assert materialize(conn, ids).events_processed == 3 * PARTITIONS
                 other.rollback()
             found = find_committed(conn)
-            assert found.commits == 1
+            assert found.commits == 3
             save_fan_out(conn, found)
             if turn % 3 == 0:
                 assert list(sweep(conn)) == []
@@ -69,12 +80,28 @@ def test_nothing_gets_dearer_under_a_held_snapshot(connect: Connect, conn: Conne
         arrays = f"{ones}, {ones}::bigint[], {ones}, {ones}::bigint[]"
         row = conn.execute("select end_offset from tidemark.named_partitions where partition_id = %s", ids[:1])
         (end,) = row.fetchone() or (0,)
+        newest = "(select array_agg(id) from (select max(id) as id from tidemark.objects where batches > 0) o)"
+        epoch = f"(select max(epoch)::int from tidemark.producers where id = {producer})"
+        numbers = ", ".join(f"array_fill({n}, array[{PARTITIONS}])" for n in (f"{producer}::bigint", epoch, 2))
         measured: dict[str, int] = {
             "lock": buffers(meter, f"lock_partitions ({literal})", name="lock_partitions"),
             **{str(s): buffers(meter, f"place_{s} (100)", name=f"place_{s}") for s in STRATEGIES},
             "cursors": buffers(meter, f"select * from tidemark.cursors({literal})"),
             "commit": buffers(meter, f"select tidemark.commit_object('measured', {literal}, {arrays})"),
             "fetch": buffers(meter, f"select * from tidemark.fetch_batches({ids[0]}, {end - 5}, 1000, 5)"),
+            "idempotent": buffers(
+                meter, f"select * from tidemark.commit_batches('more', {literal}, {arrays}, {numbers})"
+            ),
+            "epoch": buffers(meter, f"select * from tidemark.init_producer({producer})"),
+            "producers": buffers(meter, f"select * from tidemark.producer_states({ids[0]})"),
+            "receipts": buffers(meter, f"select * from tidemark.receipts({newest})"),
+            "times": buffers(meter, f"select * from tidemark.list_offsets({literal}, {ones}::bigint[])"),
+            "fetches": buffers(
+                meter,
+                f"select * from tidemark.fetch_partitions({literal}, "
+                f"array_fill({end - 5}::bigint, array[{PARTITIONS}]), "
+                f"array_fill(5::bigint, array[{PARTITIONS}]), 1000, 50)",
+            ),
             "fan-out": buffers(
                 meter, f"find_committed ({last}, {running}::bigint[], 100, 1000)", name="find_committed"
             ),

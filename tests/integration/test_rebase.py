@@ -19,6 +19,7 @@ from db.audit import audit
 from db.discover import find_committed, save_fan_out, sweep
 from db.materialize import materialize
 from db.migrate import require_current, upgrade
+from db.producers import init_producer
 from db.rebase import RebaseResult, rebase
 from db.statements import run
 from db.topics import create_topic, partition_ids
@@ -223,13 +224,15 @@ def test_sequences_that_were_left_behind(connect: Connect, conn: Connection[Tupl
     with_history(connect, conn, ids)
     save_fan_out(conn, find_committed(conn))
     list(sweep(conn))
-    for table in ("objects", "topic_partitions", "fan_outs", "sweeps"):
+    producer = init_producer(conn)
+    for table in ("objects", "topic_partitions", "fan_outs", "sweeps", "producers", "collections"):
         conn.execute(f"alter sequence tidemark.{table}_id_seq restart with 1".encode())
     conn.execute("update tidemark.cluster set system_identifier = %s", (OTHER_CLUSTER,))
     assert rebase(conn)
     continues(conn, ids)
     create_topic(conn, "more", 2)
     assert min(partition_ids(conn, "more")) > max(ids)
+    assert init_producer(conn).producer_id > producer.producer_id
     found = find_committed(conn)
     save_fan_out(conn, found)
     assert find_committed(conn).partitions == ()

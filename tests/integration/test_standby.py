@@ -15,7 +15,7 @@ from psycopg.rows import TupleRow
 from config.embedded.host import Account, runnable
 from config.embedded.host import postgres_bin as wheel_bin
 from config.errors import OffsetNotAvailableError, OffsetOutOfRangeError
-from db.commit import Batch, commit_batches, commit_object
+from db.commit import Batch, columns, commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.migrate import upgrade
@@ -154,7 +154,7 @@ class Traffic:
                 began = time.monotonic()
                 try:
                     with conn.transaction():
-                        object_id = commit_batches(conn, key, batches)
+                        object_id = commit_object(conn, key, *columns(batches))
                         if turn % 5 == 0:
                             # Others commit meanwhile, and are placed: this one is late.
                             time.sleep(0.01)
@@ -196,7 +196,7 @@ def test_a_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> N
         assert conn.execute("select pg_promote()").fetchone() == (True,)
         # Who had no answer asks again, as a broker does.
         for key, batches, began in traffic.unanswered:
-            note(traffic.ledger, key, batches, began, Outcome.COMMITTED, commit_batches(conn, key, batches))
+            note(traffic.ledger, key, batches, began, Outcome.COMMITTED, commit_object(conn, key, *columns(batches)))
         after = [
             Batch(partition_id=i, n_records=1, byte_offset=n, byte_length=1, max_timestamp=0) for n, i in enumerate(ids)
         ]

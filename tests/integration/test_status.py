@@ -19,11 +19,12 @@ from psycopg.pq import ExecStatus, PGconn
 from redis import Redis
 from rich.console import Console
 
+from db.commit import Batch, commit_batches
 from db.discover import find_committed, save_fan_out
 from db.materialize import materialize
 from db.migrate import upgrade
 from db.status import COUNT_LIMIT, read_status
-from db.topics import create_topic, partition_ids
+from db.topics import create_topic, delete_topic, partition_ids
 from tasks.commands.situation import Situation, read_hints
 from tasks.commands.status import Curves, status, top
 from tasks.hints import KEY, Program
@@ -85,8 +86,8 @@ def test_a_late_transaction_counts_as_backlog(conn: Connection[Any], connect: Co
 def test_counting_ends_somewhere(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
     conn.execute(
         "insert into tidemark.record_batch_events "
-        "(tx, object_id, partition_id, n_records, byte_offset, byte_length, max_timestamp) "
-        "select 1, 1, %s, 1, 0, 1, 0 from generate_series(1, %s)",
+        "(tx, id, partition_id, n_records, byte_offset, byte_length, max_timestamp) "
+        "select 1, g, %s, 1, 0, 1, 0 from generate_series(1, %s) g",
         (ids[0], COUNT_LIMIT + 5),
     )
     found = cli(status, "orders", "--json", "--interval", "0").json["topics"][0]
@@ -520,3 +521,12 @@ def test_replication_slots_and_standbys(own_server: PostgresServer, redis_url: s
         assert "replication slot cdc, inactive, 60 min behind" in words
         assert "(copy), active, 60 min behind" in words
         standby.finish()
+
+
+def test_what_is_yet_to_be_deleted(cli: Cli, conn: Connection[Any], ids: list[int]) -> None:
+    assert cli(status, "--json", "--interval", "0").json["to_delete"] == {"partitions": 0, "objects": 0}
+    refused = Batch(partition_id=999, n_records=1, byte_offset=0, byte_length=1, max_timestamp=0)
+    commit_batches(conn, "refused", [refused])
+    delete_topic(conn, "orders")
+    assert cli(status, "--json", "--interval", "0").json["to_delete"] == {"partitions": len(ids), "objects": 1}
+    assert f"Deleted topics: {len(ids)} partition" in cli(status, "--interval", "0").out

@@ -132,7 +132,7 @@ def play(
             writers[0]
             .execute(
                 "select tidemark.tx_base() + pg_current_xact_id()::text::bigint as tx, "
-                "nextval('tidemark.record_batch_events_id_seq') as id"
+                "nextval('tidemark.objects_id_seq') << 16 as id"
             )
             .fetchone()
         )

@@ -20,7 +20,7 @@ from psycopg.rows import TupleRow, class_row
 
 from config.errors import CommitConflictError
 from config.settings import STRATEGIES
-from db.commit import Batch, commit_batches
+from db.commit import Batch, columns, commit_object
 from db.discover import sweep
 from db.fetch import FetchedBatch, fetch_batches
 from db.materialize import materialize
@@ -86,7 +86,7 @@ class Stress:
             for key, batches in objects.items():
                 if chance.random() < 0.3:
                     time.sleep(chance.random() * 0.03)
-                attempts.append((key, commit_batches(conn, key, batches)))
+                attempts.append((key, commit_object(conn, key, *columns(batches))))
             if chance.random() < 0.3:
                 time.sleep(chance.random() * 0.03)
             if chance.random() < 0.01:
@@ -98,14 +98,14 @@ class Stress:
             # A replay: after a rollback it is the first commit, otherwise it changes nothing.
             began = time.monotonic()
             with conn.transaction():
-                attempts = [(key, commit_batches(conn, key, batches)) for key, batches in objects.items()]
+                attempts = [(key, commit_object(conn, key, *columns(batches))) for key, batches in objects.items()]
             for key, object_id in attempts:
                 note(self.ledger, key, objects[key], began, Outcome.COMMITTED, object_id)
         if chance.random() < 0.05:
             key, batches = next(iter(objects.items()))
             wrong, began = [*batches, batches[0]], time.monotonic()
             with pytest.raises(CommitConflictError):
-                commit_batches(conn, key, wrong)
+                commit_object(conn, key, *columns(wrong))
             note(self.ledger, key, wrong, began, Outcome.REFUSED)
 
     def materialize(self, number: int) -> None:

@@ -37,7 +37,9 @@ def test_a_task_serves_one_shard() -> None:
 def test_the_other_tasks_have_queues_of_their_own() -> None:
     assert queue_for("tasks.fan_out") == "control"
     assert queue_for("tasks.materialize_topic", "orders") == "control"
-    assert {queue_for(f"tasks.{name}") for name in ("sweep", "retain", "audit")} == {"maintenance"}
+    assert {queue_for(f"tasks.{name}") for name in ("sweep", "retain", "audit", "collect", "reconcile")} == {
+        "maintenance"
+    }
     assert queue_for("celery.backend_cleanup") is None
 
 

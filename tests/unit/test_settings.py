@@ -58,6 +58,14 @@ def test_environment_is_read(environment: pytest.MonkeyPatch) -> None:
         ("TIDEMARK_DATABASE_URL", "postgresql://u@[h/d"),
         ("TIDEMARK_BROKER_URL", "http://h"),
         ("TIDEMARK_REDIS_URL", "http://h"),
+        ("TIDEMARK_OBJECT_STORE", "gs://bucket"),
+        ("TIDEMARK_OBJECT_STORE", "file://relative"),
+        ("TIDEMARK_OBJECT_STORE", "file:///"),
+        ("TIDEMARK_OBJECT_STORE", "s3://"),
+        ("TIDEMARK_OBJECT_STORE_OPTIONS", "{"),
+        ("TIDEMARK_OBJECT_STORE_OPTIONS", "[]"),
+        ("TIDEMARK_OBJECT_GRACE_SECONDS", "0"),
+        ("TIDEMARK_OBJECT_TTL_SECONDS", "-1"),
     ],
 )
 def test_bad_values_name_their_variable(variable: str, value: str, environment: pytest.MonkeyPatch) -> None:
@@ -106,6 +114,8 @@ def test_the_time_limit_outlasts_the_last_attempt() -> None:
         ("TIDEMARK_DATABASE_URL", f"postgresql://user:{PASSWORD}@[host/database"),
         ("TIDEMARK_BROKER_URL", f"http://user:{PASSWORD}@host"),
         ("TIDEMARK_REDIS_URL", f"http://user:{PASSWORD}@host"),
+        ("TIDEMARK_OBJECT_STORE", f"s3://user:{PASSWORD}@bucket"),
+        ("TIDEMARK_OBJECT_STORE_OPTIONS", f'{{"secret": "{PASSWORD}"'),
     ],
 )
 def test_passwords_are_not_repeated_in_messages(variable: str, value: str, environment: pytest.MonkeyPatch) -> None:
@@ -120,7 +130,9 @@ def test_passwords_do_not_appear_in_a_printed_object(environment: pytest.MonkeyP
     environment.setenv("TIDEMARK_DATABASE_URL", f"postgresql://user:{PASSWORD}@host/database")
     environment.setenv("TIDEMARK_BROKER_URL", f"redis://:{PASSWORD}@host")
     environment.setenv("TIDEMARK_REDIS_URL", f"redis://:{PASSWORD}@host")
+    environment.setenv("TIDEMARK_OBJECT_STORE_OPTIONS", f'{{"secret": "{PASSWORD}"}}')
     settings = load_settings()
+    assert settings.object_store_options == {"secret": PASSWORD}
     assert PASSWORD not in f"{settings!r} {settings}"
 
 

@@ -21,7 +21,11 @@ end;
 create or replace function tidemark.log_start(partition_id int) returns setof tidemark.log_starts
 language sql stable parallel safe
 begin atomic
-    select l.* from tidemark.log_starts l where l.partition_id = log_start.partition_id order by l.start_offset desc limit 1;
+    select l.*
+    from tidemark.log_starts l
+    where l.partition_id = log_start.partition_id
+    order by l.start_offset desc, l.deleted_to desc
+    limit 1;
 end;
 
 -- The run that holds an offset, or the last one before it: many that are deleted may lie below the start of a log.
@@ -33,6 +37,26 @@ begin atomic
     where f.partition_id = run_at.partition_id and f.start_offset <= an_offset
     order by f.start_offset desc
     limit 1;
+end;
+
+-- The events of a run with their offsets, in order: those between its first and its last, but for transactions it skipped.
+--
+-- Always the same ones. What the run's pass saw lies below its snapshot's end; so whatever is neither visible in that
+-- snapshot nor among the transactions it shows as running was rolled back, and appears to nobody.
+create or replace function tidemark.run_events(run tidemark.runs)
+returns table (
+    start_offset bigint, tx bigint, id bigint, object_id bigint, byte_offset bigint, max_timestamp bigint, n_records int,
+    byte_length int
+)
+language sql stable parallel safe
+begin atomic
+    select run.start_offset + sum(e.n_records) over (order by e.tx, e.id rows unbounded preceding) - e.n_records,
+           e.tx, e.id, e.id >> 16, e.byte_offset, e.max_timestamp, e.n_records, e.byte_length
+    from tidemark.record_batch_events e
+    where e.partition_id = run.partition_id
+      and (e.tx, e.id) >= (run.first_tx, coalesce(run.first_id, -9223372036854775808))
+      and (e.tx, e.id) <= (run.last_tx, coalesce(run.last_id, 9223372036854775807))
+      and (run.skipped is null or e.tx <> all (run.skipped));
 end;
 
 -- Where the logs of partitions end, and what is pending in them: events beyond (seen_tx, seen_id), and those of the transactions
@@ -124,7 +148,7 @@ create or replace function tidemark.pending_events(
 returns table (tx bigint, object_id bigint, is_late boolean)
 language sql stable parallel safe
 begin atomic
-    (select e.tx, e.object_id, false
+    (select e.tx, e.id >> 16, false
      from tidemark.record_batch_events e
      where e.partition_id = pending_events.partition_id and (e.tx, e.id) > (seen_tx, seen_id)
      order by e.tx, e.id
@@ -133,7 +157,7 @@ begin atomic
     select x.tx, l.object_id, true
     from unnest(late) x(tx)
     cross join lateral (
-        select m.object_id
+        select m.id >> 16 as object_id
         from tidemark.record_batch_events m
         where m.partition_id = pending_events.partition_id and m.tx = x.tx
           and m.id > case when x.tx = last_tx then last_id else -9223372036854775808 end

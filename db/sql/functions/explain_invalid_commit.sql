@@ -1,6 +1,7 @@
--- Raises TM001 for the first thing that is wrong with the arguments of commit_object.
+-- Raises TM001 for the first thing that is wrong with the arguments of a commit.
 create or replace function tidemark.explain_invalid_commit(
-    object_key text, partition_ids int[], n_records int[], byte_offsets bigint[], byte_lengths int[], max_timestamps bigint[]
+    object_key text, partition_ids int[], n_records int[], byte_offsets bigint[], byte_lengths int[], max_timestamps bigint[],
+    producer_ids bigint[] default null, producer_epochs int[] default null, base_sequences int[] default null
 ) returns void
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
@@ -26,9 +27,15 @@ begin
          'Pass one element per batch in every array.'),
         (6, greatest(array_ndims(partition_ids), array_ndims(n_records), array_ndims(byte_offsets),
                      array_ndims(byte_lengths), array_ndims(max_timestamps)) <> 1,
-         'an array has more than one dimension', 'Pass arrays of one dimension.')
+         'an array has more than one dimension', 'Pass arrays of one dimension.'),
+        (7, num_nulls(producer_ids, producer_epochs, base_sequences) < 3
+            and (array_ndims(producer_ids) = 1 and array_ndims(producer_epochs) = 1 and array_ndims(base_sequences) = 1
+                 and cardinality(producer_ids) = sizes[1] and cardinality(producer_epochs) = sizes[1]
+                 and cardinality(base_sequences) = sizes[1]) is not true,
+         format('the producers'' arrays do not have one element for each of the %s batches', sizes[1]),
+         'Pass producer ids, epochs and sequences for all batches, null where a batch has none, or none of the three arrays.')
         union all
-        select 6 + b.position,
+        select 7 + b.position,
                (b.partition_id is not null and b.n_records >= 1 and b.byte_offset >= 0 and b.byte_length >= 0
                 and b.max_timestamp <= 253402300799999) is not true,
                format('batch %s: %s', b.position, case

@@ -1,12 +1,13 @@
 -- The read path: batches of a partition from an offset on, in order. The first one contains the offset, perhaps in its
--- middle. At most max_batches of them and no more than fit into max_bytes, but always one where there is one; nothing at
+-- middle. At most max_batches of them and no more than fit into max_bytes, but at_least_one where there is one; nothing at
 -- the end offset. Reads no more than the events it returns, those before them in the first run, and their runs.
 --
 -- Stable: all its statements see the caller's snapshot, so the offsets checked belong to the batches returned.
 -- Errors: TM003 unknown partition, TM007 offset outside [start offset, end offset], TM009 limits below 1, TM011 (on a standby)
 -- offset beyond what has arrived here.
-create or replace function tidemark.fetch_batches(partition_id int, from_offset bigint, max_bytes bigint, max_batches int)
-returns table (start_offset bigint, n_records int, object_key text, byte_offset bigint, byte_length int, max_timestamp bigint)
+create or replace function tidemark.fetch_batches(
+    partition_id int, from_offset bigint, max_bytes bigint, max_batches int, at_least_one boolean default true
+) returns table (start_offset bigint, n_records int, object_key text, byte_offset bigint, byte_length int, max_timestamp bigint)
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 -- A session keeps its plans: one made for an empty table must not read a full one.
@@ -44,7 +45,9 @@ begin
     from (
         select w.end_offset, w.last_tx, w.last_id, w.seen_tx, w.seen_id
         from tidemark.runs w
+        -- The runs of a deleted partition go little by little.
         where w.partition_id = fetch_batches.partition_id
+          and (select true from tidemark.topic_partitions p where p.id = fetch_batches.partition_id)
         order by w.start_offset desc
         limit 1
     ) e
@@ -176,13 +179,13 @@ begin
         -- A lateral join can only be a nested loop, so the batches come, and are added up, in the order of the ranges. A loop
         -- stops reading at the byte limit; a window over max_batches rows would read them all.
         for start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp in
-            select e.start_offset, e.n_records, (select o.key from tidemark.objects o where o.id = e.object_id),
+            select e.start_offset, e.n_records, (select o.key from tidemark.objects o where o.id = e.id >> 16),
                    e.byte_offset, e.byte_length, e.max_timestamp
             from (
                 select m.*, base - m.n_records + sum(m.n_records) over (rows unbounded preceding) as start_offset
                 from generate_subscripts(first_txs, 1) i
                 cross join lateral (
-                    select b.object_id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records
+                    select b.id, b.byte_offset, b.byte_length, b.max_timestamp, b.n_records
                     from tidemark.record_batch_events b
                     where b.partition_id = fetch_batches.partition_id
                       and (b.tx, b.id) >= (first_txs[i], first_ids[i]) and (b.tx, b.id) <= (last_txs[i], last_ids[i])
@@ -193,7 +196,7 @@ begin
             limit max_batches - fetched
         loop
             bytes := bytes + byte_length;
-            exit when bytes > max_bytes and fetched > 0;
+            exit when bytes > max_bytes and (fetched > 0 or not at_least_one);
             return next;
             fetched := fetched + 1;
             exit when bytes >= max_bytes;
@@ -227,5 +230,85 @@ begin
             hint = format('It has partitions 0 to %s.', cardinality(tidemark.partition_ids(topic)) - 1);
     end if;
     return query select * from tidemark.fetch_batches(found_id, from_offset, max_bytes, max_batches);
+end
+$$;
+
+-- The same for many partitions, in the order of the request, and all in one snapshot, as Kafka's Fetch: at most max_bytes and
+-- max_batches in all and partition_max_bytes of each partition. The first batch of the request comes whatever its size; any other
+-- one only where it fits.
+--
+-- `request` counts the elements from 1. Each has a row with its start and end offset at least, the batch's columns null where
+-- there is none. Errors by element, as they are called in Kafka: unknown_partition, offset_out_of_range, malformed (an offset
+-- or limit that is null or out of range), and offset_not_available (on a standby). Error of the request: TM009 for limits in all
+-- below 1, for arrays that differ, for more than 10,000 elements.
+create or replace function tidemark.fetch_partitions(
+    partition_ids int[], from_offsets bigint[], partition_max_bytes bigint[], max_bytes bigint, max_batches int
+)
+returns table (
+    request int, partition_id int, error text, log_start bigint, log_end bigint,
+    start_offset bigint, n_records int, object_key text, byte_offset bigint, byte_length int, max_timestamp bigint
+)
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+    head record;
+    batches int := 0;
+    bytes bigint := 0;
+begin
+    perform tidemark.check_request(partition_ids, cardinality(from_offsets), cardinality(partition_max_bytes));
+    if (max_bytes >= 1 and max_batches >= 1) is not true then
+        raise exception using
+            errcode = 'TM009',
+            message = format('a fetch of at most %s bytes and %s batches', coalesce(max_bytes::text, 'NULL'),
+                             coalesce(max_batches::text, 'NULL')),
+            hint = 'Pass limits of at least 1.';
+    end if;
+    for head in
+        select i.n::int as request, i.id, i.from_offset, i.most, h.*,
+               case
+                   when (i.from_offset >= 0 and i.most >= 1) is not true then 'malformed'
+                   when p.id is null then 'unknown_partition'
+                   when i.from_offset > h.log_end and pg_is_in_recovery() then 'offset_not_available'
+                   when i.from_offset not between h.log_start and h.log_end then 'offset_out_of_range'
+               end as error
+        from unnest(partition_ids, from_offsets, partition_max_bytes) with ordinality i(id, from_offset, most, n)
+        left join tidemark.topic_partitions p on p.id = i.id
+        left join lateral tidemark.newest_run(p.id) r on true
+        left join lateral tidemark.log_start(p.id) s on true
+        cross join lateral (
+            select case when p.id is not null then coalesce(s.start_offset, 0) end as log_start,
+                   case when p.id is not null then coalesce(r.end_offset, 0) end as log_end
+        ) h
+        order by i.n
+    loop
+        request := head.request;
+        partition_id := head.id;
+        error := head.error;
+        log_start := head.log_start;
+        log_end := head.log_end;
+        start_offset := null;
+        if error is null and head.from_offset < log_end and batches < max_batches and (bytes < max_bytes or batches = 0) then
+            for start_offset, n_records, object_key, byte_offset, byte_length, max_timestamp in
+                select f.*
+                from tidemark.fetch_batches(
+                    head.id, head.from_offset, least(head.most, max_bytes - bytes), max_batches - batches, batches = 0) f
+            loop
+                return next;
+                batches := batches + 1;
+                bytes := bytes + byte_length;
+            end loop;
+        end if;
+        if start_offset is null then
+            n_records := null;
+            object_key := null;
+            byte_offset := null;
+            byte_length := null;
+            max_timestamp := null;
+            return next;
+        end if;
+    end loop;
 end
 $$;

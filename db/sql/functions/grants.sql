@@ -1,4 +1,4 @@
--- A producer role may commit and read partition ids, and nothing else. Grant it to the brokers' login roles:
+-- A producer role may commit, ask what became of it, and look up topics, and nothing else. Grant it to the brokers' login roles:
 -- grant tidemark_producer to my_broker;
 do $$
 begin
@@ -16,8 +16,15 @@ begin
     revoke execute on all functions in schema tidemark from public;
     if to_regrole('tidemark_producer') is not null then
         grant usage on schema tidemark to tidemark_producer;
-        grant execute on function tidemark.partition_ids(text) to tidemark_producer;
-        grant execute on function tidemark.commit_object(text, int[], int[], bigint[], int[], bigint[]) to tidemark_producer;
+        grant execute on function
+            tidemark.partition_ids(text),
+            tidemark.list_topics(text[], uuid[], text, int),
+            tidemark.commit_object(text, int[], int[], bigint[], int[], bigint[]),
+            tidemark.commit_batches(text, int[], int[], bigint[], int[], bigint[], bigint[], int[], int[]),
+            tidemark.condemn(text[]),
+            tidemark.init_producer(bigint, int),
+            tidemark.receipts(bigint[], int[])
+        to tidemark_producer;
     end if;
 end
 $$;

@@ -14,7 +14,10 @@ join tidemark.topics t on t.id = p.topic_id
 join tidemark.runs r on r.partition_id = p.id
 cross join lateral tidemark.run_events(r) e
 -- No row only where an invariant is broken: the batch is shown all the same.
-left join tidemark.objects o on o.id = e.object_id;
+left join tidemark.objects o on o.id = e.object_id
+left join lateral tidemark.log_start(p.id) s on true
+-- What lies before the start is deleted, though it may still be there.
+where (s.start_offset >= e.start_offset + e.n_records) is not true;
 
 create or replace view tidemark.named_partitions as
 select t.name as topic, p.partition, p.id as partition_id, coalesce(s.start_offset, 0) as start_offset,
@@ -48,4 +51,4 @@ from tidemark.record_batch_events e
 join tidemark.topic_partitions p on p.id = e.partition_id
 join tidemark.topics t on t.id = p.topic_id
 cross join lateral tidemark.cursors(array[p.id]) c
-join tidemark.objects o on o.id = e.object_id;
+join tidemark.objects o on o.id = e.id >> 16;

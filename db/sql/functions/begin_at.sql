@@ -1,0 +1,53 @@
+-- Lets an empty partition begin at an offset: its first batch gets first_offset, and the log starts and ends there until then.
+-- Batches that are committed and have no offset yet get theirs from first_offset on. 0, where a log begins anyway, changes
+-- nothing.
+--
+-- It writes what retention leaves behind in a partition all of whose batches are deleted: the start of the log, and the run
+-- before it, without events, as the cursor. So whoever reads a log needs to know nothing of this. The cursor stands before
+-- every transaction there is or will be, so nothing that is committed is passed over.
+-- Errors: TM003 unknown partition, TM007 an offset below 0, TM015 a batch of the partition has, or had, an offset; 25001 in
+-- another isolation level than read committed.
+create or replace function tidemark.begin_at(partition_id int, first_offset bigint) returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    end_offset bigint;
+begin
+    if current_setting('transaction_isolation') <> 'read committed' then
+        raise exception using
+            errcode = '25001',
+            message = 'begin_at has to see what is there after its wait for the lock',
+            hint = 'Call it in a transaction with the isolation level read committed.';
+    end if;
+    -- Whoever places batches locks it as well, so none is placed between the look and the insert.
+    perform from tidemark.topic_partitions p where p.id = begin_at.partition_id for no key update;
+    if not found then
+        raise exception using
+            errcode = 'TM003',
+            message = format('partition id %s does not exist', coalesce(partition_id::text, 'NULL')),
+            hint = 'Read the ids of a topic''s partitions with tidemark.partition_ids(topic).';
+    end if;
+    if (first_offset >= 0) is not true then
+        raise exception using
+            errcode = 'TM007',
+            message = format('partition id %s cannot begin at offset %s', partition_id, coalesce(first_offset::text, 'NULL')),
+            hint = 'Pass an offset of at least 0.';
+    end if;
+    select n.end_offset into end_offset from tidemark.newest_run(begin_at.partition_id) n;
+    if found then
+        raise exception using
+            errcode = 'TM015',
+            message = format('partition id %s has had offsets up to %s already', partition_id, end_offset),
+            hint = 'Choose where a log begins before its first batch has an offset, and once; or create another topic.';
+    end if;
+    if first_offset = 0 then
+        return;
+    end if;
+    insert into tidemark.runs
+        (start_offset, end_offset, end_bytes, max_timestamp, first_tx, last_tx, partition_id, batches)
+    values (0, first_offset, 0, -1, 0, 0, begin_at.partition_id, 0);
+    insert into tidemark.log_starts (start_offset, deleted_to, start_bytes, stale_run, partition_id)
+    values (first_offset, first_offset, 0, 0, begin_at.partition_id);
+end
+$$;
