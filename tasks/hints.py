@@ -146,7 +146,7 @@ def publish_moves(redis: "Redis", partition_ids: Sequence[int]) -> int:
 
 
 class Moves:
-    """Listens for partitions that got new offsets: for `db.fetch`. Close it, or leave it, when done."""
+    """Listens for partitions that got new offsets, for `db.receipts` and `db.fetch`. Close it when done."""
 
     def __init__(self, app: TidemarkApp) -> None:
         redis: Any = app.redis

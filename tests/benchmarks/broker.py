@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from db.commit import Batch, commit_batches
-from db.fetch import Receipt, Waiting
 from db.materialize import materialize
 from db.producers import init_producer
+from db.receipts import Receipt, Waiting
 from db.topics import create_topic, partition_ids
 from tasks.hints import Moves, publish_moves
 from tests.benchmarks.server import running_server

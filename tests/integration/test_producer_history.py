@@ -16,9 +16,10 @@ import pytest
 
 from db.audit import audit
 from db.commit import Batch, Committed, commit_batches
-from db.fetch import fetch_batches, receipts
+from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.producers import init_producer
+from db.receipts import receipts
 from tests.integration.conftest import make_topic
 
 Conn = psycopg.Connection[Any]

@@ -20,9 +20,9 @@ from config.errors import (
     UnknownProducerError,
 )
 from db.commit import Batch, Committed, Verdict, commit_batches, commit_object
-from db.fetch import receipts
 from db.materialize import materialize
 from db.producers import Producer, expire_producers, init_producer, producer_states
+from db.receipts import receipts
 from tests.integration.conftest import make_topic
 from tests.support import Connect, wait_until
 

@@ -13,8 +13,9 @@ import pytest
 from config.settings import Strategy
 from db.commit import Batch, commit_batches
 from db.fetch import FetchRequest as Ask
-from db.fetch import Receipt, Waiting, fetch_batches, receipts, wait_for_batches, wait_for_receipts
+from db.fetch import fetch_batches, wait_for_batches
 from db.materialize import materialize
+from db.receipts import Receipt, Waiting, receipts, wait
 from db.retention import delete_records, retain
 from db.topics import set_retention
 from tasks.app import TidemarkApp
@@ -130,12 +131,12 @@ def test_waiting_without_news(conn: Conn, connect: Connect) -> None:
     ids = make_topic(conn)
     done = commit(conn, "a", ids)
     began = time.monotonic()
-    assert [r.is_pending for r in wait_for_receipts(conn, [done], timeout=0.2)] == [True]
+    assert [r.is_pending for r in wait(conn, [done], timeout=0.2)] == [True]
     assert time.monotonic() - began < 2
     other = connect()
     placing = threading.Timer(0.1, materialize, (other, ids))
     placing.start()
-    assert [r.base_offset for r in wait_for_receipts(conn, [done], timeout=20, poll_seconds=0.05)] == [0]
+    assert [r.base_offset for r in wait(conn, [done], timeout=20, poll_seconds=0.05)] == [0]
     placing.join()
 
 
@@ -193,7 +194,7 @@ def test_a_receipt_comes_with_the_news(conn: Conn, app: TidemarkApp, moves: Move
     done = commit(conn, "a", ids)
     placing = threading.Timer(0.1, serve, (app, ids))
     placing.start()
-    found = wait_for_receipts(conn, [done], timeout=20, poll_seconds=60, moves=moves)
+    found = wait(conn, [done], timeout=20, poll_seconds=60, moves=moves)
     placing.join()
     assert [r.base_offset for r in found] == [0]
 
@@ -206,7 +207,7 @@ def test_a_redis_that_is_silent_costs_the_poll(
     with frozen(redis_server.pid):
         placing = threading.Timer(0.1, materialize, (connect(), ids))
         placing.start()
-        found = wait_for_receipts(conn, [done], timeout=20, poll_seconds=0.2, moves=moves)
+        found = wait(conn, [done], timeout=20, poll_seconds=0.2, moves=moves)
         placing.join()
     assert [r.base_offset for r in found] == [0]
 

@@ -18,8 +18,9 @@ from config.errors import (
 from db.audit import audit
 from db.commit import Batch, commit_batches, commit_object
 from db.discover import find_committed, sweep
-from db.fetch import fetch_batches, receipts
+from db.fetch import fetch_batches
 from db.materialize import materialize
+from db.receipts import receipts
 from db.retention import RetentionResult, delete_records, purge, retain
 from db.status import describe_partitions, read_status
 from db.topics import Topic, add_partitions, create_topic, delete_topic, list_topics, partition_ids, set_retention
