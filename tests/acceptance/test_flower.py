@@ -113,11 +113,18 @@ def test_nobody_gets_in_without_the_password(flower: Flower) -> None:
         assert flower.status(path, password=PASSWORD) == 200
 
 
+def knows(flower: Flower, worker: Worker) -> bool:
+    """Flower lists the worker, and hears of its tasks: it asks for their events some time after it lists it."""
+    flower.request("/api/task/async-apply/tasks.fan_out", {"args": []})
+    tasks = flower.request("/api/tasks?state=SUCCESS")
+    return worker.hostname() in flower.request("/api/workers?refresh=1") and bool(tasks)
+
+
 def test_the_pages_read_well(flower: Flower, worker: Worker, page: Any, app: TidemarkApp, log: Log) -> None:
     """Materialize tasks by name of topic and partitions, with their metrics; a worker with its queues."""
 
     def flower_knows_the_worker() -> bool:
-        return worker.hostname() in flower.request("/api/workers?refresh=1")
+        return knows(flower, worker)
 
     wait_until(flower_knows_the_worker, timeout=60, interval=0.5)
     for n in range(3):
@@ -179,9 +186,8 @@ def test_a_failed_task_says_why(flower: Flower, worker: Worker, page: Any) -> No
     """In the list, beside what it was asked."""
 
     def flower_knows_the_worker() -> bool:
-        return worker.hostname() in flower.request("/api/workers?refresh=1")
+        return knows(flower, worker)
 
-    # Before, it has not asked for the worker's events.
     wait_until(flower_knows_the_worker, timeout=60, interval=0.5)
     failed = flower.request("/api/task/async-apply/tasks.materialize_topic", {"args": ["nosuch"]})["task-id"]
 
