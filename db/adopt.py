@@ -14,7 +14,7 @@ The steps, and what a crash leaves behind:
 
 1. One transaction reads the seed behind locks that keep writers out, refuses what cannot be adopted, and reserves ids:
    `adopted_partitions`, with what each partition held. What it read is in temporary tables of the session.
-2. Objects, events and runs are copied in transactions of whole runs, in one order. A crash leaves the first so many of
+2. Objects, events and runs are copied in transactions of whole runs, in one order. A crash leaves the first of
    them. The next run finds the last event that is there, and goes on behind it: there is no progress to keep.
 3. All of it is compared with what was read, in stretches. A crash leaves what was copied.
 4. One transaction keeps writers out again, and compares what the seed holds with what it held in the first step,

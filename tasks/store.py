@@ -23,7 +23,7 @@ from config.settings import Settings
 
 # S3 lists and deletes no more in one request.
 _PAGE = 1_000
-# A directory is read in parts of so many names, however many there are.
+# A directory is read in parts of this many names, however many there are.
 _NAMES = 100_000
 # Seconds for one request, repetitions included: a store that hangs must not hold a worker.
 _ANSWER_SECONDS = 30.0

@@ -212,7 +212,7 @@ def offsets(ctx: click.Context, topic: str, time: datetime) -> None:
 @click.argument("topic", metavar="NAME", type=NAME)
 @click.argument("partition", type=PARTITION)
 @click.option("--before", type=click.IntRange(min=0), help="Begin below this producer id.")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=1_000, help="List so many at most.")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=1_000, help="List at most this many.")
 def producers(ctx: click.Context, topic: str, partition: int, before: int | None, limit: int) -> None:
     """List the idempotent producers of a partition, the newest first."""
     with database(ctx) as conn:
