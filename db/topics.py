@@ -82,7 +82,7 @@ def partition_ids(conn: Connection, topic: str) -> list[int]:
 
 
 class PartitionIds:
-    """Partition ids by topic name, read once: they never change as long as the topic lives."""
+    """Partition ids by topic name, read once: they never change as long as the topic lives, though it may get more."""
 
     def __init__(self) -> None:
         self._known: dict[str, Sequence[int]] = {}

@@ -64,7 +64,7 @@ class LazyCommand(click.Command):
     def __init__(self, name: str) -> None:
         super().__init__(name, short_help=f"Tidemark: {SUMMARIES[name]}")
 
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> click.Context:  # noqa: ARG002
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> click.Context:  # noqa: ARG002 - click's
         """The context of the command itself, which click goes on with."""
         app = None if parent is None or parent.obj is None else parent.obj.app
         asks = extra.get("resilient_parsing") or "--help" in args

@@ -14,20 +14,7 @@ as $$
 declare
     end_offset bigint;
 begin
-    if current_setting('transaction_isolation') <> 'read committed' then
-        raise exception using
-            errcode = '25001',
-            message = 'begin_at has to see what is there after its wait for the lock',
-            hint = 'Call it in a transaction with the isolation level read committed.';
-    end if;
-    -- Whoever places batches locks it as well, so none is placed between the look and the insert.
-    perform from tidemark.topic_partitions p where p.id = begin_at.partition_id for no key update;
-    if not found then
-        raise exception using
-            errcode = 'TM003',
-            message = format('partition id %s does not exist', coalesce(partition_id::text, 'NULL')),
-            hint = 'Read the ids of a topic''s partitions with tidemark.partition_ids(topic).';
-    end if;
+    perform tidemark.lock_partition(begin_at.partition_id);
     if (first_offset >= 0) is not true then
         raise exception using
             errcode = 'TM007',

@@ -13,20 +13,7 @@ declare
     start tidemark.log_starts;
     target bigint;
 begin
-    if current_setting('transaction_isolation') <> 'read committed' then
-        raise exception using
-            errcode = '25001',
-            message = 'delete_records has to see what is there after its wait for the lock',
-            hint = 'Call it in a transaction with the isolation level read committed.';
-    end if;
-    -- As retention and materializing do, before anything is read. What commits is not held up.
-    perform from tidemark.topic_partitions p where p.id = delete_records.partition_id for no key update;
-    if not found then
-        raise exception using
-            errcode = 'TM003',
-            message = format('partition id %s does not exist', coalesce(partition_id::text, 'NULL')),
-            hint = 'Read the ids of a topic''s partitions with tidemark.partition_ids(topic).';
-    end if;
+    perform tidemark.lock_partition(delete_records.partition_id);
     select coalesce(max(n.end_offset), 0) as end_offset, coalesce(max(n.end_bytes), 0) as end_bytes
     into ends
     from tidemark.newest_run(delete_records.partition_id) n;
