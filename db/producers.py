@@ -50,14 +50,21 @@ def producer_states(
     return all_(conn, ProducerState, "producer_states", (partition_id, before, limit))
 
 
-def expire_producers(conn: Connection, *, silent_seconds: float, stop: Callable[[], bool] = lambda: False) -> int:
+def expire_producers(
+    conn: Connection,
+    *,
+    silent_seconds: float,
+    from_partition_id: int = 2**31 - 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
     """Forget producers, by partition, that have appended nothing for so long; returns how many.
 
-    Pages from the end of the key to its beginning. So each page begins at a row that is there, whatever was deleted. A
-    batch that is committed at the same moment stays known. The connection must be in autocommit mode.
+    Goes through the partitions from this one down, in pages from the end of the key to its beginning. So each page
+    begins at a row that is there, whatever was deleted. A batch that is committed at the same moment stays known. The
+    connection must be in autocommit mode.
     """
     expired = 0
-    at: tuple[Any, ...] = (None, None)
+    at: tuple[Any, ...] = (from_partition_id, None)
     while True:
         with pipelined(conn):
             page = rows(conn, "expire_producers", (*at, _PAGE, silent_seconds), prepare=True)[0]

@@ -10,14 +10,14 @@ from tidemark.producer_states($1::int, $2::bigint, $3::int) s;
 
 -- name: expire_producers
 -- Forgets what partitions know of producers that were silent for $4 seconds: looks at $3 of them, by partition and producer, in
--- descending order from before partition $1 and producer $2 on (null: from the last one). Each step goes to the newest row of the
+-- descending order from before partition $1 and producer $2 on (null: from its last one). Each step goes to the newest row of the
 -- next one, and over none of those that were deleted behind it. One row: where it got, nulls at the end, and how many went.
 --
 -- A batch is as old as its object, and where that is forgotten no older than the next commit that is there.
 with recursive known as (
     (select b.partition_id, b.producer_id, b.ordinal, b.tx, b.id, 1 as n
      from tidemark.producer_batches b
-     where (b.partition_id, b.producer_id) < (coalesce($1::int, 2147483647), coalesce($2::bigint, 9223372036854775807))
+     where (b.partition_id, b.producer_id) < ($1::int, coalesce($2::bigint, 9223372036854775807))
      order by b.partition_id desc, b.producer_id desc, b.ordinal desc
      limit 1)
     union all

@@ -442,6 +442,15 @@ def test_pages_of_producers_end(conn: Conn, ids: list[int], monkeypatch: pytest.
     assert conn.execute("select count(*) from tidemark.producer_batches").fetchone() == (0,)
 
 
+def test_expiring_may_begin_at_any_partition(conn: Conn, ids: list[int]) -> None:
+    """Or a turn whose time is up would never come to those at the end of its way."""
+    for n, partition_id in enumerate(ids):
+        commit_batches(conn, f"o{n}", [batch(partition_id, producer=7)])
+    conn.execute("update tidemark.objects set committed_at = committed_at - interval '1 hour'")
+    assert expire_producers(conn, silent_seconds=60, from_partition_id=ids[1]) == 2
+    assert [len(producer_states(conn, p)) for p in ids] == [0, 0, 1]
+
+
 # --- Against a model
 
 
