@@ -98,22 +98,25 @@ def purge(conn: Connection, *, delete_batch: int = 5_000, stop: Callable[[], boo
     Lock order: deleted_partitions by ascending id, passing over those that are locked, then objects.
     """
     done = RetentionResult()
-    size = max(1, delete_batch // _SHARE)
+    size, after = max(1, delete_batch // _SHARE), 0
     while True:
         with pipelined(conn):
-            run(conn, "lock_deleted_partitions", (size,), prepare=True)
+            locking = run(conn, "lock_deleted_partitions", (size, after), prepare=True)
             purging = run(conn, "purge", (max(_SHARE, delete_batch // size),), prepare=True, row_factory=namedtuple_row)
             run(conn, "lock_spent_objects", prepare=True)
             freeing = run(conn, "free_spent_objects", prepare=True)
-            (gone,) = purging.fetchall()
+            ((ids, _),), (gone,) = locking.fetchall(), purging.fetchall()
         done = RetentionResult(
             deleted=done.deleted + gone.batches,
             log_bytes=done.log_bytes + gone.log_bytes,
             objects_freed=done.objects_freed + freeing.rowcount,
         )
-        if not gone.went_on or stop():
+        if not ids or stop():
             run(conn, "forget_purged", (_PAGE,))
             return done
+        if not gone.went_on:
+            # These wait for transactions that run; others may not.
+            after = max(ids)
 
 
 def delete_records(conn: Connection, partition_id: int, before_offset: int) -> int:

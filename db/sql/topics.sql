@@ -45,15 +45,15 @@ select tidemark.set_retention($1::text, $2::bigint, $3::bigint);
 select tidemark.delete_records($1::int, $2::bigint);
 
 -- name: lock_deleted_partitions
--- Purge: locks partitions of deleted topics of which something may be left, $1 at most; leaves their ids in the setting. Those
--- of another purge are passed over, so several share the work. One that was purged is looked at again after a day, and
+-- Purge: locks partitions of deleted topics of which something may be left, $1 after id $2; leaves their ids in the setting. What
+-- another purge has is passed over, so several share the work. One that was purged is looked at again after a day, and
 -- then forgotten: what could still commit to it, from a snapshot that old, is gone by then.
 select coalesce(array_agg(l.partition_id), '{}') as ids,
        set_config('tidemark.locked', coalesce(array_agg(l.partition_id), '{}')::text, true)
 from (
     select d.partition_id
     from tidemark.deleted_partitions d
-    where d.purged_at is null
+    where d.purged_at is null and d.partition_id > $2::int
     order by d.partition_id
     limit $1::int
     for update of d skip locked

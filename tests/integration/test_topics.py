@@ -239,6 +239,19 @@ def test_several_purge_together(conn: Conn, connect: Connect) -> None:
     assert conn.execute("select from tidemark.dead_objects").rowcount == 30
 
 
+def test_partitions_that_wait_hold_up_no_others(conn: Conn, connect: Connect) -> None:
+    """A transaction that stays open keeps each of them from being forgotten, and none from being emptied."""
+    ids = make_topic(conn, partitions=5)
+    commit(conn, "a", ids)
+    with connect().transaction() as opened:
+        opened.connection.execute("select pg_current_xact_id()")
+        delete_topic(conn, "orders")
+        # One partition in each transaction.
+        assert purge(conn, delete_batch=64).deleted == 5
+    purge_all(conn)
+    assert left(conn, ids) == {}
+
+
 def test_what_is_purged_is_forgotten_after_a_day(conn: Conn, connect: Connect) -> None:
     """Once more looked at: a commit in a transaction that old was not seen before."""
     ids = make_topic(conn)
