@@ -19,7 +19,10 @@ import pytest
 
 from tests.support import wait_until
 
-_NAMES = ["contiguous", "exactly once", "real-time order", "immutable", "never back", "replay-safe"]
+_NAMES = [
+    *("contiguous", "exactly once", "real-time order", "immutable"),
+    *("never back", "replay-safe", "idempotent", "receipts agree"),
+]
 _MARKER = "TIDEMARK_DEMO_TEST"
 
 # A second each on an idle machine for a dozen programs to load; minutes on a busy one.

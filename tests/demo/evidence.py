@@ -98,9 +98,10 @@ def collect(
         attempts=ledger.attempts,
         sightings=ledger.sightings,
         readings=ledger.readings,
+        answers=ledger.answers,
         load=None if objects is None else lambda key: download(objects, key),
         looks=len(ledger.sightings) if looks is None else looks,
-        fetched=len(ledger.readings) if fetched is None else fetched,
+        fetched=sum(len(reading.batches) for reading in ledger.readings) if fetched is None else fetched,
     )
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tests.demo.ledger import Ledger, LedgerTail, Outcome
+from tests.demo.ledger import Attempt, Ledger, LedgerTail, Outcome
 from tests.demo.observers import Watcher
 
 # Rates and lags shown are those of the last seconds.
@@ -51,12 +51,11 @@ class Meter:
 
     def read_ledgers(self) -> None:
         """Take in what the producers have noted."""
-        for attempt in self._files.read():
-            self._ledger.write(attempt)
-            object_id = attempt.object_id
-            if attempt.outcome is not Outcome.COMMITTED or object_id is None:
-                continue
-            self._returned[object_id] = min(attempt.returned, self._returned.get(object_id, attempt.returned))
+        for record in self._files.read():
+            self._ledger.write(record)
+            if isinstance(record, Attempt) and record.outcome is Outcome.COMMITTED and record.object_id is not None:
+                known = self._returned.get(record.object_id, record.returned)
+                self._returned[record.object_id] = min(record.returned, known)
 
     def read(self, backlog: int) -> Figures:
         """The figures now; `backlog` is the database's own count."""

@@ -1,13 +1,14 @@
-"""What producers know to have done, and what readers have seen: in memory, and for processes in a file.
+"""The history of a run: what producers have done and were told, and what readers have seen.
 
-Times are of the monotonic clock, which all processes of a machine share: `began` before anything was sent, `returned`
-after the answer was there. An attempt to commit is noted when its outcome is known; in a file it is a line of JSON.
+In memory, and for processes in a file, a line of JSON for each record. Times are of the monotonic clock, which all
+processes of a machine share: `began` before anything was sent, `returned` after the answer was there. An attempt to
+commit is noted when its outcome is known.
 """
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from threading import Lock
@@ -16,8 +17,9 @@ from typing import Any, Protocol, Self
 
 import psycopg
 
-from db.commit import Batch, columns, commit_object
+from db.commit import Batch, Verdict, columns, commit_object
 from db.fetch import FetchedBatch
+from db.receipts import Receipt, receipts
 
 
 class Outcome(StrEnum):
@@ -31,7 +33,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One attempt to commit one object; `object_id` is what it returned."""
+    """One attempt to commit one object; `object_id` is what it returned.
+
+    `verdicts` are those of `commit_batches`, one for each batch; none where the commit is all or nothing.
+    """
 
     key: str
     batches: tuple[Batch, ...]
@@ -39,34 +44,43 @@ class Attempt:
     returned: float
     outcome: Outcome
     object_id: int | None = None
+    verdicts: tuple[Verdict, ...] = ()
+
+    def accepts(self, position: int) -> bool:
+        """Whether this batch of it is committed, where the object is."""
+        return not self.verdicts or self.verdicts[position] == "accepted"
 
     def to_json(self) -> str:
-        return json.dumps(
-            {
-                "key": self.key,
-                "outcome": self.outcome,
-                "object_id": self.object_id,
-                "began": self.began,
-                "returned": self.returned,
-                "batches": [astuple(batch) for batch in self.batches],
-            },
-            separators=(",", ":"),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps(values | {"batches": [astuple(batch) for batch in self.batches]}, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str | bytes) -> Self:
-        values = json.loads(line)
+    def from_values(cls, values: dict[str, Any]) -> Self:
+        names = [field.name for field in fields(Batch)]
         return cls(
-            key=values["key"],
-            outcome=Outcome(values["outcome"]),
-            object_id=values["object_id"],
-            began=values["began"],
-            returned=values["returned"],
-            batches=tuple(
-                Batch(partition_id=b[0], n_records=b[1], byte_offset=b[2], byte_length=b[3], max_timestamp=b[4])
-                for b in values["batches"]
-            ),
+            **values
+            | {
+                "outcome": Outcome(values["outcome"]),
+                "verdicts": tuple(values["verdicts"]),
+                "batches": tuple(Batch(**dict(zip(names, row, strict=True))) for row in values["batches"]),
+            }
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What `receipts` said of one batch of an object; `position` counts from 0."""
+
+    key: str
+    position: int
+    began: float
+    returned: float
+    verdict: str
+    base_offset: int | None
+    is_pending: bool
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,22 +93,27 @@ class Sighting:
     partition_id: int
     start_offset: int
     end_offset: int
+    began: float
+    returned: float
     new_records: int | None = None
     reader: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """A batch that a fetch returned."""
+    """What a fetch from an offset on returned."""
 
     partition_id: int
-    batch: FetchedBatch
+    from_offset: int
+    batches: tuple[FetchedBatch, ...]
+    began: float
+    returned: float
 
 
 class Notes(Protocol):
-    """Where attempts are written down."""
+    """Where attempts and answers are written down."""
 
-    def write(self, attempt: Attempt) -> None: ...
+    def write(self, record: Attempt | Answer) -> None: ...
 
 
 class Ledger:
@@ -102,6 +121,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.attempts: list[Attempt] = []
+        self.answers: list[Answer] = []
         self.sightings: list[Sighting] = []
         self.readings: list[Reading] = []
         # The batches of the objects that are known to be committed, each object's once.
@@ -109,12 +129,15 @@ class Ledger:
         self._keys: set[str] = set()
         self._lock = Lock()
 
-    def write(self, attempt: Attempt) -> None:
+    def write(self, record: Attempt | Answer) -> None:
         with self._lock:
-            self.attempts.append(attempt)
-            if attempt.outcome is Outcome.COMMITTED and attempt.key not in self._keys:
-                self._keys.add(attempt.key)
-                self.sent += attempt.batches
+            if isinstance(record, Answer):
+                self.answers.append(record)
+                return
+            self.attempts.append(record)
+            if record.outcome is Outcome.COMMITTED and record.key not in self._keys:
+                self._keys.add(record.key)
+                self.sent += (batch for position, batch in enumerate(record.batches) if record.accepts(position))
 
 
 def note(
@@ -124,6 +147,7 @@ def note(
     began: float,
     outcome: Outcome,
     object_id: int | None = None,
+    verdicts: Sequence[Verdict] = (),
 ) -> Attempt:
     """Write down an attempt that has just returned."""
     attempt = Attempt(
@@ -133,6 +157,7 @@ def note(
         returned=time.monotonic(),
         outcome=outcome,
         object_id=object_id,
+        verdicts=tuple(verdicts),
     )
     notes.write(attempt)
     return attempt
@@ -146,6 +171,26 @@ def commit_noted(conn: psycopg.Connection[Any], notes: Notes, key: str, batches:
     return object_id
 
 
+def ask_noted(conn: psycopg.Connection[Any], notes: Notes, objects: Mapping[int, str]) -> list[Receipt]:
+    """Ask what became of objects, keys by id, and write the answers down; returns them."""
+    began = time.monotonic()
+    found = receipts(conn, objects)
+    returned = time.monotonic()
+    for receipt in found:
+        notes.write(
+            Answer(
+                key=objects[receipt.object_id],
+                position=receipt.batch - 1,
+                began=began,
+                returned=returned,
+                verdict=receipt.verdict,
+                base_offset=receipt.base_offset,
+                is_pending=receipt.is_pending,
+            )
+        )
+    return found
+
+
 class LedgerWriter:
     """A ledger file, for all threads of one producer."""
 
@@ -153,9 +198,9 @@ class LedgerWriter:
         self._lock = Lock()
         self._file = path.open("x", encoding="utf-8")
 
-    def write(self, attempt: Attempt) -> None:
+    def write(self, record: Attempt | Answer) -> None:
         with self._lock:
-            self._file.write(attempt.to_json() + "\n")
+            self._file.write(record.to_json() + "\n")
             self._file.flush()
 
     def __enter__(self) -> Self:
@@ -174,12 +219,13 @@ class LedgerTail:
         self._directory = directory
         self._positions: dict[Path, int] = {}
 
-    def read(self) -> Iterator[Attempt]:
-        """Attempts written since the last call; a line that is being written comes next time."""
+    def read(self) -> Iterator[Attempt | Answer]:
+        """What was written since the last call; a line that is being written comes next time."""
         for path in sorted(self._directory.glob("*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._positions.get(path, 0))
                 new = file.read()
             whole = new.rfind(b"\n") + 1
             self._positions[path] = self._positions.get(path, 0) + whole
-            yield from map(Attempt.from_json, new[:whole].splitlines())
+            for values in map(json.loads, new[:whole].splitlines()):
+                yield Attempt.from_values(values) if "batches" in values else Answer(**values)

@@ -8,6 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Thread
 from types import TracebackType
@@ -15,8 +16,10 @@ from typing import Self
 
 import psycopg
 
-from db.fetch import FetchedBatch, fetch_batches
+from config.errors import OffsetOutOfRangeError
+from db.fetch import FetchedBatch, FetchRequest, fetch_batches, fetch_partitions
 from db.pool import Database
+from db.translate import is_transient
 from tests.demo.evidence import observe_heads
 from tests.demo.ledger import Ledger, Reading, Sighting
 from tests.demo.programs import DemoError
@@ -24,6 +27,8 @@ from tests.demo.programs import DemoError
 _WATCH_SECONDS = 0.05
 _READ_SECONDS = 0.02
 _BATCHES_A_READ = 20
+# Of a partition: a reader that was away catches up in a few looks.
+_BYTES_A_READ = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +54,26 @@ class Observer(Thread):
 
     def run(self) -> None:
         try:
-            with self._database.connection() as conn:
-                while not self._stopping.is_set():
-                    self.look(conn)
+            over = False
+            while not over:
+                try:
+                    with self._database.connection() as conn:
+                        over = self._look_on(conn)
+                except Exception as error:
+                    # It never stops: a server that is away comes back, and one that does not is found by others.
+                    if self._stopping.is_set() or not is_transient(error):
+                        raise
                     self._stopping.wait(self._pause)
-                # Once more: what the log has come to.
-                self.look(conn)
         except BaseException as error:  # noqa: BLE001 - raised again where somebody hears it
             self._error = error
+
+    def _look_on(self, conn: psycopg.Connection[object]) -> bool:
+        while not self._stopping.is_set():
+            self.look(conn)
+            self._stopping.wait(self._pause)
+        # Once more: what the log has come to.
+        self.look(conn)
+        return True
 
     def require_well(self) -> None:
         """Raise DemoError if it broke off."""
@@ -96,6 +113,7 @@ class Watcher(Observer):
         self.arrivals: deque[Arrival] = deque()
 
     def look(self, conn: psycopg.Connection[object]) -> None:
+        began = time.monotonic()
         heads = observe_heads(conn, self.end_offsets)
         seen = time.monotonic()
         self.looks += len(heads)
@@ -106,6 +124,8 @@ class Watcher(Observer):
                         partition_id=head.partition_id,
                         start_offset=head.start_offset,
                         end_offset=head.end_offset,
+                        began=began,
+                        returned=seen,
                         new_records=head.new_records,
                     )
                 )
@@ -118,27 +138,50 @@ class Watcher(Observer):
 
 
 class Reader(Observer):
-    """Fetches at random offsets, and keeps the first sight of every batch and every later one that differs."""
+    """Follows every partition to its end, and fetches at random offsets; both never stop."""
 
     def __init__(self, database: Database, watcher: Watcher, ledger: Ledger) -> None:
         super().__init__("reader", database, _READ_SECONDS)
         self._ledger = ledger
         self._watcher = watcher
         self._random = random.Random()
-        self._first: dict[tuple[int, int], FetchedBatch] = {}
+        self._positions = dict.fromkeys(watcher.end_offsets, 0)
+        # A batch that is fetched again is kept once, as long as it is the same.
+        self._kept: dict[FetchedBatch, FetchedBatch] = {}
         self.fetched = 0
 
     def look(self, conn: psycopg.Connection[object]) -> None:
+        requests = [FetchRequest(i, offset, _BYTES_A_READ) for i, offset in self._positions.items()]
+        began = time.monotonic()
+        for found in fetch_partitions(conn, requests):
+            position = self._positions[found.partition_id]
+            if found.error is None:
+                # That there is nothing new says nothing, but where somebody has seen that there is.
+                if found.batches or position < self._watcher.end_offsets[found.partition_id]:
+                    self._note(found.partition_id, position, found.batches, began)
+                for last in found.batches[-1:]:
+                    self._positions[found.partition_id] = last.start_offset + last.n_records
+            elif found.error == "offset_out_of_range" and position < (found.start_offset or 0):
+                # What stood there was deleted before it was read.
+                self._positions[found.partition_id] = found.start_offset or 0
+            else:
+                raise DemoError(f"partition id {found.partition_id}: a fetch at {position} answered {found}")
         partition_id, end_offset = self._random.choice(list(self._watcher.end_offsets.items()))
         offset = self._random.randint(0, end_offset)
-        batches = fetch_batches(conn, partition_id, offset, max_batches=_BATCHES_A_READ)
+        began = time.monotonic()
+        # Below the start offset, where records are being deleted.
+        with suppress(OffsetOutOfRangeError):
+            batches = fetch_batches(conn, partition_id, offset, max_batches=_BATCHES_A_READ)
+            self._note(partition_id, offset, batches, began)
+
+    def _note(self, partition_id: int, offset: int, batches: Sequence[FetchedBatch], began: float) -> None:
         self.fetched += len(batches)
-        if not batches and offset < end_offset:
-            raise DemoError(f"partition id {partition_id}: a fetch at {offset} found nothing below {end_offset}")
-        for batch in batches:
-            if not batch.start_offset <= offset < batch.start_offset + batch.n_records:
-                raise DemoError(f"partition id {partition_id}: a fetch at {offset} returned {batch}")
-            offset = batch.start_offset + batch.n_records
-            first = self._first.setdefault((partition_id, batch.start_offset), batch)
-            if first is batch or first != batch:
-                self._ledger.readings.append(Reading(partition_id=partition_id, batch=batch))
+        self._ledger.readings.append(
+            Reading(
+                partition_id=partition_id,
+                from_offset=offset,
+                batches=tuple(self._kept.setdefault(batch, batch) for batch in batches),
+                began=began,
+                returned=time.monotonic(),
+            )
+        )

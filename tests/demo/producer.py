@@ -1,7 +1,9 @@
 """One producer: threads of a test's process, or a process of its own, `python -m tests.demo.producer ORDER`.
 
 Uploads objects and commits them, several at once, and is difficult in every way a producer may be: slow to commit,
-changing its mind, repeating itself, at the same moment too, and repeating itself wrongly. All goes into its ledger.
+changing its mind, repeating itself, at the same moment too, and repeating itself wrongly; idempotent, and then it
+sends what it has no answer for under another key. It asks for the receipts of what it has committed. All goes into its
+ledger.
 
 The process' ledger file appears when it is ready. It begins when told to on its standard input, and ends at once when
 that closes: nobody is left to tell.
@@ -12,9 +14,10 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, auto
 from itertools import accumulate
 from pathlib import Path
@@ -25,10 +28,11 @@ import psycopg
 
 from config.errors import CommitConflictError
 from config.settings import load_settings
-from db.commit import Batch, columns, commit_object
+from db.commit import Batch, Committed, Verdict, columns, commit_batches, commit_object
 from db.pool import Database
+from db.producers import init_producer
 from db.translate import is_transient
-from tests.demo.ledger import LedgerWriter, Notes, Outcome, commit_noted, note
+from tests.demo.ledger import LedgerWriter, Notes, Outcome, ask_noted, commit_noted, note
 from tests.demo.storage import upload
 
 # Commits of one producer under way at once: the slow ones must not slow the others down.
@@ -40,6 +44,9 @@ _LONGEST_HOLD = 1.0
 _RETRY_PAUSE = 0.2
 # After an outage a producer goes on asking so long for what became of its commit.
 _RETRIES = 50
+# Receipts are asked for so many commits at once, and of so many at most.
+_ASKED = 2
+_UNASKED = 200
 
 
 class Kind(Enum):
@@ -52,11 +59,13 @@ class Kind(Enum):
     REPEATED_LATER = auto()
     REPEATED_AT_ONCE = auto()
     REPEATED_WRONGLY = auto()
+    IDEMPOTENT = auto()
 
 
 # Shuffled, this comes again and again: even a short run meets every kind.
 _KINDS = (
-    *(Kind.PLAIN,) * 11,
+    *(Kind.PLAIN,) * 9,
+    *(Kind.IDEMPOTENT,) * 3,
     *(Kind.SLOW,) * 2,
     *(Kind.ROLLED_BACK,) * 2,
     Kind.ROLLED_BACK_FIRST,
@@ -103,6 +112,26 @@ class Shift:
         return cls(**json.loads(text))
 
 
+@dataclass(slots=True)
+class Identity:
+    """An idempotent producer: one thread's own, since its commits must come one after the other."""
+
+    producer_id: int
+    epoch: int
+    due: dict[int, int] = field(default_factory=dict)
+
+    def sign(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches with the next sequences of their partitions."""
+        due, signed = self.due, []
+        for batch in batches:
+            sequence = due.get(batch.partition_id, 0)
+            signed.append(
+                replace(batch, producer_id=self.producer_id, producer_epoch=self.epoch, base_sequence=sequence)
+            )
+            due[batch.partition_id] = sequence + batch.n_records
+        return signed
+
+
 class Producer:
     """Several threads that share a schedule."""
 
@@ -115,6 +144,8 @@ class Producer:
         self._lock = Lock()
         self._number = 0
         self._kinds = self._endless_kinds()
+        # Keys of what is committed, by object id, whose receipts are to be asked for.
+        self._unasked: deque[tuple[int, str]] = deque(maxlen=_UNASKED)
 
     def run(self, shift: Shift) -> None:
         with ThreadPoolExecutor(THREADS) as threads:
@@ -126,6 +157,7 @@ class Producer:
         self._over.set()
 
     def _work(self, shift: Shift) -> None:
+        identity: Identity | None = None
         while True:
             with self._lock:
                 number, kind = self._number, next(self._kinds)
@@ -137,7 +169,11 @@ class Producer:
                 return
             if self._order.objects is not None:
                 upload(Path(self._order.objects), key, [batch.byte_length for batch in batches])
-            self._carry_out(kind, key, batches, hold, pause)
+            if kind is Kind.IDEMPOTENT:
+                identity = self._commit_in_sequence(identity, key, batches)
+            else:
+                self._carry_out(kind, key, batches, hold, pause)
+            self._ask()
 
     def _carry_out(self, kind: Kind, key: str, batches: Sequence[Batch], hold: float, pause: float) -> None:
         match kind:
@@ -184,20 +220,64 @@ class Producer:
                 if not is_transient(error):
                     raise
                 outcome, object_id = Outcome.UNKNOWN, None
-            note(self._notes, key, batches, began, outcome, object_id)
+            self._note(key, batches, began, outcome, object_id)
             if outcome is not Outcome.UNKNOWN:
                 return
             time.sleep(_RETRY_PAUSE)
 
+    def _commit_in_sequence(self, identity: Identity | None, key: str, batches: Sequence[Batch]) -> Identity | None:
+        """Commit as the idempotent producer of this thread; what has no answer is sent again under another key."""
+        if identity is None:
+            with Outage(), self._database.connection() as conn:
+                known = init_producer(conn)
+                identity = Identity(known.producer_id, known.producer_epoch)
+        if identity is None:
+            return None
+        signed = identity.sign(batches)
+        for attempt in range(_RETRIES):
+            attempt_key = f"{key}.{attempt}" if attempt else key
+            if attempt and self._order.objects is not None:
+                upload(Path(self._order.objects), attempt_key, [batch.byte_length for batch in batches])
+            began = time.monotonic()
+            done: Committed | None = None
+            with Outage(), self._database.connection() as conn:
+                done = commit_batches(conn, attempt_key, signed)
+            if done is not None:
+                self._note(attempt_key, signed, began, Outcome.COMMITTED, done.object_id, done.verdicts)
+                # After a silence so long that it was forgotten, or fenced: it begins again as a new one.
+                return identity if {*done.verdicts} <= {"accepted", "duplicate"} else None
+            self._note(attempt_key, signed, began, Outcome.UNKNOWN)
+            time.sleep(_RETRY_PAUSE)
+        return None
+
+    def _note(
+        self,
+        key: str,
+        batches: Sequence[Batch],
+        began: float,
+        outcome: Outcome,
+        object_id: int | None = None,
+        verdicts: Sequence[Verdict] = (),
+    ) -> None:
+        note(self._notes, key, batches, began, outcome, object_id, verdicts)
+        if object_id is not None:
+            self._unasked.append((object_id, key))
+
+    def _ask(self) -> None:
+        """Ask what became of the oldest commits; those that have no offset yet are asked for again."""
+        with self._lock:
+            asked = dict(self._unasked.popleft() for _ in range(min(_ASKED, len(self._unasked))))
+        if not asked:
+            return
+        with Outage(), self._database.connection() as conn:
+            pending = {r.object_id for r in ask_noted(conn, self._notes, asked) if r.is_pending}
+            self._unasked.extend((object_id, asked[object_id]) for object_id in pending)
+
     def _roll_back(self, key: str, batches: Sequence[Batch], *, hold: float) -> None:
         began = time.monotonic()
-        try:
-            with self._database.connection() as conn, conn.transaction(force_rollback=True):
-                commit_object(conn, key, *columns(batches))
-                time.sleep(hold)
-        except Exception as error:
-            if not is_transient(error):
-                raise
+        with Outage(), self._database.connection() as conn, conn.transaction(force_rollback=True):
+            commit_object(conn, key, *columns(batches))
+            time.sleep(hold)
         note(self._notes, key, batches, began, Outcome.ROLLED_BACK)
 
     def _draw(self, number: int) -> tuple[str, list[Batch]]:
@@ -219,6 +299,15 @@ class Producer:
     def _endless_kinds(self) -> Iterator[Kind]:
         while True:
             yield from self._random.sample(_KINDS, len(_KINDS))
+
+
+class Outage:
+    """Leaves out what an outage caused."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        return isinstance(error, Exception) and is_transient(error)
 
 
 def commit_everywhere(

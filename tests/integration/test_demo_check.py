@@ -1,4 +1,7 @@
-"""The demo's check fails for every kind of violation, and names the first row that offends."""
+"""The history check fails for every kind of violation, and names the first row that offends.
+
+Each test breaks a right history, or its database, in one place.
+"""
 
 import time
 from contextlib import suppress
@@ -12,14 +15,27 @@ from psycopg.rows import TupleRow
 
 from config.errors import CommitConflictError
 from config.settings import Settings
-from db.commit import Batch, columns, commit_object
+from db.commit import Batch, columns, commit_batches, commit_object
 from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.pool import Database
+from db.producers import init_producer
+from db.retention import delete_records, retain
 from db.topics import create_topic, partition_ids
 from tests.demo.check import Evidence, Finding, check
 from tests.demo.evidence import collect, find_objects, read_partitions
-from tests.demo.ledger import Attempt, Ledger, LedgerTail, LedgerWriter, Outcome, Reading, Sighting, note
+from tests.demo.ledger import (
+    Answer,
+    Attempt,
+    Ledger,
+    LedgerTail,
+    LedgerWriter,
+    Outcome,
+    Reading,
+    Sighting,
+    ask_noted,
+    note,
+)
 from tests.demo.observers import Reader, Watcher
 from tests.demo.programs import DemoError
 from tests.demo.storage import upload
@@ -36,6 +52,7 @@ class Story:
     ids: list[int]
     storage: Path
     ledger: Ledger = field(default_factory=Ledger)
+    producer_id: int = 0
 
     @property
     def attempts(self) -> list[Attempt]:
@@ -44,6 +61,10 @@ class Story:
     @property
     def sightings(self) -> list[Sighting]:
         return self.ledger.sightings
+
+    @property
+    def answers(self) -> list[Answer]:
+        return self.ledger.answers
 
     @property
     def readings(self) -> list[Reading]:
@@ -75,6 +96,32 @@ class Story:
             outcome = Outcome.REFUSED
         return note(self.ledger, key, batches, began, outcome, object_id)
 
+    def produce(self, key: str, sequence: int, *, epoch: int = 0) -> Attempt:
+        """Commit a batch of the idempotent producer for each partition."""
+        batches = tuple(
+            Batch(
+                partition_id=partition_id,
+                n_records=10,
+                byte_offset=position * BYTES,
+                byte_length=BYTES,
+                max_timestamp=position,
+                producer_id=self.producer_id,
+                producer_epoch=epoch,
+                base_sequence=sequence,
+            )
+            for position, partition_id in enumerate(self.ids)
+        )
+        upload(self.storage, PREFIX + key, [BYTES] * len(batches))
+        began = time.monotonic()
+        done = commit_batches(self.conn, PREFIX + key, batches)
+        outcome = Outcome.COMMITTED
+        return note(self.ledger, PREFIX + key, batches, began, outcome, done.object_id, done.verdicts)
+
+    def ask(self) -> None:
+        """Ask for the receipts of everything."""
+        objects = {a.object_id: a.key for a in self.attempts if a.object_id is not None}
+        ask_noted(self.conn, self.ledger, objects)
+
     def place(self) -> None:
         """Give what is pending its offsets, one batch in a run: then the tests can bend single batches."""
         while materialize(self.conn, self.ids, events_per_partition=1).events_processed:
@@ -84,18 +131,27 @@ class Story:
         """Look at both partitions as the watcher and the reader do."""
         known = {s.partition_id: s.end_offset for s in self.sightings}
         for partition_id, log in read_partitions(self.conn, self.ids).items():
+            now = time.monotonic()
             self.sightings.append(
                 Sighting(
                     partition_id=partition_id,
                     start_offset=log.start_offset,
                     end_offset=log.end_offset,
+                    began=now,
+                    returned=now,
                     new_records=log.end_offset - known.get(partition_id, 0),
                 )
             )
-            self.ledger.readings += [
-                Reading(partition_id=partition_id, batch=batch)
-                for batch in fetch_batches(self.conn, partition_id, log.start_offset)
-            ]
+            batches = tuple(fetch_batches(self.conn, partition_id, log.start_offset))
+            self.readings.append(
+                Reading(
+                    partition_id=partition_id,
+                    from_offset=log.start_offset,
+                    batches=batches,
+                    began=now,
+                    returned=time.monotonic(),
+                )
+            )
 
     def evidence(self) -> Evidence:
         return collect(self.conn, self.ids, self.ledger, key_prefix=PREFIX, objects=self.storage)
@@ -126,6 +182,27 @@ def story(conn: Connection[TupleRow], tmp_path: Path) -> Story:
     return story
 
 
+@pytest.fixture
+def answered(story: Story) -> Story:
+    """And an idempotent producer, in two epochs, with a duplicate and a gap; receipts, before and after the offsets."""
+    story.producer_id = init_producer(story.conn).producer_id
+    story.produce("p", 0)
+    story.ask()
+    story.place()
+    story.see()
+    story.ask()
+    assert story.produce("again", 0).verdicts == ("duplicate",) * 2
+    assert story.produce("gap", 30).verdicts == ("out_of_order_sequence",) * 2
+    story.produce("q", 10)
+    assert init_producer(story.conn, story.producer_id).producer_epoch == 1
+    story.produce("r", 0, epoch=1)
+    story.place()
+    story.see()
+    story.ask()
+    assert story.violations() == {}
+    return story
+
+
 def test_passes_what_is_right(story: Story) -> None:
     findings = check(replace(story.evidence(), looks=4, fetched=8))
     assert findings == [
@@ -135,6 +212,8 @@ def test_passes_what_is_right(story: Story) -> None:
         Finding(number=4, name="immutable", counted="8 batches read meanwhile", violation=None),
         Finding(number=5, name="never back", counted="4 looks at the offsets", violation=None),
         Finding(number=6, name="replay-safe", counted="1 repeated, 1 conflicts refused", violation=None),
+        Finding(number=7, name="idempotent", counted="0 batches of idempotent producers", violation=None),
+        Finding(number=8, name="receipts agree", counted="0 answers", violation=None),
     ]
 
 
@@ -142,7 +221,7 @@ def test_gap(story: Story) -> None:
     story.sql(f"delete from tidemark.runs where partition_id = {story.ids[1]} and start_offset in (20, 40)")
     assert story.violations() == {
         1: f"orders/1: offset 20 is due, found [30, 40) of {PREFIX}b bytes 240+80",
-        2: f"orders/1: committed and lost: {PREFIX}b {story.attempts[2].batches[1]}",
+        2: f"orders/1: 20 records committed and lost, first {PREFIX}b {story.attempts[2].batches[1]}",
         4: f"orders/1: read as [20, 30) of {PREFIX}b bytes 80+80, now nothing starts there",
     }
 
@@ -188,7 +267,7 @@ def test_double(story: Story) -> None:
 def test_loss_at_the_end(story: Story) -> None:
     """A whole commit without offsets leaves a log that is contiguous."""
     lost = story.commit("d")
-    assert story.violations() == {2: f"orders/0: committed and lost: {lost.key} {lost.batches[0]}"}
+    assert story.violations() == {2: f"orders/0: 20 records committed and lost, first {lost.key} {lost.batches[0]}"}
 
 
 def test_phantom(story: Story) -> None:
@@ -203,7 +282,7 @@ def test_phantom(story: Story) -> None:
 def test_rolled_back_yet_placed(story: Story) -> None:
     story.attempts[0] = replace(story.attempts[0], outcome=Outcome.ROLLED_BACK, object_id=None)
     found = story.violations()
-    assert found[2] == f"orders/0: rolled back, yet placed: [0, 10) of {PREFIX}a bytes 0+80"
+    assert found[2] == f"orders/0: not accepted, yet placed: [0, 10) of {PREFIX}a bytes 0+80"
 
 
 def test_unknown_outcome_may_be_either(story: Story) -> None:
@@ -282,8 +361,9 @@ def test_reorder_within_an_object(story: Story) -> None:
 
 def test_changed_offset(story: Story) -> None:
     """What a reader saw at an offset is another batch later."""
-    seen = story.readings[1]
-    story.readings[1] = replace(seen, batch=replace(seen.batch, object_key=f"{PREFIX}other"))
+    seen = story.readings[0]
+    other = replace(seen.batches[1], object_key=f"{PREFIX}other")
+    story.readings[0] = replace(seen, batches=(seen.batches[0], other))
     assert story.violations() == {
         4: f"orders/0: read as [10, 20) of {PREFIX}other bytes 160+80, now [10, 20) of {PREFIX}a bytes 160+80"
     }
@@ -333,6 +413,121 @@ def test_rolled_back_object_that_is_stored(story: Story) -> None:
     assert 6 in story.violations()
 
 
+def test_batches_of_a_fetch_that_are_not_neighbours(story: Story) -> None:
+    seen = story.readings[2]
+    story.readings[2] = replace(seen, batches=(seen.batches[0], *seen.batches[2:]))
+    assert story.violations() == {
+        1: f"orders/0: a fetch at 0 returned [20, 30) of {PREFIX}b bytes 0+80 where 10 is due"
+    }
+
+
+def test_a_fetch_that_begins_behind_what_was_asked_for(story: Story) -> None:
+    story.readings[2] = replace(story.readings[2], from_offset=60)
+    assert 1 in story.violations()
+
+
+def test_an_end_offset_that_another_reader_knew(story: Story) -> None:
+    """Each reader's own offsets only grow, and one is shown less than the other was before."""
+    known = story.sightings[2]
+    story.sightings.append(
+        replace(known, reader=1, began=known.returned + 1, returned=known.returned + 2, end_offset=50, new_records=None)
+    )
+    assert story.violations()[5].endswith("but the end offset 60 was known before")
+
+
+def test_a_fetch_that_finds_nothing_where_something_is_known(story: Story) -> None:
+    later = time.monotonic()
+    empty = Reading(partition_id=story.ids[0], from_offset=50, batches=(), began=later, returned=later)
+    story.readings.append(empty)
+    assert story.violations() == {5: "orders/0: a fetch at 50 found nothing, the end offset 60 was known"}
+    # One that began before anybody knew is right.
+    story.readings[-1] = replace(empty, began=0.0)
+    assert story.violations() == {}
+
+
+def test_a_batch_that_was_deleted_and_is_fetched(story: Story) -> None:
+    read = story.readings[2]
+    delete(story, 20)
+    story.see()
+    assert story.violations() == {}
+    story.readings.append(replace(read, began=time.monotonic(), returned=time.monotonic()))
+    assert story.violations()[5].endswith(
+        f"[0, 10) of {PREFIX}a bytes 0+80 was fetched after the start offset 20 was known"
+    )
+
+
+def test_deleted_and_read_before(story: Story) -> None:
+    """What a reader had before it was deleted still counts: what it holds, and in which order."""
+    delete(story, 40)
+    assert story.violations() == {}
+    del story.attempts[0]
+    assert story.violations()[2].startswith("orders/0: never committed, yet placed: [0, 10)")
+
+
+def test_deleted_unread(story: Story) -> None:
+    """Of what nobody has read, the number of records is all that is left."""
+    story.readings.clear()
+    delete(story, 40)
+    assert story.violations() == {}
+    lost = story.attempts[2]
+    story.attempts.append(replace(lost, key=f"{PREFIX}x"))
+    assert story.violations()[2].startswith("orders/0: 60 records committed and lost, first ")
+    assert story.violations()[2].endswith("; 40 records were deleted unread")
+    del story.attempts[-1]
+    del story.attempts[0]
+    assert story.violations()[2].startswith("orders/0: 20 records committed and lost, first ")
+
+
+@pytest.mark.parametrize("sequence", [0, 20])
+def test_a_sequence_twice_or_never(answered: Story, sequence: int) -> None:
+    """The producer's second batch has the sequence of the first one, or does not go on from it."""
+    resequence(answered, "q", sequence)
+    answered.answers.clear()
+    found = answered.violations()
+    assert list(found) == [7]
+    assert f"base_sequence={sequence}) comes behind" in found[7]
+
+
+def test_an_older_epoch_behind_a_newer_one(answered: Story) -> None:
+    resequence(answered, "q", 0, epoch=2)
+    assert list(answered.violations()) == [7]
+
+
+def test_a_duplicate_of_nothing(answered: Story) -> None:
+    resequence(answered, "again", 20)
+    answered.answers.clear()
+    found = answered.violations()
+    assert list(found) == [7]
+    assert found[7].endswith("was called a duplicate, and stands nowhere")
+
+
+def test_verdicts_that_change(answered: Story) -> None:
+    again = next(a for a in answered.attempts if a.key == f"{PREFIX}q")
+    answered.attempts.append(replace(again, verdicts=("duplicate",) * 2))
+    assert list(answered.violations()) == [6]
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("q", {"base_offset": 7}, "the receipt says offset 7, it stands at 70"),
+        ("again", {"base_offset": 7}, "the receipt says offset 7, it stands at 60"),
+        ("a", {"base_offset": None, "is_pending": True}, "its offset was known before, and the receipt says pending"),
+        ("a", {"base_offset": None}, "it stands at 0, and the receipt says that it is deleted"),
+        ("gap", {"base_offset": 7}, "out_of_order_sequence, and the receipt says Answer("),
+        ("gap", {"is_pending": True}, "out_of_order_sequence, and the receipt says Answer("),
+        ("gap", {"verdict": "accepted"}, "the commit said out_of_order_sequence, the receipt accepted"),
+        ("a", {"position": 9}, "a receipt for batch 9, which nobody committed"),
+    ],
+)
+def test_a_wrong_receipt(answered: Story, key: str, change: dict[str, object], message: str) -> None:
+    at = max(n for n, a in enumerate(answered.answers) if a.key == PREFIX + key and a.position == 0)
+    answered.answers[at] = replace(answered.answers[at], **change)  # type: ignore[arg-type]
+    found = answered.violations()
+    assert list(found) == [8]
+    assert message in found[8]
+
+
 def test_observers_and_ledgers_together(conn: Connection[TupleRow], database_url: str, tmp_path: Path) -> None:
     """What the real watcher and reader remember, and what goes through a ledger file, passes for a right log."""
     create_topic(conn, "orders", 2)
@@ -351,7 +546,7 @@ def test_observers_and_ledgers_together(conn: Connection[TupleRow], database_url
         evidence = story.evidence()
     finally:
         database.close()
-    assert [f.violation for f in check(evidence)] == [None] * 6
+    assert [f.violation for f in check(evidence)] == [None] * 8
     assert (len(evidence.origins), watcher.materialized) == (80, 80)
     assert evidence.looks > 0
     assert evidence.readings
@@ -374,14 +569,18 @@ def test_a_failing_observer_is_heard_of(database_url: str) -> None:
 
 
 def _write_and_read_back(story: Story, directory: Path) -> None:
+    ask_noted(story.conn, story.ledger, {a.object_id: a.key for a in story.attempts if a.object_id is not None})
     with LedgerWriter(directory / "producer-0.jsonl") as ledger:
         for attempt in story.attempts:
             ledger.write(attempt)
+        for answer in story.answers:
+            ledger.write(answer)
     with (directory / "producer-0.jsonl").open("a") as file:
         file.write('{"half a line')
     read = list(LedgerTail(directory).read())
-    assert read == story.attempts
-    story.attempts[:] = read
+    assert read == [*story.attempts, *story.answers]
+    assert story.answers
+    story.attempts[:] = [record for record in read if isinstance(record, Attempt)]
 
 
 def _swap(story: Story, one: str, other: str) -> None:
@@ -402,3 +601,16 @@ def batch(story: Story, key: str, position: int) -> str:
     """A condition for one batch of an object."""
     object_id = find_objects(story.conn, PREFIX)[PREFIX + key]
     return f"(id >> 16 = {object_id} and byte_offset = {position * BYTES})"
+
+
+def delete(story: Story, offset: int) -> None:
+    """Delete the records below an offset, with their rows, as retention does."""
+    for partition_id in story.ids:
+        delete_records(story.conn, partition_id, offset)
+    assert retain(story.conn).deleted
+
+
+def resequence(story: Story, key: str, sequence: int, *, epoch: int = 0) -> None:
+    at = next(n for n, attempt in enumerate(story.attempts) if attempt.key == PREFIX + key)
+    batches = [replace(b, base_sequence=sequence, producer_epoch=epoch) for b in story.attempts[at].batches]
+    story.attempts[at] = replace(story.attempts[at], batches=tuple(batches))
