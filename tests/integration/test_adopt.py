@@ -471,12 +471,24 @@ def test_a_command_that_is_killed(
         assert row is not None
         return int(row[0])
 
+    # It copies no second part before it is killed, however slow we are.
+    conn.execute("""
+        create function public.wait_behind_the_first_part() returns trigger language plpgsql as $$
+        begin
+            if exists (select from tidemark.record_batch_events where xmin <> pg_current_xact_id()::xid) then
+                perform pg_advisory_xact_lock(1);
+            end if;
+            return null;
+        end $$;
+        create trigger wait before insert on tidemark.record_batch_events
+            for each statement execute function public.wait_behind_the_first_part();
+        select pg_advisory_lock(1)""")
     with command() as process:
         wait_until(lambda: copied() or process.poll() is not None, timeout=60)
         process.send_signal(how)
         process.communicate(timeout=60)
-    before = wait_until(copied)
-    assert 0 < before < 100_000
+    conn.execute("drop function public.wait_behind_the_first_part cascade; select pg_advisory_unlock(1)")
+    assert 0 < copied() < 100_000
     assert hidden(conn)
     with command("--json") as process:
         out, err = process.communicate(timeout=80)
