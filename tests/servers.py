@@ -1,9 +1,17 @@
 """The embedded servers as tests, demo and benchmarks use them: run by this process, without a keeper, and crashed."""
 
-from typing import Self
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import psycopg
 
 from config.embedded import postgres, redis
+from config.embedded.host import Account, runnable
+from config.embedded.host import postgres_bin as wheel_bin
 from config.embedded.server import EmbeddedServer
+from tests.support import wait_until
 
 
 class OwnServer(EmbeddedServer):
@@ -31,6 +39,42 @@ class OwnServer(EmbeddedServer):
 
 
 class PostgresServer(OwnServer, postgres.PostgresServer): ...
+
+
+class Standby(PostgresServer):
+    """Ready as soon as it can be read."""
+
+    def _is_ready(self, pid: int) -> bool:
+        with suppress(FileNotFoundError):
+            lines = (self._data / "postmaster.pid").read_text().splitlines()
+            return len(lines) > 7 and lines[0] == str(pid) and lines[7].strip() in {"standby", "ready"}
+        return False
+
+
+def copied(primary: PostgresServer, directory: Path, bin_dir: Path | None, settings: Mapping[str, str]) -> Standby:
+    """A standby named `mirror`, which follows from a base backup on."""
+    account = Account.for_servers()
+    data = directory / "data"
+    directory.mkdir(0o711)
+    data.mkdir(0o700)
+    account.take(data)
+    program = (bin_dir or wheel_bin()) / "postgres"
+    backup = runnable(program, account, directory).with_name("pg_basebackup")
+    source = f"{primary.url()}&application_name=mirror"
+    done = account.run([backup, "-D", data, "-d", source, "--checkpoint=fast", "--no-sync", "-R", "-X", "stream"])
+    assert done.returncode == 0, done.stdout
+    return Standby(directory, bin_dir=bin_dir, settings=settings).start()
+
+
+def synchronize(primary: psycopg.Connection[Any]) -> None:
+    """Let the primary wait for its standby, once that one is up to date."""
+    primary.execute("alter system set synchronous_standby_names = 'mirror'")
+    primary.execute("select pg_reload_conf()")
+
+    def is_synchronous() -> bool:
+        return primary.execute("select sync_state from pg_stat_replication").fetchall() == [("sync",)]
+
+    wait_until(is_synchronous)
 
 
 class RedisServer(OwnServer, redis.RedisServer): ...

@@ -35,7 +35,7 @@ from tests.demo import programs
 from tests.demo.check import check
 from tests.demo.evidence import backlog, collect
 from tests.demo.ledger import Ledger
-from tests.demo.programs import Process, celery_argv, leaks
+from tests.demo.programs import FAST, Process, celery_argv, leaks
 from tests.servers import PostgresServer, RedisServer
 from tests.support import wait_until, with_password
 from tests.support_commands import new_app
@@ -44,19 +44,6 @@ from tests.support_commands import new_app
 # configures the current app: that of `tasks` would start embedded servers in this machine's own data directory.
 celery.Celery("tests").set_current()
 
-# Everything a production default makes slow: these tests wait for sweeps, restores and retries to happen.
-FAST = {
-    "TIDEMARK_SHARDS": "4",
-    "TIDEMARK_FAN_OUT_INTERVAL": "0.2",
-    "TIDEMARK_SWEEP_INTERVAL": "1",
-    "TIDEMARK_QUEUED_SECONDS": "3",
-    "TIDEMARK_TASK_SECONDS": "2",
-    "TIDEMARK_MAINTENANCE_SECONDS": "1",
-    "TIDEMARK_LOCK_TIMEOUT": "12",
-    "TIDEMARK_STATEMENT_TIMEOUT": "12",
-    "TIDEMARK_TRANSACTION_TIMEOUT": "20",
-    "TIDEMARK_VISIBILITY_TIMEOUT": "92",
-}
 READY_SECONDS = 30.0
 
 

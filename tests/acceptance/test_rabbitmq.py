@@ -12,7 +12,7 @@ from pytest_celery import CeleryBrokerCluster, CeleryTestBroker
 
 from config.queues import all_queues
 from tasks.app import TidemarkApp
-from tests.acceptance.conftest import FAST, Log, Place, Programs
+from tests.acceptance.conftest import Log, Place, Programs
 from tests.acceptance.nodes import LocalBroker, ServerContainer
 from tests.acceptance.producers import Producers, commit_one
 from tests.acceptance.rabbitmq import RabbitServer, find_program
@@ -27,6 +27,7 @@ from tests.acceptance.test_pipeline import (  # noqa: F401
     test_commits_become_visible_without_anybody_asking,
     three_commits,
 )
+from tests.demo.programs import FAST
 from tests.support import wait_until
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.timeout(180)]

@@ -1,7 +1,7 @@
 """What the database says: the log as it is stored, as it is fetched, and what is pending."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from db.discover import sweep
 from db.fetch import FetchedBatch, fetch_batches
 from db.topics import names_of
 from tests.demo.check import Evidence, PartitionLog
-from tests.demo.ledger import Ledger
+from tests.demo.ledger import Ledger, Outcome
 from tests.demo.storage import download
 
 _BATCHES_A_FETCH = 500
@@ -68,8 +68,9 @@ def read_log(conn: psycopg.Connection[Any], partition_id: int) -> list[FetchedBa
 
 
 def find_objects(conn: psycopg.Connection[Any], prefix: str) -> dict[str, int]:
-    """Ids of committed objects by key."""
-    return dict(conn.execute("select key, id from tidemark.objects where key ^@ %s", (prefix,)).fetchall())
+    """Ids of committed objects by key; those that are condemned have no content."""
+    found = conn.execute("select key, id from tidemark.objects where key ^@ %s and content_hash <> ''", (prefix,))
+    return dict(found.fetchall())
 
 
 def backlog(conn: psycopg.Connection[Any], partition_ids: Collection[int] | None = None) -> int:
@@ -95,7 +96,8 @@ def collect(
     return Evidence(
         partitions=read_partitions(conn, partition_ids),
         objects=find_objects(conn, key_prefix),
-        attempts=ledger.attempts,
+        # What was never concluded: its process was killed.
+        attempts=[*ledger.attempts, *(replace(a, outcome=Outcome.UNKNOWN) for a in ledger.begun.values())],
         sightings=ledger.sightings,
         readings=ledger.readings,
         answers=ledger.answers,

@@ -23,12 +23,16 @@ from db.receipts import Receipt, receipts
 
 
 class Outcome(StrEnum):
-    """How an attempt ended. `UNKNOWN`: the connection broke, and the commit may or may not have happened."""
+    """How an attempt ended. `UNKNOWN`: the connection broke, and the commit may or may not have happened.
+
+    `BEGUN`: it is under way. Where nothing else was written of it, its process is gone, and nobody knows either.
+    """
 
     COMMITTED = "committed"
     ROLLED_BACK = "rolled back"
     REFUSED = "refused"
     UNKNOWN = "unknown"
+    BEGUN = "begun"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +130,8 @@ class Ledger:
         self.readings: list[Reading] = []
         # The batches of the objects that are known to be committed, each object's once.
         self.sent: list[Batch] = []
+        # Attempts under way, by key and begin.
+        self.begun: dict[tuple[str, float], Attempt] = {}
         self._keys: set[str] = set()
         self._lock = Lock()
 
@@ -134,6 +140,10 @@ class Ledger:
             if isinstance(record, Answer):
                 self.answers.append(record)
                 return
+            if record.outcome is Outcome.BEGUN:
+                self.begun[record.key, record.began] = record
+                return
+            self.begun.pop((record.key, record.began), None)
             self.attempts.append(record)
             if record.outcome is Outcome.COMMITTED and record.key not in self._keys:
                 self._keys.add(record.key)
@@ -163,9 +173,16 @@ def note(
     return attempt
 
 
+def note_begin(notes: Notes, key: str, batches: Sequence[Batch]) -> float:
+    """Write down that an attempt begins, so that it is known if its process dies; returns when."""
+    began = time.monotonic()
+    notes.write(Attempt(key=key, batches=tuple(batches), began=began, returned=float("inf"), outcome=Outcome.BEGUN))
+    return began
+
+
 def commit_noted(conn: psycopg.Connection[Any], notes: Notes, key: str, batches: Sequence[Batch]) -> int:
     """Commit an object and write it down; returns its id."""
-    began = time.monotonic()
+    began = note_begin(notes, key, batches)
     object_id = commit_object(conn, key, *columns(batches))
     note(notes, key, batches, began, Outcome.COMMITTED, object_id)
     return object_id

@@ -32,7 +32,7 @@ from db.commit import Batch, Committed, Verdict, columns, commit_batches, commit
 from db.pool import Database
 from db.producers import init_producer
 from db.translate import is_transient
-from tests.demo.ledger import LedgerWriter, Notes, Outcome, ask_noted, commit_noted, note
+from tests.demo.ledger import LedgerWriter, Notes, Outcome, ask_noted, commit_noted, note, note_begin
 from tests.demo.storage import upload
 
 # Commits of one producer under way at once: the slow ones must not slow the others down.
@@ -203,7 +203,7 @@ class Producer:
     def _commit(self, key: str, batches: Sequence[Batch], *, hold: float = 0.0) -> None:
         """Commit, and after a lost connection again: that is what the replay is for."""
         for _ in range(_RETRIES):
-            began = time.monotonic()
+            began = note_begin(self._notes, key, batches)
             object_id = None
             try:
                 if hold:
@@ -238,7 +238,7 @@ class Producer:
             attempt_key = f"{key}.{attempt}" if attempt else key
             if attempt and self._order.objects is not None:
                 upload(Path(self._order.objects), attempt_key, [batch.byte_length for batch in batches])
-            began = time.monotonic()
+            began = note_begin(self._notes, attempt_key, signed)
             done: Committed | None = None
             with Outage(), self._database.connection() as conn:
                 done = commit_batches(conn, attempt_key, signed)
@@ -274,7 +274,7 @@ class Producer:
             self._unasked.extend((object_id, asked[object_id]) for object_id in pending)
 
     def _roll_back(self, key: str, batches: Sequence[Batch], *, hold: float) -> None:
-        began = time.monotonic()
+        began = note_begin(self._notes, key, batches)
         with Outage(), self._database.connection() as conn, conn.transaction(force_rollback=True):
             commit_object(conn, key, *columns(batches))
             time.sleep(hold)
@@ -312,15 +312,15 @@ class Outage:
 
 def commit_everywhere(
     conn: psycopg.Connection[Any], objects: Path, notes: Notes, key: str, partition_ids: Sequence[int]
-) -> None:
-    """Upload and commit one batch for every partition."""
+) -> int:
+    """Upload and commit one batch for every partition; returns the object's id."""
     length = _BYTES[0]
     batches = [
         Batch(partition_id=i, n_records=1, byte_offset=n * length, byte_length=length, max_timestamp=_now())
         for n, i in enumerate(partition_ids)
     ]
     upload(objects, key, [length] * len(batches))
-    commit_noted(conn, notes, key, batches)
+    return commit_noted(conn, notes, key, batches)
 
 
 def _now() -> int:

@@ -23,6 +23,19 @@ from config.errors import TidemarkError
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 _END_SECONDS = 20.0
+# What a production default makes slow: tests wait for sweeps, restores and retries to happen.
+FAST = {
+    "TIDEMARK_SHARDS": "4",
+    "TIDEMARK_FAN_OUT_INTERVAL": "0.2",
+    "TIDEMARK_SWEEP_INTERVAL": "1",
+    "TIDEMARK_QUEUED_SECONDS": "3",
+    "TIDEMARK_TASK_SECONDS": "2",
+    "TIDEMARK_MAINTENANCE_SECONDS": "1",
+    "TIDEMARK_LOCK_TIMEOUT": "12",
+    "TIDEMARK_STATEMENT_TIMEOUT": "12",
+    "TIDEMARK_TRANSACTION_TIMEOUT": "20",
+    "TIDEMARK_VISIBILITY_TIMEOUT": "92",
+}
 # By as many characters a secret is recognized.
 _SIGNIFICANT = 10
 # A program that is measured writes its coverage when it ends by itself.
@@ -37,7 +50,14 @@ class Process:
     """A program. Only one that `may_end` does so by itself, with exit code 0."""
 
     def __init__(
-        self, argv: Sequence[str], env: Mapping[str, str], log: Path, *, name: str = "", may_end: bool = False
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        *,
+        name: str = "",
+        may_end: bool = False,
+        directory: Path = ROOT,
     ) -> None:
         # What would configure Celery or Flower behind our back stays out.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("CELERY_", "FLOWER_"))}
@@ -46,13 +66,15 @@ class Process:
         self.log = log
         self.name = name or log.stem
         self._may_end = may_end
+        # Where its code lies.
+        self.directory = directory
         self._process = self._spawn()
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         with self.log.open("ab") as output:
             return subprocess.Popen(
                 self.argv,
-                cwd=ROOT,
+                cwd=self.directory,
                 env=self.env,
                 stdin=subprocess.PIPE,
                 stdout=output,

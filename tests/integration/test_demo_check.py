@@ -35,6 +35,7 @@ from tests.demo.ledger import (
     Sighting,
     ask_noted,
     note,
+    note_begin,
 )
 from tests.demo.observers import Reader, Watcher
 from tests.demo.programs import DemoError
@@ -526,6 +527,17 @@ def test_a_wrong_receipt(answered: Story, key: str, change: dict[str, object], m
     found = answered.violations()
     assert list(found) == [8]
     assert message in found[8]
+
+
+def test_an_attempt_whose_process_died(story: Story) -> None:
+    """Nobody was told, and the database has it."""
+    key, batches = f"{PREFIX}killed", story.attempts[2].batches
+    upload(story.storage, key, [BYTES] * len(batches))
+    note_begin(story.ledger, key, batches)
+    commit_object(story.conn, key, *columns(batches))
+    assert list(story.violations()) == [2]
+    story.place()
+    assert story.violations() == {}
 
 
 def test_observers_and_ledgers_together(conn: Connection[TupleRow], database_url: str, tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ import pytest
 from psycopg import Connection, errors
 from psycopg.rows import TupleRow
 
-from config.embedded.host import Account, runnable
-from config.embedded.host import postgres_bin as wheel_bin
 from config.errors import OffsetNotAvailableError, OffsetOutOfRangeError
 from db.commit import Batch, columns, commit_object
 from db.fetch import fetch_batches
@@ -24,37 +22,12 @@ from tests.demo.check import check
 from tests.demo.evidence import collect
 from tests.demo.ledger import Ledger, Outcome, Reading, commit_noted, note
 from tests.integration.conftest import make_topic
-from tests.servers import PostgresServer
+from tests.servers import PostgresServer, Standby, copied, synchronize
 from tests.support import wait_until
 
 SETTINGS = {"autovacuum": "off", "wal_receiver_status_interval": "1s"}
 PARTITIONS = 3
 PRODUCERS = 3
-
-
-class Standby(PostgresServer):
-    """Ready as soon as it can be read."""
-
-    def _is_ready(self, pid: int) -> bool:
-        with suppress(FileNotFoundError):
-            lines = (self._data / "postmaster.pid").read_text().splitlines()
-            return len(lines) > 7 and lines[0] == str(pid) and lines[7].strip() in {"standby", "ready"}
-        return False
-
-
-def copied(primary: PostgresServer, directory: Path, bin_dir: Path | None) -> Standby:
-    """A standby named `mirror`, which follows from a base backup on."""
-    account = Account.for_servers()
-    data = directory / "data"
-    directory.mkdir(0o711)
-    data.mkdir(0o700)
-    account.take(data)
-    program = (bin_dir or wheel_bin()) / "postgres"
-    backup = runnable(program, account, directory).with_name("pg_basebackup")
-    source = f"{primary.url()}&application_name=mirror"
-    done = account.run([backup, "-D", data, "-d", source, "--checkpoint=fast", "--no-sync", "-R", "-X", "stream"])
-    assert done.returncode == 0, done.stdout
-    return Standby(directory, bin_dir=bin_dir, settings=SETTINGS).start()
 
 
 @pytest.fixture
@@ -66,15 +39,9 @@ def servers(server_directory: Path, postgres_bin: Path | None) -> Iterator[tuple
             PostgresServer(server_directory / name, bin_dir=postgres_bin, settings=SETTINGS).start()
         )
         upgrade(primary.url())
-        standby = stack.enter_context(copied(primary, server_directory / f"{name}-mirror", postgres_bin))
+        standby = stack.enter_context(copied(primary, server_directory / f"{name}-mirror", postgres_bin, SETTINGS))
         with psycopg.connect(primary.url(), autocommit=True) as conn:
-            conn.execute("alter system set synchronous_standby_names = 'mirror'")
-            conn.execute("select pg_reload_conf()")
-
-            def is_synchronous() -> bool:
-                return conn.execute("select sync_state from pg_stat_replication").fetchall() == [("sync",)]
-
-            wait_until(is_synchronous)
+            synchronize(conn)
         yield primary, standby
 
 
