@@ -80,6 +80,15 @@ test-docker: setup ## The acceptance tests over containers (needs a Docker engin
 test-upstream: setup ## Whether the defect of Celery that tasks/programs.py works around is still there
 	$(PYTEST) -m upstream tests/acceptance $(ARGS)
 
+.PHONY: test-faults
+test-faults: setup ## All faults to the running system, three times (ARGS="--rounds 50", ARGS="--seed N --only ...")
+	$(BIN)/python -m tests.faults --rounds 3 $(ARGS)
+
+.PHONY: soak
+soak: setup ## Load and random faults for half an hour, with a chart of memory, sizes and lag in build/soak.png
+	@mkdir -p build
+	$(BIN)/python -m tests.faults --minutes 30 --calm 3 --long 120 --samples build/soak.jsonl $(ARGS)
+
 .PHONY: bench
 bench: setup ## Measure everything against the seed's system (ARGS=--quick for 3 minutes)
 	$(BIN)/python -m tests.benchmarks $(ARGS)

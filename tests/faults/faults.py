@@ -4,8 +4,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,7 +22,8 @@ from db.fetch import fetch_batches
 from db.materialize import materialize
 from db.retention import delete_records, purge
 from db.topics import create_topic, delete_topic, partition_ids, set_retention
-from tests.demo.producer import Outage
+from tests.demo.ledger import Ledger
+from tests.demo.producer import Outage, commit_everywhere
 from tests.demo.programs import DemoError, celery_argv
 from tests.faults import boundaries
 from tests.faults.world import PREFIX, SHARDS, World
@@ -258,12 +261,14 @@ def connections_are_exhausted(world: World) -> int:
 
 
 def transaction_stays_open(world: World) -> int:
-    """One that has committed batches and does not end, while others come and go; then it commits."""
+    """One that has committed an object and does not end, while others come and go; then it ends, and is late."""
+    notes = Ledger()
     with world.connect() as conn:
-        conn.execute("begin")
-        conn.execute("select pg_current_xact_id()")
-        world.pause(5)
-        conn.execute("rollback")
+        with conn.transaction():
+            commit_everywhere(conn, world.objects, notes, world.new_key("late"), world.ids)
+            world.pause(world.long)
+        for attempt in notes.attempts:
+            world.ledger.write(replace(attempt, returned=time.monotonic()))
     return 1
 
 
@@ -272,7 +277,7 @@ def snapshot_is_held(world: World) -> int:
     with world.connect() as conn:
         conn.execute("begin isolation level repeatable read")
         conn.execute("select count(*) from tidemark.runs")
-        world.pause(8)
+        world.pause(world.long)
     return 1
 
 

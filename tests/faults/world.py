@@ -64,6 +64,7 @@ class World:
         producers: int = 2,
         rate: float = 4.0,
         disk: Path | None = None,
+        long: float = 8.0,
     ) -> None:
         self.directory = directory
         self.stack = stack
@@ -71,11 +72,13 @@ class World:
         self.disk = disk or directory
         self.chance = random.Random(seed)
         self._rate = rate
+        self.long = long
         self._numbers = count()
         self._keys = count()
         for name in ("objects", "ledgers", "logs", "deaths", "tmp"):
             (directory / name).mkdir()
         self.deaths = directory / "deaths"
+        self.objects = directory / "objects"
         self.settings = {"max_connections": "80", "shared_buffers": "32MB"}
         self.postgres = PostgresServer(self.disk / "postgres", settings=self.settings).start()
         # What took its place by then ends by itself.
@@ -157,17 +160,21 @@ class World:
             self.tick()
             time.sleep(_TICK)
 
+    def new_key(self, kind: str) -> str:
+        """For an object of our own."""
+        return f"{PREFIX}{kind}/{next(self._keys)}"
+
     def recover(self) -> float:
         """Commit a batch to every partition, and wait until each has its offset; returns the seconds it took."""
         began = time.monotonic()
-        key = f"{PREFIX}probe/{next(self._keys)}"
+        key = self.new_key("probe")
         objects: dict[int, str] = {}
 
         def it_is_committed() -> bool:
             if not self.postgres.running:
                 self.postgres.restart()
             with Outage(), self.connect() as conn:
-                objects[commit_everywhere(conn, self.directory / "objects", self.ledger, key, self.ids)] = key
+                objects[commit_everywhere(conn, self.objects, self.ledger, key, self.ids)] = key
             return bool(objects)
 
         def it_has_its_offsets() -> bool:
@@ -196,7 +203,7 @@ class World:
                 self.ids,
                 self.ledger,
                 key_prefix=PREFIX,
-                objects=self.directory / "objects",
+                objects=self.objects,
                 looks=self.watcher.looks,
                 fetched=self.reader.fetched,
             )
@@ -218,7 +225,7 @@ class World:
             key_prefix=PREFIX,
             rate=self._rate,
             partition_ids=self.ids,
-            objects=str(self.directory / "objects"),
+            objects=str(self.objects),
             ledger=str(self.directory / "ledgers" / f"producer-{number}.jsonl"),
         )
         argv = [sys.executable, "-m", "tests.demo.producer", order.to_json()]
