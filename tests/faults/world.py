@@ -46,7 +46,7 @@ _SETTINGS = {
     "TIDEMARK_COLLECT_INTERVAL": "2",
     "TIDEMARK_RECONCILE_INTERVAL": "5",
     # Longer than a producer repeats a commit through all of these faults.
-    "TIDEMARK_OBJECT_GRACE_SECONDS": "600",
+    "TIDEMARK_OBJECT_GRACE_SECONDS": "180",
     "TIDEMARK_OBJECT_TTL_SECONDS": "1200",
 }
 

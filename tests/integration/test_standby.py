@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from db.materialize import materialize
 from db.migrate import upgrade
 from db.translate import is_transient
 from tests.demo.check import check
-from tests.demo.evidence import collect
+from tests.demo.evidence import collect, find_objects
 from tests.demo.ledger import Ledger, Outcome, Reading, commit_noted, note
 from tests.integration.conftest import make_topic
 from tests.servers import PostgresServer, Standby, copied, synchronize
@@ -101,6 +101,7 @@ class Traffic:
         self.ledger = Ledger()
         # What its producer had no answer for: key, batches, and when the attempt began.
         self.unanswered: list[tuple[str, list[Batch], float]] = []
+        self.jobs: list[Future[None]] = []
 
     def produce(self, number: int) -> None:
         with psycopg.connect(self.url, autocommit=True) as conn:
@@ -155,24 +156,35 @@ class Traffic:
                         )
                     )
 
+    @contextmanager
+    def until_the_end_of(self, primary: PostgresServer) -> Iterator[None]:
+        """Everybody is at work during the block; then the primary is killed."""
+        with ThreadPoolExecutor(PRODUCERS + 2) as threads:
+            self.jobs = [threads.submit(self.produce, number) for number in range(PRODUCERS)]
+            self.jobs += [threads.submit(self.materialize), threads.submit(self.read)]
+            try:
+                yield
+            finally:
+                primary.kill()
+            for job in self.jobs:
+                job.result(10)
+        assert len(self.unanswered) == PRODUCERS
+
+    def wait_until_read(self, batches: int) -> None:
+        def so_many_are_read() -> bool:
+            read = sum(len(reading.batches) for reading in self.ledger.readings)
+            return read > batches or any(job.done() for job in self.jobs)
+
+        wait_until(so_many_are_read, timeout=30)
+
 
 def test_a_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> None:
     primary, standby = servers
     with connect(primary) as conn:
         ids = make_topic(conn, partitions=PARTITIONS)
     traffic = Traffic(primary.url(), ids)
-    with ThreadPoolExecutor(PRODUCERS + 2) as threads:
-        jobs = [threads.submit(traffic.produce, number) for number in range(PRODUCERS)]
-        jobs += [threads.submit(traffic.materialize), threads.submit(traffic.read)]
-
-        def enough_is_read() -> bool:
-            return sum(len(r.batches) for r in traffic.ledger.readings) > 1_000 or any(job.done() for job in jobs)
-
-        wait_until(enough_is_read, timeout=30)
-        primary.kill()
-        for job in jobs:
-            job.result(10)
-    assert len(traffic.unanswered) == PRODUCERS
+    with traffic.until_the_end_of(primary):
+        traffic.wait_until_read(1_000)
     with connect(standby) as conn:
         assert conn.execute("select pg_promote()").fetchone() == (True,)
         # Who had no answer asks again, as a broker does.
@@ -193,3 +205,45 @@ def test_a_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> N
     assert evidence.fetched > 1_000
     assert late
     assert late[0] > 0
+
+
+def test_an_asynchronous_standby_that_takes_over(servers: tuple[PostgresServer, Standby]) -> None:
+    """It has lost what was committed last, also what was acknowledged; what it has is whole and in order.
+
+    No commit is there without those that returned before it began; and what is lost can be committed again.
+    """
+    primary, standby = servers
+    with connect(primary) as conn:
+        ids = make_topic(conn, partitions=PARTITIONS)
+        conn.execute("alter system reset synchronous_standby_names")
+        conn.execute("select pg_reload_conf()")
+    traffic = Traffic(primary.url(), ids)
+    with traffic.until_the_end_of(primary), connect(primary) as conn, connect(standby) as mirror:
+        traffic.wait_until_read(500)
+        kept_until = time.monotonic()
+        kept = conn.execute("select pg_current_wal_flush_lsn()").fetchone()
+        replayed = "select pg_last_wal_replay_lsn() >= %s::pg_lsn"
+        wait_until(lambda: mirror.execute(replayed, kept).fetchone() == (True,))
+        # The network between them is gone.
+        mirror.execute("alter system set primary_conninfo = ''")
+        mirror.execute("select pg_reload_conf()")
+        traffic.wait_until_read(1_500)
+    with connect(standby) as conn:
+        assert conn.execute("select pg_promote()").fetchone() == (True,)
+        has = find_objects(conn, "")
+        everything = traffic.ledger.attempts
+        lost = [attempt for attempt in everything if attempt.key not in has]
+        assert lost
+        first_return_lost = min(attempt.returned for attempt in lost)
+        assert first_return_lost > kept_until
+        assert all(attempt.began < first_return_lost for attempt in everything if attempt.key in has)
+        # The history that is left: without them, and with what was read by then.
+        traffic.ledger.attempts = [attempt for attempt in everything if attempt.key in has]
+        traffic.ledger.readings = [r for r in traffic.ledger.readings if r.returned < kept_until]
+        for key, batches, began in [(a.key, list(a.batches), time.monotonic()) for a in lost] + traffic.unanswered:
+            note(traffic.ledger, key, batches, began, Outcome.COMMITTED, commit_object(conn, key, *columns(batches)))
+        while materialize(conn, ids).events_processed:
+            pass
+        evidence = collect(conn, ids, traffic.ledger)
+    assert [finding.violation for finding in check(evidence)] == [None] * 8
+    assert evidence.fetched > 500
