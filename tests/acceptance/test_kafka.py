@@ -306,17 +306,18 @@ def test_delete_records_and_retention_under_a_reader(brokers: Brokers) -> None:
     produce(0, 6)
     with brokers.consumer("short", {0: 0}, **{"fetch.wait.max.ms": 50}) as reader:
         assert values(take(reader, 6)) == list("012345")
-        reader.seek(TopicPartition("short", 0, 2))
         partition = TopicPartition("short", 0, 3)
         assert brokers.admin.delete_records([partition])[partition].result(SECONDS).low_watermark == 3
-        # The reader's place is gone: it goes on from the earliest.
-        assert values(take(reader, 3))[-3:] == list("345")
+        # Where the reader goes back to is gone: it goes on from the earliest. (A reader that was there before the records
+        # were deleted may have fetched them.)
+        reader.seek(TopicPartition("short", 0, 2))
+        assert values(take(reader, 3)) == list("345")
         retain(brokers.app)
         assert reader.get_watermark_offsets(partition, SECONDS) == (6, 6)
         produce(6, 8)
         assert values(take(reader, 2)) == list("67")
-        reader.seek(TopicPartition("short", 0, 4))
         retain(brokers.app)
+        reader.seek(TopicPartition("short", 0, 4))
         produce(8, 9)
         assert values(take(reader, 1)) == ["8"]
         beyond = TopicPartition("short", 0, 100)
