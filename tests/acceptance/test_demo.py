@@ -82,7 +82,8 @@ def demo(tmp_path: Path) -> Iterator[Demo]:
 
 
 def test_ends_well(demo: Demo) -> None:
-    assert demo.start("--seconds", "3", "--producers", "2").wait(150) == 0, demo.text()
+    """The checks; who leases which shards, one clock that only goes on, how long the login lives; in 80 columns."""
+    assert demo.start("--seconds", "3", "--producers", "2", "--workers", "2").wait(150) == 0, demo.text()
     found = re.findall(r"^(\d) (.{16}) (.{50}) (ok|VIOLATED)$", demo.text(), re.MULTILINE)
     assert [(number, name.strip(), verdict) for number, name, _, verdict in found] == [
         (str(number), name, "ok") for number, name in enumerate(_NAMES, start=1)
@@ -92,11 +93,6 @@ def test_ends_well(demo: Demo) -> None:
     assert counts[0] == counts[1] > 500
     assert all(count > 0 for count in counts)
     assert demo.leftovers() == []
-
-
-def test_what_it_shows(demo: Demo) -> None:
-    """Who leases which shards, one clock that only goes on, how long the login lives; in 80 columns."""
-    assert demo.start("--seconds", "1", "--producers", "1", "--workers", "2").wait(150) == 0, demo.text()
     leased = re.findall(r"^.{7}  worker\d@\S+ leases shards (.+)$", demo.text(), re.MULTILINE)
     assert len(leased) == 2
     parts = [part.partition("-") for part in ", ".join(leased).split(", ")]

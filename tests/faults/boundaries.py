@@ -31,6 +31,7 @@ from db.producers import init_producer
 from db.retention import delete_records, purge, retain
 from db.topics import add_partitions, create_topic, delete_topic
 from tests.demo.ledger import LedgerWriter, Outcome, note, note_begin
+from tests.demo.storage import upload
 
 Conn = psycopg.Connection[Any]
 
@@ -60,9 +61,13 @@ class Boundaries:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """All kinds of work `rounds` times on these partitions; of the log at most half is deleted."""
+    """All kinds of work `rounds` times on these partitions; of the log at most half is deleted.
+
+    `objects` is the directory to upload to.
+    """
 
     url: str
+    objects: str
     ledger: str
     key_prefix: str
     partition_ids: Sequence[int]
@@ -161,9 +166,16 @@ class Nursery:
             for n, i in enumerate(chosen)
         ]
 
+    def _upload(self, batches: Sequence[Batch]) -> str:
+        """Upload them under a new key; returns it."""
+        key = f"{self._order.key_prefix}{next(self._keys)}"
+        upload(Path(self._order.objects), key, [batch.byte_length for batch in batches])
+        return key
+
     def _commit(self, *, in_transaction: bool = False) -> Callable[[Conn], object]:
         """A new object; now and then the one before, whose child was killed, is committed once more."""
-        key, batches = f"{self._order.key_prefix}{next(self._keys)}", self._batches()
+        batches = self._batches()
+        key = self._upload(batches)
 
         def work(conn: Conn) -> None:
             # A second attempt tells what became of the first.
@@ -179,8 +191,8 @@ class Nursery:
         return work
 
     def _commit_in_sequence(self) -> Callable[[Conn], object]:
-        keys = [f"{self._order.key_prefix}{next(self._keys)}" for _ in range(2)]
         batches = self._batches()
+        keys = [self._upload(batches) for _ in range(2)]
 
         def work(conn: Conn) -> None:
             producer = init_producer(conn)

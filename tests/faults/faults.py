@@ -90,6 +90,7 @@ def every_boundary(world: World) -> int:
     number = world.chance.randrange(10**9)
     order = boundaries.Order(
         url=world.url,
+        objects=str(world.objects),
         ledger=str(world.directory / "ledgers" / f"boundaries-{number}.jsonl"),
         key_prefix=f"{PREFIX}boundaries-{number}/",
         partition_ids=world.ids,
