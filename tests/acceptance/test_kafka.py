@@ -308,8 +308,8 @@ def test_delete_records_and_retention_under_a_reader(brokers: Brokers) -> None:
         assert values(take(reader, 6)) == list("012345")
         partition = TopicPartition("short", 0, 3)
         assert brokers.admin.delete_records([partition])[partition].result(SECONDS).low_watermark == 3
-        # Where the reader goes back to is gone: it goes on from the earliest. (A reader that was there before the records
-        # were deleted may have fetched them.)
+        # Where the reader goes back to is gone: it goes on from the earliest. One that was there before the records
+        # were deleted may have fetched them.
         reader.seek(TopicPartition("short", 0, 2))
         assert values(take(reader, 3)) == list("345")
         retain(brokers.app)
