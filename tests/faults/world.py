@@ -36,6 +36,7 @@ PREFIX = "faults/"
 SHARDS = 4
 _TICK = 0.02
 _RECOVER_SECONDS = 120.0
+_STOP_SECONDS = 10.0
 _SETTINGS = {
     **FAST,
     "TIDEMARK_SHARDS": str(SHARDS),
@@ -196,6 +197,8 @@ class World:
         self.wait(self._is_drained, _RECOVER_SECONDS, "the backlog is drained")
         self.watcher.finish()
         self.reader.finish()
+        # Nothing is deleted any more while the log is read.
+        self.programs.stop(_STOP_SECONDS)
         self.meter.read_ledgers()
         with self.connect() as conn:
             evidence = collect(
