@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -70,17 +71,10 @@ from tests.integration.conftest import commit
 from tests.integration.test_adopt import numbered
 from tests.servers import PostgresServer
 from tests.support_commands import Cli, app_for
+from tests.support_roles import GROUPS, logins
 
 Conn = Connection[Any]
 
-# By their letters, everywhere below.
-GROUPS = {
-    "p": "tidemark_producer",
-    "c": "tidemark_consumer",
-    "w": "tidemark_worker",
-    "m": "tidemark_monitor",
-    "a": "tidemark_admin",
-}
 DATABASE = "test_roles"
 
 
@@ -122,24 +116,20 @@ def world(postgres_server: PostgresServer, template_database: str) -> Iterator[W
     with psycopg.connect(postgres_server.url(), autocommit=True) as admin, ExitStack() as stack:
         admin.execute(sql.SQL("create database {} template {}").format(database, sql.Identifier(template_database)))
         stack.callback(admin.execute, sql.SQL("drop database {} with (force)").format(database))
-        logins = {}
-        for letter, group in GROUPS.items():
-            name = f"login_of_{letter}"
-            admin.execute(f"create role {name} login in role {group}".encode())
-            stack.callback(admin.execute, f"drop role {name}".encode())
-            conn = psycopg.connect(url.replace("//tidemark@", f"//{name}@"), autocommit=True)
-            logins[letter] = stack.enter_context(conn)
+        connections = {
+            letter: stack.enter_context(psycopg.connect(login, autocommit=True))
+            for letter, login in stack.enter_context(logins(url)).items()
+            if letter in GROUPS
+        }
         owner = stack.enter_context(psycopg.connect(url, autocommit=True))
         create_topic(owner, "orders", 2)
         numbered(owner, "0-5 5-9", end=9, pending="2 3")
         # The seed's tables are somebody else's: the login that adopts needs rights to them.
         owner.execute("grant usage on schema seed to login_of_a; grant all on all tables in schema seed to login_of_a")
-        made = World(owner, logins, url)
+        made = World(owner, connections, url)
         made.committed()
         materialize(owner, made.ids)
-        # Before the database goes, which would take what they own with it.
         yield made
-        owner.execute("drop schema seed cascade")
 
 
 # --- Who may do what
@@ -221,15 +211,19 @@ RELATIONS = {
     "sweeps_id_seq": ("", "", "rw"),
     "topic_partitions_id_seq": ("", "", "rw"),
 }
-RIGHTS = dict(zip("rawdDxt", ["select", "insert", "update", "delete", "truncate", "references", "trigger"], strict=True))
+RIGHTS = {"r": "select", "a": "insert", "w": "update", "d": "delete", "D": "truncate", "x": "references"}
 
 
 @pytest.mark.parametrize("letter", GROUPS)
 def test_every_function_is_told(letter: str, world: World) -> None:
-    found = world.logins[letter].execute("""
+    found = (
+        world.logins[letter]
+        .execute("""
         select proname || '/' || pronargs || case when proargtypes[0] = 'text'::regtype and proname = 'fetch_batches'
                then ', by name' else '' end, has_function_privilege(oid, 'execute')
-        from pg_proc where pronamespace = 'tidemark'::regnamespace""").fetchall()
+        from pg_proc where pronamespace = 'tidemark'::regnamespace""")
+        .fetchall()
+    )
     assert dict(found) == {name: letter in letters for name, letters in FUNCTIONS.items()}
     assert len(found) == len(FUNCTIONS)
 
@@ -322,7 +316,7 @@ def test_what_is_not_granted_is_refused(letter: str, world: World) -> None:
         (column,) = world.owner.execute(columns.encode(), (f"tidemark.{name}",)).fetchall()[0]
         tried += [f"update tidemark.{name} set {column} = {column}"] * ("w" not in rights)
     for statement in tried:
-        require_refused(statement, lambda text=statement: world.logins[letter].execute(text.encode()))
+        require_refused(statement, partial(world.logins[letter].execute, statement.encode()))
     assert world.content() == before
 
 
@@ -587,7 +581,9 @@ def test_every_function_of_db_is_told() -> None:
             f"{info.name}.{prefix}{name}"
             for prefix, owner in owners
             for name, what in vars(owner).items()
-            if inspect.isfunction(what) and what.__module__ == module.__name__ and not name.startswith("_")
+            if inspect.isfunction(what)
+            and what.__module__ == module.__name__
+            and not name.startswith("_")
             and "conn" in inspect.signature(what).parameters
         }
     # These run a statement of the caller's choice.
@@ -622,7 +618,7 @@ def test_each_other_function_is_refused(letter: str, world: World) -> None:
     before = world.content()
     for names, (letters, call) in CALLS.items():
         if letter not in letters and call is not looked_at:
-            require_refused(names, first.get(call, lambda call=call: call(conn, world)))
+            require_refused(names, first.get(call, partial(call, conn, world)))
     assert world.content() == before
 
 
