@@ -14,14 +14,15 @@ from config.errors import CondemnedObjectError
 from db.audit import audit
 from db.commit import Batch, commit_batches
 from db.fetch import fetch_batches
-from db.migrate import upgrade
+from db.migrate import _LOCK_KEY, upgrade
 from db.objects import condemn
 from db.producers import init_producer
 from db.receipts import receipts
 from db.topics import create_topic
-from tests.benchmarks.hostile import MIGRATIONS, OWN, TRICKS, Others
+from tests.benchmarks.hostile import OWN, TRICKS, Others
 from tests.integration.conftest import commit
 from tests.servers import PostgresServer
+from tests.support import wait_until
 from tests.support_roles import logins
 
 Conn = Connection[Any]
@@ -60,11 +61,22 @@ class World(Others):
         self.materialize()
         self.fetch()
 
-    def end(self) -> None:
-        """The hostile producer is gone: all gets its offset, each of the others' batches once and in order."""
+    def leave(self) -> None:
+        """The hostile producer goes, and with it what its session held."""
+        pid = self.hostile.info.backend_pid
         self.hostile.close()
+
+        def its_session_is_over() -> bool:
+            return self.owner.execute("select from pg_stat_activity where pid = %s", (pid,)).rowcount == 0
+
+        wait_until(its_session_is_over)
+
+    def end(self) -> None:
+        """Afterwards all gets its offset, each of the others' batches once and in their order."""
+        if not self.hostile.closed:
+            self.leave()
         self.materialize()
-        keys = dict(self.owner.execute("select id, key from tidemark.objects").fetchall())
+        keys: dict[int, str] = dict(self.owner.execute("select id, key from tidemark.objects").fetchall())
         for partition_id in self.ids:
             found, offset = [], 0
             while batches := fetch_batches(self.consumer, partition_id, offset):
@@ -159,7 +171,7 @@ def test_a_prepared_transaction_holds_nobody_up(world: World) -> None:
     """It outlives its session, and is the owner's to end."""
     for name in ("one", "two"):
         world.hostile.execute(f"begin; {OWN}; prepare transaction '{name}'".encode())
-    world.hostile.close()
+    world.leave()
     world.work()
     world.owner.execute("rollback prepared 'one'")
     world.owner.execute("commit prepared 'two'")
@@ -189,7 +201,7 @@ def test_the_lock_table_is_everybodys(world: World) -> None:
         )
     with pytest.raises(errors.OutOfMemory):
         list(iter(world.commit, None))
-    world.hostile.close()
+    world.leave()
     world.work()
     world.end()
 
@@ -253,6 +265,6 @@ def test_the_migrations_lock_holds_up_migrations_alone(world: World) -> None:
         world.hostile.execute(statement.encode())
     world.owner.execute("set lock_timeout = '100ms'")
     with pytest.raises(errors.LockNotAvailable):
-        world.owner.execute("select pg_advisory_xact_lock(%s)", (MIGRATIONS,))
+        world.owner.execute("select pg_advisory_xact_lock(%s)", (_LOCK_KEY,))
     world.work()
     world.end()
