@@ -121,7 +121,7 @@ def examine(conn: Connection, settings: Settings) -> Iterator[Finding]:
             yield from list(judge(check()))
         except (errors.InsufficientPrivilege, SchemaVersionError) as error:
             why = f"Postgres says: {str(error).splitlines()[0]}."
-            repair = ("connect as the owner of the schema",)
+            repair = (f'grant tidemark_worker to "{conn.info.user}";',)
             found = "could not be looked at"
             yield Finding(area="server", check=name, level=Level.WARN, found=found, why=why, repair=repair)
 

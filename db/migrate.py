@@ -5,12 +5,13 @@ always is what runs. All of it is one transaction behind one advisory lock: two 
 one after the other, and a failure leaves the old schema in place.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from psycopg.errors import LockNotAvailable
+from psycopg.errors import Diagnostic, LockNotAvailable
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 
@@ -52,13 +53,24 @@ def migration_files() -> list[Path]:
     return sorted((_MIGRATIONS / "versions").glob("*.sql"))
 
 
-def upgrade(database_url: str, *, timeout: float | None = None) -> tuple[str | None, str]:
+def upgrade(
+    database_url: str, *, timeout: float | None = None, warn: Callable[[str], object] = lambda _: None
+) -> tuple[str | None, str]:
     """Migrate the database; returns the versions before and after. `timeout` as in `db.pool.open_connection`.
+
+    Where it may not create the group roles, it tells `warn` so, with the statements that a superuser has to run. What
+    is missing then is granted by the next migration.
 
     Safe to repeat and to run from several processes. Raises SchemaVersionError when the schema is newer than this
     program, TransientDatabaseError when it does not get its turn within `LOCK_TIMEOUT`.
     """
     driver = open_connection(database_url, autocommit=False, timeout=timeout)
+
+    def tell(notice: Diagnostic) -> None:
+        if notice.severity_nonlocalized == "WARNING":
+            warn("\n".join(filter(None, (notice.message_primary, notice.message_hint))))
+
+    driver.add_notice_handler(tell)
     # One connection for both: SQLAlchemy closes it at the end.
     engine = create_engine("postgresql+psycopg://", creator=lambda: driver, poolclass=NullPool)
     with domain_errors(), engine.begin() as connection:

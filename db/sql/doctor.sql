@@ -197,7 +197,7 @@ select 'schema', 'constraints and indexes', null, false, 'ok', format('all %s, v
 order by 3;
 
 -- name: doctor_functions
--- Functions, and who may execute them: $1 names of those that should be there.
+-- Functions, and whether everybody may execute them: $1 names of those that should be there.
 with has as (
     select p.proname::text as name, p.oid,
            format('tidemark.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid)) as signature,
@@ -210,63 +210,113 @@ from unnest($1::text[]) w(name)
 full join has h on h.name = w.name
 cross join lateral (values
     (h.name is null, 'fail', 'missing', 'Every statement that uses it fails.', array['celery -A tasks migrate']),
-    (not has_function_privilege(h.oid, 'execute'), 'fail', format('%s may not execute it', current_user),
-     'Workers and commands of this role fail.',
-     array[format('grant execute on all functions in schema tidemark to %I;', current_user)]),
-    (h.public, 'warn', 'every role may execute it', 'Only members of tidemark_producer should commit.',
+    (h.public, 'warn', 'every role may execute it', 'Only members of Tidemark''s roles should.',
      array[format('revoke execute on function %s from public;', h.signature)])
 ) v(bad, level, found, why, repair)
 where v.bad
 union all
-select 'schema', 'functions', null, false, 'ok', format('all %s, executable', count(*)), '', '{}'
+select 'schema', 'functions', null, false, 'ok', format('all %s', count(*)), '', '{}'
 from has
 order by 3;
 
 -- name: doctor_privileges
--- What this role may not do with the tables, whether it sees others' sessions, and what the producer role may do.
-with t as (
-    select c.relname,
-           array(select u.right from unnest(array['select', 'insert', 'update', 'delete']) u("right")
-                 where not has_table_privilege(c.oid, u.right)) as lacks,
-           exists (select from unnest(array['select', 'insert', 'update', 'delete', 'truncate']) u("right")
-                   where has_table_privilege(to_regrole('tidemark_producer'), c.oid, u.right)) as too_much
+-- Whether this role may work as one of the group roles, and sees others' sessions; and whether each of them may do what
+-- tidemark.group_rights() says, and no more: by its own grants, as a member of another role, or because everybody may.
+with place as (
+    select p.proname::text as object, p.oid, 'f' as kind,
+           format('function tidemark.%I(%s)', p.proname, pg_get_function_identity_arguments(p.oid)) as name
+    from pg_proc p
+    where p.pronamespace = to_regnamespace('tidemark')
+    union all
+    select c.relname::text, c.oid, c.relkind::text, format('tidemark.%I', c.relname)
     from pg_class c
-    where c.relnamespace = to_regnamespace('tidemark') and c.relkind = 'r' and c.relname <> 'alembic_version'
+    where c.relnamespace = to_regnamespace('tidemark') and c.relkind in ('r', 'v', 'S')
 ),
-s as (
-    select to_regrole('tidemark_producer') is null as no_producer,
-           (select string_agg(t.relname, ', ' order by t.relname) from t where t.too_much) as too_much,
-           count(t.*) filter (where t.lacks <> '{}') as lacking,
-           (array_agg(format('%s in %s', array_to_string(t.lacks, ', '), t.relname) order by t.relname)
-               filter (where t.lacks <> '{}'))[1] as first,
-           (select string_agg(f.name, ', ')
-            from unnest(array['commit_object', 'partition_ids']) f(name)
-            where not exists (select from pg_proc p
-                              where p.pronamespace = to_regnamespace('tidemark') and p.proname = f.name
-                                and has_function_privilege(to_regrole('tidemark_producer'), p.oid, 'execute'))) as too_little
-    from t
+wanted as (
+    select r.role, r."right", p.name, p.oid, p.kind
+    from tidemark.group_rights() r
+    join place p on p.object = r.object
+),
+role as (
+    select r.role, to_regrole(r.role) as oid
+    from tidemark.group_rights() r
+    group by r.role
+),
+held as (
+    select g.role, x."right", p.name
+    from role g
+    cross join place p
+    cross join unnest(array['execute', 'select', 'insert', 'update', 'delete', 'truncate', 'references', 'trigger', 'usage'])
+        x("right")
+    where case when (p.kind = 'f') <> (x."right" = 'execute') then false
+               when p.kind = 'f' then has_function_privilege(g.oid, p.oid, x."right")
+               when p.kind = 'S' then
+                   x."right" in ('select', 'update', 'usage') and has_sequence_privilege(g.oid, p.oid, x."right")
+               else x."right" <> 'usage' and has_table_privilege(g.oid, p.oid, x."right") end
+    union all
+    select g.role, format('%s (%I)', x."right", a.attname), p.name
+    from role g
+    cross join place p
+    join pg_attribute a on a.attrelid = p.oid and a.attacl is not null
+    cross join unnest(array['select', 'insert', 'update', 'references']) x("right")
+    where p.kind in ('r', 'v') and has_column_privilege(g.oid, p.oid, a.attnum, x."right")
+      and not has_table_privilege(g.oid, p.oid, x."right")
+),
+difference as (
+    select d.role, d.is_lacking, count(*) as n,
+           (array_agg(format('%s on %s', d."right", d.name) order by d.name, d."right"))[1] as first,
+           array_agg(case when d.is_lacking then format('grant %s on %s to %I;', d."right", d.name, d.role)
+                          else format('revoke %s on %s from public, %I;', d."right", d.name, d.role) end
+                     order by d.name, d."right") as repair
+    from (
+        select w.role, w."right", w.name, true as is_lacking
+        from (select w.role, w."right", w.name from wanted w except select h.role, h."right", h.name from held h) w
+        union all
+        select h.role, h."right", h.name, false
+        from (select h.role, h."right", h.name from held h except select w.role, w."right", w.name from wanted w) h
+    ) d
+    group by d.role, d.is_lacking
+),
+own as (
+    select (select string_agg(g.role, ', ' order by g.role) from role g where pg_has_role(g.oid, 'usage')) as groups,
+           -- The owner need not be a member.
+           count(*) as lacking, min(format('%s on %s', w."right", w.name)) as first
+    from wanted w
+    where w.role = 'tidemark_worker'
+      and not case w.kind when 'f' then has_function_privilege(w.oid, w."right")
+              else has_table_privilege(w.oid, split_part(w."right", ' ', 1))
+                   or w."right" like '% (id)' and has_column_privilege(w.oid, 'id', split_part(w."right", ' ', 1)) end
 )
 select 'privileges' as area, v.*
-from s
+from own s
 cross join lateral (values
-    ('tables', s.lacking > 0, 'fail',
-     current_user || case when s.lacking > 0 then ' may not ' || s.first else ' may read and write them' end
-         || case when s.lacking > 1 then format(' and %s more', s.lacking - 1) else '' end,
-     'Workers and commands of this role fail.',
-     array[format('grant usage on schema tidemark to %I;', current_user),
-           format('grant select, insert, update, delete on all tables in schema tidemark to %I;', current_user)]),
+    ('own', s.lacking > 0 and s.groups is null, 'fail',
+     current_user || case when s.lacking = 0 then ' may do what workers do'
+                          when s.groups is not null then ' is a member of ' || s.groups
+                          else format(' may not %s%s', s.first, ' and ' || nullif(s.lacking - 1, 0) || ' more') end,
+     'Workers and commands of this role fail.', array[format('grant tidemark_worker to %I;', current_user)]),
     ('pg_monitor', not pg_has_role('pg_monitor', 'usage'), 'warn',
      current_user || ' sees ' || case when pg_has_role('pg_monitor', 'usage') then 'all' else 'only its own' end || ' sessions',
-     'status and top cannot show what a partition waits for.', array[format('grant pg_monitor to %I;', current_user)]),
-    ('tidemark_producer', false, 'ok', 'may commit, and nothing else', '', '{}'),
-    ('tidemark_producer', s.no_producer, 'warn', 'the role does not exist',
-     'Brokers have no role that may commit and nothing else.',
-     array['create role tidemark_producer nologin;', 'celery -A tasks migrate']),
-    ('tidemark_producer', s.too_much is not null, 'warn', 'it has rights to tables: ' || s.too_much,
-     'A producer should commit and nothing else.', array['revoke all on all tables in schema tidemark from tidemark_producer;']),
-    ('tidemark_producer', s.too_little is not null and not s.no_producer, 'fail', 'it may not execute ' || s.too_little,
-     'Brokers cannot commit.', array['celery -A tasks migrate'])
-) v("check", bad, level, found, why, repair);
+     'status and top cannot show what a partition waits for.', array[format('grant pg_monitor to %I;', current_user)])
+) v("check", bad, level, found, why, repair)
+union all
+select 'privileges', g.role, v.*
+from role g
+left join difference l on l.role = g.role and l.is_lacking
+left join difference m on m.role = g.role and not m.is_lacking
+cross join lateral (values
+    (g.oid is null, 'warn', 'the role does not exist', 'No login can be given just what its work needs.',
+     array[format('create role %I nologin;', g.role), 'celery -A tasks migrate']),
+    (g.oid is not null and l.n > 0, 'fail',
+     format('it may not %s%s', l.first, ' and ' || nullif(l.n - 1, 0) || ' more'), 'What its members do fails.',
+     case when l.n > 5 then array['celery -A tasks migrate'] else l.repair end),
+    (m.n > 0, 'warn', format('it may %s%s', m.first, ' and ' || nullif(m.n - 1, 0) || ' more'),
+     'Its members should do their work and nothing else.',
+     case when m.n > 5 then array['celery -A tasks migrate'] else m.repair end),
+    (false, 'ok', 'may do its work, and nothing else', '', '{}')
+) v(bad, level, found, why, repair)
+where v.bad or v.level = 'ok'
+order by 2, 3;
 
 -- name: doctor_vacuum
 -- Dead rows by table, whether vacuum is at it, and how old the oldest transaction id is: $1 that many dead rows are too many.

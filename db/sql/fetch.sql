@@ -5,9 +5,9 @@ from tidemark.fetch_batches($1::int, $2::bigint, $3::bigint, $4::int) f;
 
 -- name: read_head
 -- The log of one partition: $1 partition id.
-select p.start_offset, p.end_offset
-from tidemark.named_partitions p
-where p.partition_id = $1::int;
+select min(l.log_offset) as start_offset, max(l.log_offset) as end_offset
+from tidemark.list_offsets(array[$1::int, $1::int], '{-2,-1}') l
+having bool_and(l.error is null);
 
 -- name: fetch_partitions
 -- One element for each partition: $1 ids, $2 from offsets, $3 bytes at most; in all $4 bytes and $5 batches at most.

@@ -29,7 +29,11 @@ def migrate(ctx: click.Context) -> None:
     with database(ctx):
         # Alembic would wait for a frozen server for ever.
         pass
-    before, after = upgrade(app_of(ctx).database_url)
+    warnings: list[str] = []
+    before, after = upgrade(app_of(ctx).database_url, warn=warnings.append)
+    for warning in warnings:
+        what, _, statements = warning.partition("\n")
+        click.echo(f"warning: {what}. Let a superuser run this, then migrate again:\n{statements}", err=True)
     said = f"schema upgraded from version {before or 'none'} to {after}"
     if before == after:
         said = f"schema is up to date (version {after})"

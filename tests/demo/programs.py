@@ -178,13 +178,15 @@ class Programs:
         """`celery -A tasks …`, in the background."""
         return self.process(name, celery_argv(*arguments), env)
 
-    def run(self, *arguments: str, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60
+    ) -> "subprocess.CompletedProcess[str]":
         """`celery -A tasks …` until it ends."""
         done = subprocess.run(
             celery_argv(*arguments),
             check=False,
             cwd=ROOT,
-            env={**os.environ, **self.env},
+            env={**os.environ, **self.env, **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

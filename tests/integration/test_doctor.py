@@ -170,26 +170,77 @@ def role(conn: Connection[Any], options: str = "login") -> Iterator[str]:
         conn.execute(sql.SQL("drop owned by {0}; drop role {0}").format(sql.Identifier(name)))
 
 
-def test_a_role_without_rights(conn: Connection[Any], database_url: str) -> None:
+@pytest.mark.parametrize("group", ["tidemark_worker", "tidemark_monitor", "tidemark_admin"])
+def test_a_role_without_rights(group: str, conn: Connection[Any], database_url: str) -> None:
+    """What it cannot look at it says, and with the group's rights alone everything can be looked at and is sound."""
     with role(conn) as name, psycopg.connect(database_url.replace("//tidemark@", f"//{name}@"), autocommit=True) as own:
-        found = bad([f for f in examine(own, SETTINGS) if f.area != "settings"])
-        lacking = [f for f in found if "may not" in f.found]
-        assert {f.check for f in lacking} >= {"tables", "function commit_object"}
-        monitor = [f for f in found if f.check == "pg_monitor"]
-        assert [f.level for f in monitor] == [Level.WARN]
-        run_repairs(conn, [*lacking, *monitor])
-        again = bad(list(examine(own, SETTINGS)))
-        assert [f for f in again if "may not" in f.found or f.check in {"pg_monitor", "version"}] == []
+        found = [f for f in examine(own, SETTINGS) if f.found == "could not be looked at"]
+        assert {(f.check, f.level) for f in found} == {
+            (check, Level.WARN) for check in ("version", "constraints and indexes", "privileges", "activity")
+        }
+        if group == "tidemark_worker":
+            run_repairs(conn, found)
+        else:
+            conn.execute(sql.SQL("grant {} to {}").format(sql.Identifier(group), sql.Identifier(name)))
+        again = {f.check: f for f in examine(own, SETTINGS) if f.area != "settings"}
+        assert again["own"].level is Level.OK
+        assert [f.level for f in again.values() if f.level is not Level.OK] == [Level.WARN] * (
+            group != "tidemark_monitor"
+        )
+        if group != "tidemark_monitor":
+            run_repairs(conn, [again["pg_monitor"]])
+        assert bad([f for f in examine(own, SETTINGS) if f.area != "settings"]) == []
 
 
-def test_a_producer_with_too_many_rights_or_too_few(conn: Connection[Any]) -> None:
-    conn.execute("grant select on tidemark.objects to tidemark_producer")
+def test_a_login_with_rights_given_by_hand(conn: Connection[Any], database_url: str) -> None:
+    with role(conn) as name, psycopg.connect(database_url.replace("//tidemark@", f"//{name}@"), autocommit=True) as own:
+        conn.execute(
+            sql.SQL(
+                "grant usage on schema tidemark to {0}; grant select on all tables in schema tidemark to {0}; "
+                "grant execute on function tidemark.group_rights() to {0}"
+            ).format(sql.Identifier(name))
+        )
+        [lacking] = [f for f in bad(look(own, "privileges")) if f.check == "own"]
+        assert lacking.level is Level.FAIL
+        assert "may not delete on tidemark.audit_progress and " in lacking.found
+        run_repairs(conn, [lacking])
+        assert [f.check for f in bad(look(own, "privileges"))] == ["pg_monitor"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "level"),
+    [
+        ("grant select on tidemark.objects to tidemark_producer", Level.WARN),
+        ("grant update (key) on tidemark.objects to tidemark_worker", Level.WARN),
+        ("grant usage on sequence tidemark.sweeps_id_seq to tidemark_monitor", Level.WARN),
+        ("grant execute on function tidemark.tx_base() to tidemark_consumer", Level.WARN),
+        ("revoke execute on function tidemark.partition_ids(text) from tidemark_producer", Level.FAIL),
+        ("revoke update (id) on tidemark.topic_partitions from tidemark_worker", Level.FAIL),
+        ("revoke truncate on tidemark.cluster from tidemark_admin", Level.FAIL),
+        ("revoke select on all tables in schema tidemark from tidemark_monitor", Level.FAIL),
+    ],
+)
+def test_a_group_with_too_many_rights_or_too_few(
+    damage: str, level: Level, conn: Connection[Any], database_url: str
+) -> None:
+    conn.execute(damage.encode())
     found = bad(look(conn, "privileges"))
-    assert [(f.check, f.level) for f in found] == [("tidemark_producer", Level.WARN)]
+    assert [(f.check, f.level) for f in found] == [(damage.rsplit(maxsplit=1)[-1], level)]
+    if found[0].repair == ("celery -A tasks migrate",):
+        upgrade(database_url)
+    else:
+        run_repairs(conn, found)
+    assert bad(look(conn, "privileges")) == []
+
+
+def test_what_everybody_may_is_too_much_for_every_group(conn: Connection[Any]) -> None:
+    conn.execute("grant insert on tidemark.objects to public")
+    found = bad(look(conn, "privileges"))
+    groups = [f"tidemark_{name}" for name in ("admin", "consumer", "monitor", "producer", "worker")]
+    # The administrators may insert.
+    assert [(f.check, f.level) for f in found] == [(group, Level.WARN) for group in groups[1:]]
     run_repairs(conn, found)
     assert bad(look(conn, "privileges")) == []
-    conn.execute("revoke execute on function tidemark.partition_ids(text) from tidemark_producer")
-    assert [f.level for f in bad(look(conn, "privileges"))] == [Level.FAIL]
 
 
 # --- settings

@@ -134,26 +134,6 @@ def test_limits_below_one(limits: dict[str, Any], conn: Connection[TupleRow], pa
         fetch_batches(conn, partition_id, 0, **limits)
 
 
-def test_a_reader_without_a_right_to_the_topics(conn: Connection[TupleRow], partition_id: int) -> None:
-    """As docs/operations.md grants it: it may fetch, and gets the same errors, which then name no topic."""
-    conn.execute(
-        """
-        create role reader;
-        grant usage on schema tidemark to reader;
-        grant execute on function tidemark.fetch_batches(int, bigint, bigint, int, boolean) to reader;
-        grant select on tidemark.topic_partitions, tidemark.runs, tidemark.log_starts, tidemark.record_batch_events,
-                        tidemark.objects to reader;
-        set role reader;
-        """
-    )
-    try:
-        assert len(fetch_batches(conn, partition_id, 0)) == len(BATCHES)
-        with pytest.raises(OffsetOutOfRangeError, match=f"^partition id {partition_id}: offset 41 .* 0 to {END}"):
-            fetch_batches(conn, partition_id, END + 1)
-    finally:
-        conn.execute("reset role; drop owned by reader; drop role reader")
-
-
 @pytest.mark.parametrize("unknown", [0, -1, 10_000, None, 2**31])
 def test_unknown_partition(unknown: int, conn: Connection[TupleRow]) -> None:
     with pytest.raises(UnknownPartitionError):

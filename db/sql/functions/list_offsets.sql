@@ -9,7 +9,7 @@
 -- Error by element: unknown_partition, malformed. TM009 for arrays that differ or have more than 10,000 elements.
 create or replace function tidemark.list_offsets(partition_ids int[], timestamps bigint[])
 returns table (partition_id int, error text, log_offset bigint, max_timestamp bigint)
-language plpgsql stable
+language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
