@@ -73,7 +73,8 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "task_time_limit": settings.hard_time_limit,
         # The ad-hoc jobs keep theirs; who waits for another one asks for it when publishing.
         "task_ignore_result": True,
-        "result_expires": 3600,
+        # Without a Redis there are no results, and with this None beat publishes no task of Celery's to clean them up.
+        "result_expires": 3600 if redis_url is not None else None,
         "result_extended": True,
         "timezone": "UTC",
         "broker_connection_retry_on_startup": True,
