@@ -80,6 +80,11 @@ test-docker: setup ## The acceptance tests over containers (needs a Docker engin
 test-upstream: setup ## Whether the defect of Celery that tasks/programs.py works around is still there
 	$(PYTEST) -m upstream tests/acceptance $(ARGS)
 
+.PHONY: audit
+audit: setup ## Known vulnerabilities and the licences of the locked packages (asks the service OSV)
+	$(PYTEST) --quiet tests/unit/test_licences.py
+	$(BIN)/python -m tests.audit
+
 .PHONY: bench
 bench: setup ## Measure everything against the seed's system (ARGS=--quick for 3 minutes)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
