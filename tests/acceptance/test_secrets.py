@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -41,7 +42,7 @@ def page(url: str) -> str:
 
 def told(redis: Redis) -> dict[str, str]:
     """Every key of a Redis and what it holds."""
-    reads = {
+    reads: dict[str, Any] = {
         "string": redis.get,
         "hash": redis.hgetall,
         "set": redis.smembers,
@@ -55,7 +56,7 @@ def test_nothing_that_a_program_shows_has_a_secret(start: Programs, app: Tidemar
     """Command lines, answers to remote control, pages, metrics, and all that goes over Redis or stays there."""
     ports = {"flower": free_port(), "exporter": free_port()}
     redis = Redis.from_url(app.broker_url, decode_responses=True)
-    heard = redis.pubsub()
+    heard: Any = redis.pubsub()  # type: ignore[no-untyped-call]
     heard.psubscribe("*")
     env = {"TIDEMARK_FLOWER_AUTH": LOGIN, "TIDEMARK_DATA_DIR": str(tmp_path)}
     programs: list[Process] = [
