@@ -68,6 +68,11 @@ test-browser: setup ## Flower in headless Chromium (Debian: apt-get install chro
 test-rabbitmq: setup ## The acceptance tests on RabbitMQ (Debian: apt-get install rabbitmq-server)
 	$(PYTEST) -m rabbitmq tests/acceptance $(ARGS)
 
+.PHONY: test-tls
+test-tls: setup ## Postgres over TLS (Debian: apt-get install postgresql; the wheel's has no TLS)
+	TIDEMARK_TEST_POSTGRES_BIN=$${TIDEMARK_TEST_POSTGRES_BIN:-$$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | tail -1)} \
+		$(PYTEST) -m tls tests/acceptance $(ARGS)
+
 .PHONY: test-hints
 test-hints: setup ## The plans under hints (Debian 13: apt-get install postgresql-17-pg-hint-plan)
 	$(PYTEST) -m hints tests/integration $(ARGS)
