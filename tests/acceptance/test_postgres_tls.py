@@ -109,7 +109,7 @@ def files(authority: Identity, tmp_path_factory: pytest.TempPathFactory) -> dict
     found = {}
     for name, text in {
         "ca": authority.public,
-        "stranger": certify("authority").public,
+        "stranger": certify("stranger").public,
         "certificate": client.public,
         "key": client.private,
     }.items():
@@ -172,17 +172,15 @@ def test_what_is_refused(
         server=certify("server", by=authority, days=-1),
     )
     with expired.start():
-        wrong = {
-            "certificate verify failed": postgres.tls_url(sslrootcert=files["stranger"]),
-            "expired": expired.tls_url(sslrootcert=files["ca"]),
-            "does not match host name": postgres.tls_url(
-                host="localhost", hostaddr="127.0.0.1", sslrootcert=files["ca"]
-            ),
-            "password authentication failed": postgres.tls_url(password="wr0ng-passw0rd", sslrootcert=files["ca"]),
-            "client certificate": postgres.tls_url(user="certified", sslrootcert=files["ca"]),
-            "no encryption": postgres.tls_url(sslmode="disable"),
-        }
-        for words, url in wrong.items():
+        other_name = postgres.tls_url(host="localhost", hostaddr="127.0.0.1", sslrootcert=files["ca"])
+        for url, words in (
+            (postgres.tls_url(sslrootcert=files["stranger"]), "certificate verify failed"),
+            (expired.tls_url(sslrootcert=files["ca"]), "certificate verify failed"),
+            (other_name, "does not match host name"),
+            (postgres.tls_url(password="wr0ng-passw0rd", sslrootcert=files["ca"]), "password authentication failed"),
+            (postgres.tls_url(user="certified", sslrootcert=files["ca"]), "client certificate"),
+            (postgres.tls_url(sslmode="disable"), "no encryption"),
+        ):
             refused = subprocess.run(
                 celery_argv("status", "--interval", "0", "--timeout", "60"),
                 env={**os.environ, **start.env, "TIDEMARK_DATABASE_URL": url},

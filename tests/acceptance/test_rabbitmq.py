@@ -114,7 +114,7 @@ def test_tls(start: Programs, log: Log, rabbit_server: RabbitServer) -> None:
     good = {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(), **trusting}
     bad = {
         "CERTIFICATE_VERIFY_FAILED": {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(), "SSL_CERT_FILE": ""},
-        "Hostname mismatch": {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(host="localhost"), **trusting},
+        "Hostname mismatch": {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(host="127.1"), **trusting},
         "ACCESS_REFUSED": {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(password="wr0ng-passw0rd"), **trusting},
     }
     for words, env in bad.items():
