@@ -68,6 +68,11 @@ test-browser: setup ## Flower in headless Chromium (Debian: apt-get install chro
 test-rabbitmq: setup ## The acceptance tests on RabbitMQ (Debian: apt-get install rabbitmq-server)
 	$(PYTEST) -m rabbitmq tests/acceptance $(ARGS)
 
+.PHONY: test-tls
+test-tls: setup ## Postgres over TLS (Debian: apt-get install postgresql; the wheel's has no TLS)
+	TIDEMARK_TEST_POSTGRES_BIN=$${TIDEMARK_TEST_POSTGRES_BIN:-$$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | tail -1)} \
+		$(PYTEST) -m tls tests/acceptance $(ARGS)
+
 .PHONY: test-hints
 test-hints: setup ## The plans under hints (Debian 13: apt-get install postgresql-17-pg-hint-plan)
 	$(PYTEST) -m hints tests/integration $(ARGS)
@@ -88,6 +93,11 @@ test-faults: setup ## All faults to the running system, three times (ARGS="--rou
 soak: setup ## Load and random faults for half an hour, with a chart of memory, sizes and lag in build/soak.png
 	@mkdir -p build
 	$(BIN)/python -m tests.faults --minutes 30 --calm 3 --long 120 --samples build/soak.jsonl $(ARGS)
+
+.PHONY: audit
+audit: setup ## Known vulnerabilities and the licences of the locked packages (asks the service OSV)
+	$(PYTEST) --quiet tests/unit/test_licences.py
+	$(BIN)/python -m tests.audit
 
 .PHONY: bench
 bench: setup ## Measure everything against the seed's system (ARGS=--quick for 3 minutes)

@@ -4,6 +4,7 @@ Messages are hints (invariant 8): everything here makes losing or doubling them 
 """
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from kombu import Exchange, Queue
 from kombu.utils.scheduling import round_robin_cycle
@@ -73,7 +74,8 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         "task_time_limit": settings.hard_time_limit,
         # The ad-hoc jobs keep theirs; who waits for another one asks for it when publishing.
         "task_ignore_result": True,
-        "result_expires": 3600,
+        # Without a Redis there are no results, and with this None beat publishes no task of Celery's to clean them up.
+        "result_expires": 3600 if redis_url is not None else None,
         "result_extended": True,
         "timezone": "UTC",
         "broker_connection_retry_on_startup": True,
@@ -102,6 +104,9 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
         # Who publishes learns soon that the broker is away; the next tick or sweep finds what was not published.
         "task_publish_retry_policy": {"max_retries": 1, **_PAUSES},
     }
+    if urlsplit(broker_url).scheme == "amqps":
+        # Kombu puts the broker's name there. Otherwise any host's certificate would do.
+        config["broker_use_ssl"] = {"server_hostname": None}
     if broker is not None:
         config["broker_transport_options"] = {
             **broker.celery_options,

@@ -101,6 +101,17 @@ class InvalidJobError(TidemarkError):
     """The arguments of a task are not what it takes."""
 
 
+class InvalidMessageError(TidemarkError):
+    """A message in a queue is none that Tidemark publishes; it is counted by its `reason`."""
+
+    def __init__(self, reason: str, fault: str) -> None:
+        super().__init__(reason, fault)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the message is not taken: {self.args[1]}"
+
+
 class SeedError(TidemarkError):
     """The tables of the seed's system are not what can be adopted; nothing was written."""
 

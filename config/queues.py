@@ -8,6 +8,8 @@ Postgres is what keeps them correct.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from celery.utils.saferepr import saferepr
+
 from config.errors import InvalidJobError
 
 # Fan-out and ad-hoc jobs: short, and what latency depends on.
@@ -35,6 +37,8 @@ def all_queues(shards: int) -> list[str]:
 
 
 MATERIALIZE = "tasks.materialize"
+# Postgres' integer ends here.
+_NO_ID = 2**31
 _MAINTENANCE = {f"tasks.{name}" for name in ("sweep", "retain", "purge", "audit", "collect", "reconcile")}
 
 
@@ -46,9 +50,9 @@ def shard_of(partition_id: int, shards: int) -> int:
 def partition_ids_of(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> list[int]:
     """Partition ids in the arguments of a materialize task; InvalidJobError for anything but ids."""
     ids = (kwargs or {}).get("partition_ids", args[0] if args else None)
-    if not isinstance(ids, list | tuple) or not ids or not all(type(i) is int and i > 0 for i in ids):
+    if not isinstance(ids, list | tuple) or not ids or not all(type(i) is int and 0 < i < _NO_ID for i in ids):
         raise InvalidJobError(
-            f"{MATERIALIZE} takes partition_ids, a list of at least one positive integer, not {ids!r}. "
+            f"{MATERIALIZE} takes partition_ids, a list of at least one positive integer, not {saferepr(ids, 100)}. "
             f"By name, use tasks.materialize_topic(topic) or tasks.materialize_partition(topic, partition)."
         )
     return list(ids)

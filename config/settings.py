@@ -31,6 +31,8 @@ BATCHINGS: tuple[Batching, ...] = get_args(Batching)
 # At least a millisecond: less would reach Postgres as 0, which means no limit.
 Seconds = Annotated[float, Field(ge=0.001, le=30 * 86_400, allow_inf_nan=False)]
 _BROKER_SCHEMES = (*SCHEMES, "amqp", "amqps", "pyamqp")
+# Characters of a wrong value.
+_SHOWN = 100
 _POSTGRES_SCHEMES = ("postgresql", "postgres")
 
 
@@ -253,7 +255,10 @@ def load_settings() -> Settings:
         for item in error.errors():
             name = f"TIDEMARK_{item['loc'][0]}".upper() if item["loc"] else "settings"
             # A URL may hold a password, and a message may end up in a log.
-            is_secret = name.endswith(("_URL", "_AUTH", "_STORE", "_OPTIONS"))
-            given = f" (given: {item['input']!r})" if item["loc"] and not is_secret else ""
+            shown = repr(item["input"])
+            # One may have been given to the wrong variable.
+            is_secret = name.endswith(("_URL", "_AUTH", "_STORE", "_OPTIONS")) or "://" in shown
+            shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+            given = f" (given: {shown})" if item["loc"] and not is_secret else ""
             lines.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
         raise SettingsError("; ".join(lines)) from None

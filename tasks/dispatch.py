@@ -19,6 +19,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from celery.utils.saferepr import saferepr
 from psycopg.pq import TransactionStatus
 
 from config.errors import InvalidCommitError, InvalidJobError, SettingsError
@@ -175,7 +176,8 @@ def enqueue(app: TidemarkApp, topic: str, partition: int | None, **options: Any)
     """
     # Whoever calls a task by hand may pass anything.
     if (type(topic), type(partition)) not in {(str, int), (str, NoneType)}:
-        raise InvalidJobError(f"a job takes a topic name and a partition number, not {topic!r} and {partition!r}")
+        given = f"{saferepr(topic, 100)} and {saferepr(partition, 100)}"
+        raise InvalidJobError(f"a job takes a topic name and a partition number, not {given}")
 
     def look_up() -> list[int]:
         with app.database.connection() as conn:

@@ -87,6 +87,11 @@ FAMILIES = (
     Family("task_runs", "Tasks that ended, by outcome.", ("task", "outcome")),
     Family("task_seconds", "Time tasks ran.", ("task",), time=True),
     Family("task_last_success_timestamp_seconds", "When a task last ended well.", ("task",), "gauge"),
+    Family(
+        "messages_refused",
+        "Messages that workers did not take: nobody of ours publishes such.",
+        ("reason",),
+    ),
     Family("fan_out_commits", "Commits that fan-out found."),
     Family("fan_out_tasks", "Materialize tasks published by what found the work.", ("by",)),
     Family("sweep_partitions", "Partitions with pending events that the sweep met."),

@@ -17,6 +17,8 @@ _PLACES = (
     "/opt/homebrew/sbin/rabbitmq-server",
 )
 _START_SECONDS = 80.0
+TLS = Path(__file__).parent / "tls"
+_USER, _PASSWORD = "tidemark", "mQ7rT2vXp9sLw4Zk"
 
 
 def find_program() -> str | None:
@@ -30,9 +32,17 @@ class RabbitServer:
 
     def __init__(self, program: str, directory: Path) -> None:
         self._stack = ExitStack()
-        self._ports = {name: free_port() for name in ("amqp", "distribution", "epmd")}
+        self._ports = {name: free_port() for name in ("amqp", "amqps", "distribution", "epmd")}
         directory.mkdir()
-        (directory / "rabbitmq.conf").write_text(f"listeners.tcp.default = 127.0.0.1:{self._ports['amqp']}\n")
+        lines = [
+            f"listeners.tcp.default = 127.0.0.1:{self._ports['amqp']}",
+            f"listeners.ssl.default = 127.0.0.1:{self._ports['amqps']}",
+            f"ssl_options.certfile = {TLS / 'server.pem'}",
+            f"ssl_options.keyfile = {TLS / 'server.pem'}",
+            f"default_user = {_USER}",
+            f"default_pass = {_PASSWORD}",
+        ]
+        (directory / "rabbitmq.conf").write_text("\n".join([*lines, ""]))
         (directory / "enabled_plugins").write_text("[].\n")
         env = {
             "HOME": str(directory),  # the cookie
@@ -57,7 +67,11 @@ class RabbitServer:
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self._ports['amqp']}//"
+        return f"amqp://{_USER}:{_PASSWORD}@127.0.0.1:{self._ports['amqp']}//"
+
+    def tls_url(self, *, host: str = "127.0.0.1", password: str = _PASSWORD) -> str:
+        """The certificate is for 127.0.0.1, by the authority in tls/ca.pem."""
+        return f"amqps://{_USER}:{password}@{host}:{self._ports['amqps']}//"
 
     @property
     def running(self) -> bool:

@@ -12,10 +12,10 @@ from pytest_celery import CeleryBrokerCluster, CeleryTestBroker
 
 from config.queues import all_queues
 from tasks.app import TidemarkApp
-from tests.acceptance.conftest import Log, Place, Programs
+from tests.acceptance.conftest import Log, Place, Programs, secrets_of
 from tests.acceptance.nodes import LocalBroker, ServerContainer
 from tests.acceptance.producers import Producers, commit_one
-from tests.acceptance.rabbitmq import RabbitServer, find_program
+from tests.acceptance.rabbitmq import TLS, RabbitServer, find_program
 
 # Collected here a second time, where `place` leads to RabbitMQ.
 from tests.acceptance.test_duplicates import (  # noqa: F401
@@ -107,3 +107,26 @@ def test_rabbitmq_crashes(
     log.wait_until_drained(timeout=60)
     assert log.check() == len(log.ledger.sent)
     assert worker.process.running
+
+
+def test_tls(start: Programs, log: Log, rabbit_server: RabbitServer) -> None:
+    """The certificate and the name in it are checked; who is refused says where, and tells no password."""
+    trusting = {"SSL_CERT_FILE": str(TLS / "ca.pem")}
+    good = {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(), **trusting}
+    bad = {
+        "CERTIFICATE_VERIFY_FAILED": {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(), "SSL_CERT_FILE": ""},
+        "Hostname mismatch": {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(host="127.1"), **trusting},
+        "ACCESS_REFUSED": {"TIDEMARK_BROKER_URL": rabbit_server.tls_url(password="wr0ng-passw0rd"), **trusting},
+    }
+    for words, env in bad.items():
+        failed = start.celery(words.replace(" ", "-"), "call", "tasks.fan_out", env=env)
+        assert failed.wait(60) == 1, failed.output()
+        (line,) = failed.output().splitlines()
+        assert words in line
+        assert "TIDEMARK_BROKER_URL" in line
+        assert not [secret for secret in secrets_of(env) if secret in line]
+    start.worker(env=good)
+    start.celery("beat", "beat", "-l", "INFO", env=good)
+    commit_one(log.conn, log.ledger, "bucket/tls", log.partitions)
+    log.wait_until_drained(timeout=60)
+    assert log.check() == len(log.partitions)

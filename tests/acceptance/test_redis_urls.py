@@ -170,6 +170,24 @@ def test_tls(redis_server: RedisServer, redis_url: str, place: Place, log: Log) 
     log.check()
 
 
+@pytest.mark.parametrize(("host", "found"), [("127.0.0.1", "unexpectedly closed"), ("127.1", "Hostname mismatch")])
+def test_the_name_in_a_rabbitmqs_certificate(
+    host: str, found: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is checked before a word is said. Nobody listens behind it, which is found next.
+
+    127.1 is the same place by another name; for `localhost` Kombu would put 127.0.0.1.
+    """
+    monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "ca.pem"))
+    end = TlsEnd(free_port())
+    broker_url = f"amqps://{host}:{end.port}//"
+    app = make_app(Place(database_url=place.database_url, broker_url=broker_url, directory=place.directory))
+    with app.connection_for_write(connect_timeout=10) as connection, pytest.raises(Exception, match=found):
+        connection.connect()
+    end.close()
+    app.close()
+
+
 def test_a_sentinel_and_a_fail_over(servers: Servers, place: Place, log: Log) -> None:
     """The master dies; the worker goes on with the replica that the sentinel promotes."""
     first, second, watcher = free_port(), free_port(), free_port()
