@@ -276,19 +276,18 @@ class Model:
         epoch, base = b.producer_epoch or 0, b.base_sequence or 0
         if b.n_records < 1 or b.byte_offset < 0 or b.byte_length < 0 or b.max_timestamp > LATEST_TIME or base < 0:
             return "malformed", None
-        if not self.partition(b.partition_id):
-            return "unknown_partition", None
-        if b.producer_id is None:
-            return "accepted", None
+        if b.producer_id is None or not self.partition(b.partition_id):
+            return ("accepted" if self.partition(b.partition_id) else "unknown_partition"), None
         head = before[-1] if before else None
         if epoch < max(head.epoch if head else 0, self.epochs.get(b.producer_id, 0)):
             return "fenced_epoch", None
         goes_on = head is not None and head.epoch == epoch
+        if base == ((head.last + 1) & LAST_SEQUENCE if head and goes_on else 0):
+            return "accepted", None
         for claim in before[-REMEMBERED:] if goes_on else ():
             if (claim.epoch, claim.base, claim.event.batch.n_records) == (epoch, base, b.n_records):
                 return "duplicate", claim.event
-        due = (head.last + 1) & LAST_SEQUENCE if head and goes_on else 0
-        return ("accepted" if base == due else "out_of_order_sequence"), None
+        return "out_of_order_sequence", None
 
     def commit(self, committed: Object, returned: int) -> None:
         committed.returned = returned
