@@ -443,8 +443,9 @@ class Machine(RuleBasedStateMachine):
     def receipts(self) -> None:
         # Among them ids that are not there, and condemned keys.
         known = sorted(o.id for o in self.model.objects.values())
-        again = [o.id for o in self.model.objects.values() if o.firsts]
-        ids = [*self.some([*known, 0], 0), *self.some(again, 0), *known[-3:]]
+        again = [o for o in self.model.objects.values() if o.firsts]
+        gone = [o.id for o in again if not self.model.visible or {*o.firsts.values()} - {*self.model.visible}]
+        ids = [*self.some([*known, 0], 0), *self.some([o.id for o in again], 0), *known[-3:], *gone]
         places = [*self.model.partitions, UNKNOWN]
         moved = self.some(places, 0) if self.flip() else None
         predicted = [
@@ -553,10 +554,11 @@ class Machine(RuleBasedStateMachine):
         self.met.update(retained=len(deleted), freed=freed)
 
     def delete_records(self) -> None:
-        partition_id = self.any_partition()
+        started = [p.id for p in self.model.live if p.start]
+        partition_id = self.random.choice([self.any_partition(), *started])
         partition = self.model.partition(partition_id)
         below = partition.start // 2 if partition else 0
-        before = self.random.choice([LATEST, -2, below, *(self.any_offset(partition_id) for _ in range(4))])
+        before = self.random.choice([LATEST, -2, below, below, *(self.any_offset(partition_id) for _ in range(4))])
         error: type[Exception] | None = None
         if not partition or before < LATEST:
             error = OffsetOutOfRangeError if partition else UnknownPartitionError
