@@ -894,7 +894,7 @@ CASES = (
     *("late", "both", "cut", "open", "cut_late", "resumed", "fetched", "spanned", "fetched_several", "replayed"),
     *("accepted", "duplicate", "out_of_order_sequence", "fenced_epoch", "unknown_partition", "malformed"),
     *("receipt_accepted_pending", "receipt_accepted_given", "receipt_accepted_deleted", "receipt_refused"),
-    *("receipt_duplicate_pending", "receipt_duplicate_given", "receipt_duplicate_deleted"),
+    *("receipt_duplicate_pending", "receipt_duplicate_given"),
     *("fetch_malformed", "fetch_unknown_partition", "fetch_offset_out_of_range"),
     *("list_malformed", "list_unknown_partition", "list_-1_found", "list_-2_found", "list_-3_found", "list_-3"),
     *("list_0_found", "list_0", "retained", "freed", "deleted_back", "deleted_inside", "purged", "forgotten"),
