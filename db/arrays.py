@@ -16,14 +16,17 @@ from psycopg.pq import Format
 
 
 class Int4Array:
-    """Values of an `int[]` parameter. Raises OverflowError or TypeError for what does not fit."""
+    """Values of an `int[]` parameter. Raises ValueError or TypeError for what does not fit."""
 
     element_oid: ClassVar[int] = 23
     code: ClassVar[Literal["i", "q"]] = "i"
 
     def __init__(self, values: Iterable[int]) -> None:
         # array() would take bytes and other buffers for memory to copy, not for numbers.
-        self._values = array(self.code, values if isinstance(values, list | tuple) else list(values))
+        try:
+            self._values = array(self.code, values if isinstance(values, list | tuple) else list(values))
+        except OverflowError as error:
+            raise ValueError(f"{error}: pass integers of {32 if self.code == 'i' else 64} bits") from None
 
     def to_bytes(self) -> bytes:
         count, words = len(self._values), self._values.itemsize // 4

@@ -81,11 +81,14 @@ def commit_batches(conn: Connection, object_key: str, batches: Iterable[Batch]) 
     """
     rows = list(batches)
     names = [field.name for field in fields(Batch)]
-    if all(row.producer_id is None for row in rows):
-        names = names[:-3]
-    # The fields stand in the order of the arguments.
-    # -1 is Kafka's for none.
-    arrays = [[-1 if (value := getattr(row, name)) is None else value for row in rows] for name in names]
+    try:
+        if all(row.producer_id is None for row in rows):
+            names = names[:-3]
+        # The fields stand in the order of the arguments.
+        # -1 is Kafka's for none.
+        arrays = [[-1 if (value := getattr(row, name)) is None else value for row in rows] for name in names]
+    except AttributeError as error:
+        raise InvalidCommitError(f"object {object_key!r}: {error}. Pass batches as db.commit.Batch.") from None
     parameters = (_key(object_key), *_arrays(object_key, arrays), *[None] * (8 - len(arrays)))
     alone = conn.info.transaction_status == TransactionStatus.IDLE and conn.autocommit
     for attempt in range(1, _ATTEMPTS + 1):
@@ -120,7 +123,7 @@ _KINDS: tuple[Callable[[Iterable[int]], Int4Array], ...] = (
 def _arrays(object_key: str, arrays: Iterable[Sequence[int]]) -> list[Any]:
     try:
         return [kind(values) for kind, values in zip(_KINDS, arrays, strict=False)]
-    except (OverflowError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InvalidCommitError(
             f"object {object_key!r}: {error}. Pass integers that fit: 32 bits for partition ids, numbers of records, "
             f"byte lengths, epochs and sequences, 64 bits for byte offsets, timestamps and producer ids."

@@ -88,11 +88,14 @@ def fetch_partitions(
     Raises InvalidFetchError for limits below 1, numbers that do not fit and more than 10,000 partitions.
     """
     wanted = list(requests)
-    arrays = _arrays(
-        (Int4Array, [r.partition_id for r in wanted]),
-        (Int8Array, [r.from_offset for r in wanted]),
-        (Int8Array, [r.max_bytes for r in wanted]),
-    )
+    try:
+        arrays = _arrays(
+            (Int4Array, [r.partition_id for r in wanted]),
+            (Int8Array, [r.from_offset for r in wanted]),
+            (Int8Array, [r.max_bytes for r in wanted]),
+        )
+    except AttributeError as error:
+        raise InvalidFetchError(f"{error}. Pass requests as db.fetch.FetchRequest.") from None
     found = rows(conn, "fetch_partitions", (*arrays, max_bytes, max_batches))
     return [_answer(list(answers)) for _, answers in groupby(found, lambda row: row.request)]
 
@@ -149,7 +152,7 @@ def list_offsets(conn: Connection, partition_ids: Sequence[int], times: Sequence
 def _arrays(*wanted: tuple[type[Int4Array], Sequence[int]]) -> list[Int4Array]:
     try:
         return [kind(numbers) for kind, numbers in wanted]
-    except (OverflowError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InvalidFetchError(
             f"{error}. Pass partition ids of 32 bits, and offsets, sizes and times of 64 bits."
         ) from None

@@ -22,7 +22,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import class_row
 
 from config.errors import UnknownPartitionError
-from config.settings import DEFAULT_STRATEGY, Strategy
+from config.settings import DEFAULT_STRATEGY, STRATEGIES, Strategy
 from db.arrays import Int4Array
 from db.statements import Connection, pipelined, run, values
 
@@ -138,6 +138,8 @@ def materialize(
         raise ValueError(
             f"materialize {len(ids)} partitions with {events_per_partition} events each: pass at least one of both"
         )
+    if strategy not in STRATEGIES:
+        raise ValueError(f"materialize by {strategy!r}: pass one of {', '.join(STRATEGIES)}")
     if conn.info.transaction_status != TransactionStatus.IDLE:
         # No snapshot lists its own transaction: the cursor would pass it, and what it commits later would be lost.
         raise ValueError("materialize needs a transaction of its own: commit or roll back the one that is open")

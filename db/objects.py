@@ -122,6 +122,7 @@ def find_objects(conn: Connection, *, after_key: str, limit: int) -> list[KnownO
     """The next `limit` objects after a key, in the order of their keys' bytes. The connection must be in autocommit
     mode.
     """
+    _check(limit, 0)
     with pipelined(conn):
         return all_(conn, KnownObject, "find_objects", (after_key, limit), prepare=True)
 

@@ -10,22 +10,24 @@ loaded would take a question to every connection and save nothing. The plans are
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 import psycopg
 from psycopg import RawCursor
 from psycopg.rows import BaseRowFactory, TupleRow, class_row, namedtuple_row, tuple_row
 
 from db import arrays
-from db.translate import domain_errors
+from db.translate import domain_errors, is_bigint, is_int, is_seconds, is_storable
 
 _SQL = Path(__file__).with_name("sql")
 _STATEMENT = re.compile(r"^-- name: (\w+)\n(.*?);?\s*(?=^-- name: |\Z)", re.MULTILINE | re.DOTALL)
+_CAST = re.compile(rb"\$(\d+)::(\w+(?: precision)?(?:\[\])?)")
 _Row = TypeVar("_Row")
 Connection = psycopg.Connection[Any]
 
@@ -40,6 +42,40 @@ def statements() -> Mapping[str, bytes]:
     return {name: text.encode() for name, text in chain.from_iterable(found)}
 
 
+def _all(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or (isinstance(value, list | tuple) and all(map(fits, value)))
+
+
+def _is_uuid(value: object) -> bool:
+    return value is None or isinstance(value, UUID)
+
+
+# What drivers and Postgres complain about in many ways, none of which names the parameter. Arrays of integers are
+# checked where they are made.
+_TYPES: dict[bytes, tuple[Callable[[object], bool], str]] = {
+    b"int": (is_int, "an integer of 32 bits"),
+    b"bigint": (is_bigint, "an integer of 64 bits"),
+    b"text": (is_storable, "a str without NUL or lone surrogates"),
+    b"text[]": (_all(is_storable), "a list of str without NUL or lone surrogates"),
+    b"uuid": (_is_uuid, "a UUID"),
+    b"uuid[]": (_all(_is_uuid), "a list of UUIDs"),
+    b"double precision": (is_seconds, "a number of seconds, at most 100,000,000,000"),
+}
+
+
+@cache
+def _casts(name: str) -> Mapping[int, bytes]:
+    """The types of a statement's parameters, by their places from 0."""
+    return {int(n) - 1: kind for n, kind in _CAST.findall(statements()[name]) if kind in _TYPES}
+
+
+def _check(name: str, parameters: Sequence[Any]) -> None:
+    for place, kind in _casts(name).items():
+        fits, wanted = _TYPES[kind]
+        if not fits(parameters[place]):
+            raise ValueError(f"{name}: ${place + 1} is {parameters[place]!r:.100}. Pass {wanted}.")
+
+
 def run(
     conn: Connection,
     name: str,
@@ -51,8 +87,9 @@ def run(
     """Execute a statement; `prepare=False` plans it for these very parameters each time.
 
     It works on any connection, whatever rows and cursors that has. Driver errors leave as Tidemark's own where they
-    stand for one.
+    stand for one. Raises ValueError for a parameter that is none of its type, before it is sent.
     """
+    _check(name, parameters)
     cursor = RawCursor(conn, row_factory=row_factory)
     arrays.register(cursor.adapters)
     with domain_errors():

@@ -69,6 +69,16 @@ def is_storable(text: object) -> bool:
         return False
 
 
+def is_bigint(value: object) -> bool:
+    """Whether Postgres can take this as a bigint: 64 bits, or None. It has no cast from a boolean."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63)
+
+
+def is_seconds(value: object) -> bool:
+    """Whether Postgres can count back so many seconds from today: some 3,000 years, or None."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 10**11)
+
+
 def is_int(value: object) -> bool:
     """Whether Postgres can take this as an int: 32 bits, or None."""
     return value is None or (isinstance(value, int) and -(2**31) <= value < 2**31)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 from db.commit import commit_object
 from db.topics import create_topic, partition_ids
@@ -21,6 +22,22 @@ ROOT = Path(__file__).parents[2]
 CELERY = str(Path(sys.executable).with_name("celery"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENTRY_POINTS: dict[str, str] = PROJECT["entry-points"]["celery.commands"]
+
+
+def examples(few: int, **changes: Any) -> settings:
+    """Hypothesis' settings: always the same `few` examples, or as many others as TIDEMARK_TEST_EXAMPLES says."""
+    many = int(os.environ.get("TIDEMARK_TEST_EXAMPLES", "0"))
+    return settings(
+        max_examples=many or few,
+        # To shrink a failing program takes minutes.
+        phases=(Phase.generate,),
+        derandomize=not many,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=bool(many),
+        **changes,
+    )
 
 
 def make_topic(conn: psycopg.Connection[Any], name: str = "orders", *, partitions: int = 1) -> list[int]:

@@ -977,6 +977,8 @@ def test_cannot_begin_at(conn: Conn, connect: Connect) -> None:
         (q, 20, "TM015", "has had offsets up to 10 already"),
         (r, -1, "TM007", "cannot begin at offset -1"),
         (r, None, "TM007", "cannot begin at offset NULL"),
+        # Beyond it no room is left for a log.
+        (r, 2**62 + 1, "TM007", "cannot begin at offset 4611686018427387905"),
         (0, 10, "TM003", "partition id 0 does not exist"),
         (None, 10, "TM003", "partition id NULL does not exist"),
     ):

@@ -223,6 +223,16 @@ def test_sequences_begin_again_after_the_last_one(conn: Conn, ids: list[int], se
     assert [s.last_sequence for s in producer_states(conn, ids[1])] == [4]
 
 
+@pytest.mark.parametrize("beside", [[], [98]])
+def test_once_round_all_sequences_is_no_duplicate(
+    conn: Conn, ids: list[int], send: Producing, beside: list[int]
+) -> None:
+    """Whether the batches beside it are sound or not."""
+    assert (send(0, LAST - 1), send(LAST - 1, 2)) == ("accepted", "accepted")
+    again = batch(ids[0], LAST - 1, producer=send.producer_id, sequence=0)
+    assert commit_batches(conn, "o", [again, *map(batch, beside)]).verdicts[0] == "accepted"
+
+
 def test_only_the_last_batches_are_kept(conn: Conn, send: Producing) -> None:
     """At most 69 rows, however many batches; the last five are always among them."""
     for sequence in range(200):
@@ -401,6 +411,9 @@ def test_what_a_partition_knows_of_its_producers(conn: Conn, ids: list[int]) -> 
     ]
     assert all(s.last_commit is not None for s in found)
     assert [s.producer_id for s in producer_states(conn, ids[0], before=30, limit=1)] == [20]
+    assert producer_states(conn, ids[0], limit=0) == producer_states(conn, ids[0], before=-(2**63)) == []
+    row = conn.execute("select count(*) from tidemark.producer_states(%s, at_most => null)", (ids[0],)).fetchone()
+    assert row == (3,)
     assert producer_states(conn, ids[1]) == []
 
 
@@ -466,11 +479,9 @@ class Model:
         of_epoch = [(s, m) for e, s, m in mine if e == epoch]
         if epoch < newest:
             return "fenced_epoch"
-        if (sequence, n) in of_epoch[-5:]:
-            return "duplicate"
         due = (of_epoch[-1][0] + of_epoch[-1][1]) % 2**31 if of_epoch else 0
         if sequence != due:
-            return "out_of_order_sequence"
+            return "duplicate" if (sequence, n) in of_epoch[-5:] else "out_of_order_sequence"
         mine.append((epoch, sequence, n))
         return "accepted"
 

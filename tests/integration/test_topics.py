@@ -98,6 +98,7 @@ def test_a_list_in_pages(conn: Conn) -> None:
 
     assert names(list_topics(conn, limit=3)) == ["a", "b", "c"]
     assert names(list_topics(conn, after="c", limit=3)) == ["d"]
+    assert list_topics(conn, limit=-1) == []
     [topic] = list_topics(conn, ["b", "missing"])
     assert list_topics(conn, ids=[topic.id, ID]) == [topic]
     assert list_topics(conn, []) == []

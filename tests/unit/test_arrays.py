@@ -50,13 +50,13 @@ def test_every_integer_survives(wide: list[int], narrow: list[int]) -> None:
 
 @pytest.mark.parametrize("value", [INT4_MIN - 1, INT4_MAX + 1, 2**200])
 def test_int4_refuses_what_does_not_fit(value: int) -> None:
-    with pytest.raises(OverflowError):
+    with pytest.raises(ValueError, match="32 bits"):
         Int4Array([value])
 
 
 @pytest.mark.parametrize("value", [INT8_MIN - 1, INT8_MAX + 1, 2**200])
 def test_int8_refuses_what_does_not_fit(value: int) -> None:
-    with pytest.raises(OverflowError):
+    with pytest.raises(ValueError, match="64 bits"):
         Int8Array([value])
 
 

@@ -5,8 +5,8 @@
 -- It writes what retention leaves behind in a partition all of whose batches are deleted: the start of the log, and the run
 -- before it, without events, as the cursor. So whoever reads a log needs to know nothing of this. The cursor stands before
 -- every transaction there is or will be, so nothing that is committed is passed over.
--- Errors: TM003 unknown partition, TM007 an offset below 0, TM015 a batch of the partition has, or had, an offset; 25001 in
--- another isolation level than read committed.
+-- Errors: TM003 unknown partition, TM007 an offset below 0 or beyond 2^62, TM015 a batch of the partition has, or had, an offset;
+-- 25001 in another isolation level than read committed.
 create or replace function tidemark.begin_at(partition_id int, first_offset bigint) returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -15,11 +15,12 @@ declare
     end_offset bigint;
 begin
     perform tidemark.lock_partition(begin_at.partition_id);
-    if (first_offset >= 0) is not true then
+    -- The upper half of what a bigint holds is left for the batches: a partition at its end could take none.
+    if (first_offset between 0 and 4611686018427387904) is not true then
         raise exception using
             errcode = 'TM007',
             message = format('partition id %s cannot begin at offset %s', partition_id, coalesce(first_offset::text, 'NULL')),
-            hint = 'Pass an offset of at least 0.';
+            hint = 'Pass an offset of 0 to 4611686018427387904.';
     end if;
     select n.end_offset into end_offset from tidemark.newest_run(begin_at.partition_id) n;
     if found then

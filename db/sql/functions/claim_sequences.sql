@@ -194,9 +194,10 @@ begin
                   and c.base_sequence = b.base_sequence and c.last_sequence = b.last_sequence;
                 verdicts[b.n] := case
                     when b.producer_epoch < greatest(head.producer_epoch, b.newest_epoch) then 'fenced_epoch'
-                    when same.tx is not null then 'duplicate'
+                    -- Before duplicates, as in the usual case above: five batches may go once round all sequences.
                     when b.base_sequence = case when b.producer_epoch = head.producer_epoch
                         then (head.last_sequence::bigint + 1) & 2147483647 else 0 end then 'accepted'
+                    when same.tx is not null then 'duplicate'
                     else 'out_of_order_sequence'
                 end;
                 first_txs[b.n] := same.tx;

@@ -145,7 +145,7 @@ end
 $$;
 
 -- Topics by name, with the ids of their partitions, partition 0 first: those with these names or ids, or all; after a name, and
--- at_most of them. What does not exist is left out.
+-- at_most of them (null: all). What does not exist is left out.
 create or replace function tidemark.list_topics(
     names text[] default null, ids uuid[] default null, after text default '', at_most int default 1000
 )
@@ -161,5 +161,5 @@ as $$
     from tidemark.topics t
     where (names is null or t.name = any (names)) and (ids is null or t.id = any (ids)) and t.name > after
     order by t.name
-    limit at_most
+    limit case when at_most < 0 then 0 else at_most end
 $$;

@@ -52,7 +52,7 @@ end
 $$;
 
 -- The producers that a partition knows, the highest id first: the epoch and sequence of the last batch of each, as Kafka's
--- DescribeProducers. Ids before before_id (null: all), at_most of them. One descent for each, to its newest row: the rows that
+-- DescribeProducers. Ids before before_id, at_most of them; null: all. One descent for each, to its newest row: the rows that
 -- are deleted behind it are in nobody's way.
 create or replace function tidemark.producer_states(partition_id int, before_id bigint default null, at_most int default 1000)
 returns table (producer_id bigint, producer_epoch int, last_sequence int, batches bigint, last_commit timestamptz)
@@ -61,7 +61,11 @@ begin atomic
     with recursive known as (
         (select b.*, 1 as n
          from tidemark.producer_batches b
-         where b.partition_id = producer_states.partition_id and b.producer_id <= coalesce(before_id - 1, 9223372036854775807)
+         where b.partition_id = producer_states.partition_id
+           -- A comparison with null, where no id is lower, finds nothing.
+           and b.producer_id <= case when before_id is null then 9223372036854775807
+                                     when before_id > -9223372036854775808 then before_id - 1 end
+           and coalesce(at_most >= 1, true)
          order by b.producer_id desc, b.ordinal desc
          limit 1)
         union all
@@ -74,7 +78,7 @@ begin atomic
             order by b.producer_id desc, b.ordinal desc
             limit 1
         ) f
-        where k.n < at_most
+        where coalesce(k.n < at_most, true)
     )
     select k.producer_id, k.producer_epoch::int, k.last_sequence, k.ordinal,
            (select o.committed_at from tidemark.objects o where o.id = k.id >> 16)
