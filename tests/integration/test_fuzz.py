@@ -1,7 +1,7 @@
 """Every public function, with arguments nobody would think of: it answers, or says by name what is wrong with them.
 
-The functions are those that a role other than the owner may call, and those that docs/brokers.md lists; so a new one
-is tried as soon as it is one of them. Most calls are valid ones with one thing changed, which gets further than noise.
+The functions are those that a producer or a consumer may call, and those that docs/brokers.md lists; so a new one is
+tried as soon as it is one of them. Most calls are valid ones with one thing changed, which gets further than noise.
 """
 
 import re
@@ -91,7 +91,8 @@ def public_functions(conn: Conn) -> list[Function]:
         "from generate_series(1, p.pronargs) a(n)), array(select format_type(t.type, null) "
         "from unnest(p.proargtypes::oid[]) with ordinality t(type, n) order by t.n) "
         "from pg_proc p where p.pronamespace = 'tidemark'::regnamespace and (p.proname = any(%s) or exists ("
-        "select from aclexplode(p.proacl) g where g.grantee <> p.proowner and g.privilege_type = 'EXECUTE')) "
+        "select from aclexplode(p.proacl) g "
+        "where g.grantee in (to_regrole('tidemark_producer'), to_regrole('tidemark_consumer')))) "
         "order by p.proname, p.oid",
         (DOCUMENTED,),
     )
