@@ -62,9 +62,9 @@ test-unit: setup ## The tests that need no server
 	$(PYTEST) tests/unit $(ARGS)
 
 .PHONY: test-model
-test-model: setup ## The model and the fuzzing of the public interface, by other examples than `make test` (EXAMPLES=2000)
+test-model: setup ## The model, and the fuzzing of all that takes arguments, by other examples than `make test` (EXAMPLES=2000)
 	TIDEMARK_TEST_EXAMPLES=$(or $(EXAMPLES),2000) $(PYTEST) --timeout 0 tests/integration/test_model.py \
-		tests/integration/test_fuzz.py $(ARGS)
+		tests/integration/test_fuzz.py tests/integration/test_fuzz_programs.py $(ARGS)
 
 .PHONY: test-browser
 test-browser: setup ## Flower in headless Chromium (Debian: apt-get install chromium)

@@ -1,12 +1,11 @@
 """Odd values for whatever takes some: tasks and their messages, commands, settings. Each works, or fails by name.
 
 What is fuzzed is read from the tasks, the commands and the settings themselves: a new one needs nothing here.
-`TIDEMARK_FUZZ_EXAMPLES=2000 pytest tests/integration/test_fuzz_programs.py` looks for longer, and elsewhere each time.
+`make test-model` looks for longer, and elsewhere each time.
 """
 
 import inspect
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
@@ -18,7 +17,7 @@ import psycopg
 import pytest
 from celery.exceptions import InvalidTaskError, NotRegistered
 from celery.worker.request import Request
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kombu.exceptions import KombuError
 from kombu.message import Message
@@ -34,22 +33,9 @@ from tasks.app import app as our_app
 from tasks.commands.entry import SUMMARIES, load
 from tasks.commands.parameters import NAME, OFFSET, PARTITION, Seconds
 from tasks.messages import reason_of, vet
-from tests.integration.conftest import commit
+from tests.integration.conftest import commit, examples
 from tests.servers import PostgresServer, RedisServer
 from tests.support_commands import Cli, app_for, drain
-
-EXAMPLES = int(os.environ.get("TIDEMARK_FUZZ_EXAMPLES", "0"))
-
-
-def fuzzed(examples: int) -> settings:
-    """So many, and the same ones each time, unless it is told to look for longer."""
-    return settings(
-        max_examples=EXAMPLES or examples,
-        derandomize=not EXAMPLES,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +122,7 @@ REASONS = {"arguments", "body", "content", "headers", "size", "task", "workflow"
 
 
 @given(call=calls(), headers=st.dictionaries(st.sampled_from(HEADERS), values, max_size=3), follows=values)
-@fuzzed(60)
+@examples(60)
 def test_messages(fuzzed_app: TidemarkApp, call: Any, headers: dict[str, Any], follows: Any) -> None:
     """What is not refused, for a reason that is counted, is a task of ours that Celery can begin."""
     name, args, kwargs = call
@@ -156,7 +142,7 @@ def test_messages(fuzzed_app: TidemarkApp, call: Any, headers: dict[str, Any], f
 
 
 @given(call=calls())
-@fuzzed(40)
+@examples(40)
 def test_tasks(fuzzed_app: TidemarkApp, conn: Connection[Any], call: Any) -> None:
     """A task that is called by hand, in another program, returns what JSON can say, or raises an error with a name."""
     name, args, kwargs = call
@@ -250,7 +236,7 @@ def lines(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @given(line=lines(), stdin=st.one_of(words, values.map(json.dumps)))
-@fuzzed(40)
+@examples(40)
 def test_commands(fuzzed_app: TidemarkApp, line: tuple[str, list[str]], stdin: str) -> None:
     """Exit code 0, 1 or 2; an error is one line, with --json one document; never a traceback."""
     name, arguments = line
