@@ -26,7 +26,7 @@ from tests.demo.ledger import Ledger
 from tests.demo.producer import Outage, commit_everywhere
 from tests.demo.programs import DemoError, celery_argv
 from tests.faults import boundaries
-from tests.faults.world import PREFIX, SHARDS, World
+from tests.faults.world import PREFIX, RETENTION_BYTES, SHARDS, World
 from tests.servers import copied, synchronize
 from tests.support import frozen
 
@@ -295,15 +295,18 @@ def partitions_are_locked(world: World) -> int:
 def synchronous_standby_takes_over(world: World) -> int:
     """Postgres is killed, and its synchronous standby promoted: everybody talks to that one."""
     directory = world.disk / f"standby-{world.chance.randrange(10**9)}"
-    standby = copied(world.postgres, directory, None, world.settings)
+    primary = world.postgres
+    standby = copied(primary, directory, None, world.settings)
     world.stack.callback(standby.stop)
-    with psycopg.connect(world.postgres.url(), autocommit=True) as conn:
+    with psycopg.connect(primary.url(), autocommit=True) as conn:
         synchronize(conn)
     world.pause(2)
-    world.postgres.kill()
+    primary.kill()
     with psycopg.connect(standby.url(), autocommit=True) as conn:
         conn.execute("select pg_promote()")
     world.take_over(standby)
+    # The disk is small.
+    shutil.rmtree(primary._data)
     return 1
 
 
@@ -454,7 +457,7 @@ def _next_version(world: World) -> Path:
 def records_are_deleted(world: World) -> int:
     """Delete-records at any offset of some partitions, and another limit of the topic, which holds from then on."""
     with world.connect() as conn:
-        limit = world.chance.choice([50_000, 200_000, None])
+        limit = world.chance.choice([50_000, 200_000, RETENTION_BYTES])
         set_retention(conn, "faults", retention_ms=None, retention_bytes=limit)
         for partition_id in world.chance.sample(world.ids, 5):
             end = world.watcher.end_offsets[partition_id]

@@ -13,7 +13,7 @@ from tests.demo.evidence import backlog
 from tests.demo.producer import Outage
 from tests.faults.world import World
 
-_SECONDS = 1.0
+_SECONDS = 2.0
 _MIB = 1 << 20
 
 _SIZES = """

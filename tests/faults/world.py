@@ -34,6 +34,8 @@ from tests.servers import PostgresServer, RedisServer
 
 PREFIX = "faults/"
 SHARDS = 4
+# Of a partition: some minutes of load.
+RETENTION_BYTES = 2_000_000
 _TICK = 0.02
 _RECOVER_SECONDS = 120.0
 _STOP_SECONDS = 10.0
@@ -95,7 +97,7 @@ class World:
         self.url = self._through(self.direct)
         self.ledger = Ledger()
         with self.connect() as conn:
-            create_topic(conn, "faults", 16)
+            create_topic(conn, "faults", 16, retention_bytes=RETENTION_BYTES)
             self.ids = partition_ids(conn, "faults")
         self.programs = Programs(directory / "logs", self._environment())
         stack.callback(self.programs.stop)
@@ -187,8 +189,8 @@ class World:
         self.wait(it_has_its_offsets, _RECOVER_SECONDS, "its batches have their offsets")
         return time.monotonic() - began
 
-    def finish(self) -> tuple[list[Finding], int]:
-        """End the load, drain, and check everything; returns the findings, and the violations an audit has found."""
+    def finish(self) -> list[Finding]:
+        """End the load, drain, and check everything: the history, and by the product's own audit."""
         for producer in self.producers:
             # Where its commits are under way: nobody is told what became of them.
             producer.kill()
@@ -210,7 +212,11 @@ class World:
                 looks=self.watcher.looks,
                 fetched=self.reader.fetched,
             )
-            return check(evidence), len(audit(conn, from_scratch=True).violations)
+            audited = audit(conn, from_scratch=True)
+        findings = check(evidence)
+        wrong = f"{len(audited.violations)} violations, first {audited.violations[0]}" if audited.violations else None
+        own = Finding(number=len(findings) + 1, name="audit", counted=f"{audited.batches:,} batches", violation=wrong)
+        return [*findings, own]
 
     def _is_drained(self) -> bool:
         with Outage(), self.connect() as conn:
