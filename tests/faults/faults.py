@@ -265,6 +265,7 @@ def transaction_stays_open(world: World) -> int:
     """One that has committed an object and does not end, while others come and go; then it ends, and is late."""
     notes = Ledger()
     with world.connect() as conn:
+        conn.execute("set idle_in_transaction_session_timeout = 0")
         with conn.transaction():
             commit_everywhere(conn, world.objects, notes, world.new_key("late"), world.ids)
             world.pause(world.long)
@@ -276,6 +277,7 @@ def transaction_stays_open(world: World) -> int:
 def snapshot_is_held(world: World) -> int:
     """A backup that takes its time."""
     with world.connect() as conn:
+        conn.execute("set idle_in_transaction_session_timeout = 0")
         conn.execute("begin isolation level repeatable read")
         conn.execute("select count(*) from tidemark.runs")
         world.pause(world.long)
