@@ -123,6 +123,7 @@ def messages(trap: Path) -> dict[str, list[str]]:
             envelope(FINE, eta="never"),
             envelope(FINE, eta=7),
             envelope(FINE, expires="never"),
+            envelope(FINE, expires=0.0),
             envelope(FINE, retries=10**9),
             envelope(FINE, retries=-(10**9)),
             envelope(FINE, stamped_headers=7),
