@@ -46,14 +46,13 @@ check: setup ## Format, lint, types, layers
 	$(BIN)/lint-imports --no-cache
 
 .PHONY: test
-# Three processes on two cores: the tests of real programs wait for much of their time.
 test: check ## All checks and all tests that need nothing but this repository
-	$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: coverage
 coverage: check ## The same tests, with the branch coverage of all processes, and its floor
 	mkdir -p build/coverage && $(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

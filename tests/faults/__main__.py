@@ -18,6 +18,7 @@ import psycopg
 
 from config.errors import TidemarkError
 from tests.demo.check import Finding
+from tests.demo.interrupts import Interrupted, Interrupts
 from tests.faults.faults import FAULTS, disk_is_full
 from tests.faults.samples import Sampler
 from tests.faults.world import World
@@ -138,9 +139,13 @@ def faults(
         rounds = rounds or 1
     seconds = float("inf") if minutes is None else minutes * 60
     try:
-        rows, findings, skipped = run(
-            seed, only or list(FAULTS), rounds=rounds, seconds=seconds, calm=calm, long=long, samples=samples
-        )
+        # A signal ends it as Ctrl-C does: servers, programs and the small disk go with it.
+        with Interrupts():
+            rows, findings, skipped = run(
+                seed, only or list(FAULTS), rounds=rounds, seconds=seconds, calm=calm, long=long, samples=samples
+            )
+    except Interrupted as interrupted:
+        raise click.exceptions.Exit(interrupted.exit_code) from None
     except (TidemarkError, psycopg.Error, AssertionError) as error:
         raise click.ClickException(f"{error} (seed {seed})") from error
     click.echo(table(rows, findings))
