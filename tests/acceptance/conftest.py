@@ -44,7 +44,7 @@ from tests.support_commands import new_app
 # configures the current app: that of `tasks` would start embedded servers in this machine's own data directory.
 celery.Celery("tests").set_current()
 
-READY_SECONDS = 30.0
+READY_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
