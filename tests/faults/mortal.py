@@ -61,4 +61,4 @@ def _survive(**_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-__all__ = ["app", "boundaries"]
+__all__ = ["app"]
