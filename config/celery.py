@@ -32,10 +32,16 @@ PUBLISH_OPTIONS = {
 
 
 class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
-    """The order in which a worker asks Redis for its queues: the control queue, then the others in turn."""
+    """The order in which a worker asks Redis for its queues: the control queue, then the others in turn.
+
+    After a message from the control queue the others come first, once: where ticks come faster than one worker serves
+    them, it would otherwise come to nothing else.
+    """
 
     def consume(self, n: int) -> list[str]:
-        return sorted(super().consume(n), key=lambda queue: bool(queue != CONTROL))
+        queues: list[str] = super().consume(n)
+        # Kombu puts the queue whose message it took last at the end.
+        return queues if queues[-1:] == [CONTROL] else sorted(queues, key=lambda queue: queue != CONTROL)
 
 
 def celery_config(settings: Settings, broker_url: str, redis_url: str | None) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
             "unacked_restore_throttle": 1,
             # No priorities: a quarter of the keys in every BRPOP.
             "priority_steps": [0],
-            # A worker with one slot takes a fan-out next, whatever else waits.
+            # A worker with one slot takes a fan-out next or the one after, whatever else waits.
             "queue_order_strategy": f"{ControlFirst.__module__}:{ControlFirst.__qualname__}",
             # Without them a publish on a dead connection hangs for ever.
             "socket_connect_timeout": 5,

@@ -1,8 +1,6 @@
 """The servers all tests share, and a database of its own for each test that wants one."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,22 +12,19 @@ from psycopg import Connection, sql
 from psycopg.rows import TupleRow
 from redis import Redis
 
-from tests.servers import PostgresServer, RedisServer
+from tests.servers import PostgresServer, RedisServer, directory_for_servers
 from tests.support import Connect
 
 _TEMPLATE = "tidemark_template"
 
 # The shared server is never crashed (tests that crash one start their own), so nothing needs to reach the disk.
-_SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
+_SETTINGS = {"fsync": "off", "full_page_writes": "off", "max_connections": "200", "max_wal_size": "256MB"}
 
 
 @pytest.fixture(scope="session")
 def server_directory() -> Iterator[Path]:
-    """Not pytest's tmp_path: as root that is closed to the user the servers run as."""
-    directory = Path(tempfile.mkdtemp(prefix="tidemark-test-"))
-    directory.chmod(0o711)
-    yield directory
-    shutil.rmtree(directory)
+    with directory_for_servers() as directory:
+        yield directory
 
 
 @pytest.fixture(scope="session")

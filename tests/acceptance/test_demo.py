@@ -2,11 +2,9 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +15,7 @@ from uuid import uuid4
 import psutil
 import pytest
 
+from tests.servers import directory_for_servers
 from tests.support import wait_until
 
 _NAMES = [
@@ -70,15 +69,12 @@ class Demo:
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[Demo]:
-    # Not tmp_path: as root that is closed to the user the servers run as.
-    directory = Path(tempfile.mkdtemp(prefix="tm-test-")).resolve()
-    directory.chmod(0o711)
-    demo = Demo(directory=directory, marker=uuid4().hex, output=tmp_path / "output")
-    yield demo
-    for process in demo.processes():
-        with suppress(psutil.Error):
-            process.kill()
-    shutil.rmtree(directory)
+    with directory_for_servers() as directory:
+        demo = Demo(directory=directory, marker=uuid4().hex, output=tmp_path / "output")
+        yield demo
+        for process in demo.processes():
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def test_ends_well(demo: Demo) -> None:
@@ -107,7 +103,7 @@ def test_ends_well(demo: Demo) -> None:
 
 def test_ctrl_c_while_producing(demo: Demo) -> None:
     """Everything runs by then: servers, workers, beat, Flower and producers."""
-    process = demo.start("--seconds", "60", "--producers", "2", "--workers", "2")
+    process = demo.start("--seconds", "60", "--producers", "1", "--workers", "1")
     wait_until(lambda: "producing" in demo.text() or process.poll() is not None, timeout=120)
     assert process.poll() is None, demo.text()
     assert len(demo.processes()) > 10
@@ -123,7 +119,7 @@ def test_ctrl_c_while_producing(demo: Demo) -> None:
 @pytest.mark.parametrize("seconds", [0.0, 2.0])
 def test_sigterm_while_starting(demo: Demo, seconds: float) -> None:
     """As soon as there is anything to clean up, and while the programs load."""
-    process = demo.start("--producers", "2", "--workers", "2")
+    process = demo.start("--producers", "1", "--workers", "1")
     wait_until(lambda: any(demo.directory.iterdir()), timeout=60)
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)

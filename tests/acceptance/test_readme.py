@@ -1,7 +1,5 @@
 """README.md does what it says: its blocks run, word for word, in a fresh shell with a data directory of its own."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 
 from tests.acceptance.readme import execute, steps_of
 from tests.demo.programs import ROOT
+from tests.servers import directory_for_servers
 
 PAGE = """
 ```bash
@@ -51,11 +50,8 @@ true
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    # Not tmp_path: as root that is closed to the user the servers run as.
-    made = Path(tempfile.mkdtemp(prefix="tm-readme-")).resolve()
-    made.chmod(0o711)
-    yield made
-    shutil.rmtree(made)
+    with directory_for_servers() as made:
+        yield made
 
 
 def test_a_page_with_mistakes(directory: Path, database_url: str) -> None:

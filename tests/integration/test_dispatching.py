@@ -4,6 +4,7 @@ import json
 from base64 import b64decode
 from typing import Any
 
+import kombu
 import kombu.exceptions
 import psycopg
 import pytest
@@ -62,6 +63,26 @@ def test_each_touched_partition_is_queued_on_its_shard_under_its_name(
         f"materialize.{ids[1] % SHARDS}": [[ids[1]]],
     }
     assert sorted(m["argsrepr"] for ms in messages.values() for m in ms) == ["(orders/0,4)", "(orders/1)"]
+
+
+def test_a_worker_takes_a_tick_next_and_starves_nobody(app: TidemarkApp) -> None:
+    """Its control queue is never empty: the other queues are served in turn between the ticks."""
+    taken: list[str] = []
+    control, *shards = (app.amqp.queues[name] for name in ("control", shard_queue(0), shard_queue(1)))
+    with app.connection_for_read() as connection, connection.channel() as channel:
+        producer = kombu.Producer(channel)
+        for queue in (control, control, control, control, *shards, *shards):
+            producer.publish({}, exchange=queue.exchange, routing_key=queue.routing_key, declare=[queue])
+
+        def take(body: object, message: kombu.Message) -> None:
+            taken.append(message.delivery_info["routing_key"])
+            message.ack()
+
+        with kombu.Consumer(channel, [control, *shards], callbacks=[take], accept=["json"]) as consumer:
+            consumer.qos(prefetch_count=1)
+            while len(taken) < 8:
+                connection.drain_events(timeout=5)
+    assert taken == ["control", shard_queue(0), "control", shard_queue(1)] * 2
 
 
 def test_commits_are_dispatched_once(app: TidemarkApp, conn: Connection[Any], ids: list[int], redis_url: str) -> None:

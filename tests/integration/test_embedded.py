@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -27,7 +26,7 @@ from redis.retry import Retry
 from config.embedded.host import FileLock
 from config.embedded.keeper import ServerName, attach
 from config.errors import EmbeddedServerError
-from tests.servers import PostgresServer, RedisServer
+from tests.servers import PostgresServer, RedisServer, directory_for_servers
 from tests.support import wait_until
 
 PYTHON_PATH = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -64,17 +63,15 @@ sys.stdin.read()
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="tidemark-test-"))
-    path.chmod(0o711)
-    yield path
-    for pid in keepers_in(path):
-        os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not keepers_in(path))
-    for left in servers_in(path):  # of a test that failed, or that killed their keeper
-        with suppress(ProcessLookupError):  # a postmaster's children end with it
-            os.kill(left, signal.SIGKILL)
-    wait_until(lambda: not servers_in(path))
-    shutil.rmtree(path)
+    with directory_for_servers() as path:
+        yield path
+        for pid in keepers_in(path):
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not keepers_in(path))
+        for left in servers_in(path):  # of a test that failed, or that killed their keeper
+            with suppress(ProcessLookupError):  # a postmaster's children end with it
+                os.kill(left, signal.SIGKILL)
+        wait_until(lambda: not servers_in(path))
 
 
 def python(script: str, *arguments: str | Path) -> subprocess.Popen[str]:
