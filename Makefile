@@ -47,12 +47,12 @@ check: setup ## Format, lint, types, layers
 
 .PHONY: test
 test: check ## All checks and all tests that need nothing but this repository
-	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: coverage
 coverage: check ## The same tests, with the branch coverage of all processes, and its floor
 	mkdir -p build/coverage && $(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/coverage run -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

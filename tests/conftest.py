@@ -73,7 +73,8 @@ def database_url(postgres_server: PostgresServer, template_database: str) -> Ite
     name = f"test_{uuid4().hex[:12]}"
     database, template = sql.Identifier(name), sql.Identifier(template_database)
     with psycopg.connect(postgres_server.url(), autocommit=True) as admin:
-        admin.execute(sql.SQL("create database {} template {}").format(database, template))
+        # To copy the files takes two thirds of the time that the default does, which writes each page to the WAL.
+        admin.execute(sql.SQL("create database {} template {} strategy file_copy").format(database, template))
     yield postgres_server.url(name)
     with psycopg.connect(postgres_server.url(), autocommit=True) as admin:
         admin.execute(sql.SQL("drop database {} with (force)").format(database))

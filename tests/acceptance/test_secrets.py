@@ -108,11 +108,11 @@ def test_nothing_that_a_program_shows_has_a_secret(start: Programs, app: Tidemar
 
 
 @pytest.mark.parametrize("log_format", ["console", "json"])
-def test_a_mistyped_database_url(start: Programs, log_format: str) -> None:
+def test_a_mistyped_database_url(start: Programs, app: TidemarkApp, log_format: str) -> None:
     """The driver refuses a parameter; what the worker logs of it has no password."""
     url = f"{start.env['TIDEMARK_DATABASE_URL']}&ssl_mode=require"
     worker = start.worker("-P", "solo", env={"TIDEMARK_DATABASE_URL": url, "TIDEMARK_LOG_FORMAT": log_format})
-    start.run("call", "tasks.fan_out")
+    app.send_task("tasks.fan_out")
 
     def the_worker_has_logged_the_failure() -> bool:
         return "cannot be read" in worker.logs()
