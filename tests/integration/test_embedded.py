@@ -68,10 +68,15 @@ def directory() -> Iterator[Path]:
         for pid in keepers_in(path):
             os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not keepers_in(path))
-        for left in servers_in(path):  # of a test that failed, or that killed their keeper
-            with suppress(ProcessLookupError):  # a postmaster's children end with it
-                os.kill(left, signal.SIGKILL)
+        left = servers_in(path)  # of a test that failed, or that killed their keeper
+        for pid in left:
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(pid).ppid() not in left:
+                    # In order, and their children end with them: a Postgres that is killed leaves shared memory behind.
+                    os.kill(pid, signal.SIGINT)
         wait_until(lambda: not servers_in(path))
+        if (socket := path / "postgres/socket").is_symlink():
+            shutil.rmtree(socket.readlink())
 
 
 def python(script: str, *arguments: str | Path) -> subprocess.Popen[str]:
