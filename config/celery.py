@@ -34,8 +34,8 @@ PUBLISH_OPTIONS = {
 class ControlFirst(round_robin_cycle):  # type: ignore[misc]  # kombu is untyped
     """The order in which a worker asks Redis for its queues: the control queue, then the others in turn.
 
-    After a message from the control queue the others come first, once: where ticks come faster than one worker serves
-    them, it would otherwise come to nothing else.
+    After a message from the control queue the others come first, once. Otherwise a worker would serve nothing else
+    where ticks come faster than it serves them.
     """
 
     def consume(self, n: int) -> list[str]:
@@ -122,7 +122,7 @@ def celery_config(settings: Settings, broker_url: str, redis_url: str | None) ->
             "unacked_restore_throttle": 1,
             # No priorities: a quarter of the keys in every BRPOP.
             "priority_steps": [0],
-            # A worker with one slot takes a fan-out next or the one after, whatever else waits.
+            # A worker with one slot takes a fan-out next, or after one other task, whatever else waits.
             "queue_order_strategy": f"{ControlFirst.__module__}:{ControlFirst.__qualname__}",
             # Without them a publish on a dead connection hangs for ever.
             "socket_connect_timeout": 5,

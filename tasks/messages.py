@@ -8,7 +8,6 @@ each message is looked at before Celery does. What is refused is gone; the truth
 import inspect
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from types import NoneType
 from typing import Any, get_origin
 
 from celery.exceptions import NotRegistered
@@ -46,7 +45,7 @@ def vet(app: TidemarkApp, message: Any) -> None:
     retries, eta = headers.get("retries") or 0, headers.get("eta")
     if type(retries) is not int or not 0 <= retries <= (task.max_retries or 0):
         raise InvalidMessageError("headers", f"its retries are not 0 to {task.max_retries}")
-    if not isinstance(headers.get("expires"), str | NoneType):
+    if not isinstance(headers.get("expires"), str | None):
         raise InvalidMessageError("headers", "its expires is no time")
     _require_soon(eta, app.settings.visibility_timeout)
     args, kwargs = _arguments_of(message)

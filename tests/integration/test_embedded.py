@@ -75,8 +75,8 @@ def directory() -> Iterator[Path]:
                     # In order, and their children end with them: a Postgres that is killed leaves shared memory behind.
                     os.kill(pid, signal.SIGINT)
         wait_until(lambda: not servers_in(path))
-        if (socket := path / "postgres/socket").is_symlink():
-            shutil.rmtree(socket.readlink())
+        if (link := path / "postgres/socket").is_symlink():
+            shutil.rmtree(link.readlink())
 
 
 def python(script: str, *arguments: str | Path) -> subprocess.Popen[str]:

@@ -31,8 +31,8 @@ Conn = Connection[Any]
 @pytest.fixture(scope="module")
 def urls(server_directory: Path, postgres_bin: Path | None) -> Iterator[Mapping[str, str]]:
     """A server of its own, whose lock table is soon full; the owner's address is `o`."""
-    # 20 sessions, and two prepared transactions, of which each may have 64 locks.
-    small = {"max_connections": "20", "max_prepared_transactions": "2", "max_locks_per_transaction": "64"}
+    # 20 sessions, and two prepared transactions, of which each may have 64 locks: Postgres' default.
+    small = {"max_connections": "20", "max_prepared_transactions": "2"}
     settings = {"fsync": "off", "full_page_writes": "off", **small}
     with PostgresServer(server_directory / "hostile", bin_dir=postgres_bin, settings=settings).start() as server:
         upgrade(server.url())

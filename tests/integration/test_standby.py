@@ -43,6 +43,9 @@ def servers(server_directory: Path, postgres_bin: Path | None) -> Iterator[tuple
         with psycopg.connect(primary.url(), autocommit=True) as conn:
             synchronize(conn)
         yield primary, standby
+        if not primary.running:
+            # A killed server leaves its shared memory behind; the next one in its place frees it.
+            primary.start()
 
 
 def connect(server: PostgresServer) -> Connection[TupleRow]:
