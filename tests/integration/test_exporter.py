@@ -794,14 +794,14 @@ def test_every_alert_has_its_runbook_and_a_test() -> None:
 
 
 def test_the_figures_cost_little(app: TidemarkApp) -> None:
-    """CPU of a task's figures, in round trips to Redis: the same machine, the same moment."""
+    """CPU of a task's figures, in round trips to Redis: in turns, and the least of each, which no other load raises."""
     worker, client = app.once(WorkerMetrics), app.redis
     assert client
 
     def cpu_of(work: Callable[[], object]) -> float:
         work()
         began = time.process_time()
-        for _ in range(300):
+        for _ in range(30):
             work()
         return time.process_time() - began
 
@@ -810,4 +810,5 @@ def test_the_figures_cost_little(app: TidemarkApp) -> None:
         worker.task_ended("tasks.materialize", "SUCCESS", 0.02, {})
         worker.flush()
 
-    assert cpu_of(figures_of_a_task) < 10 * cpu_of(client.ping)
+    figures, pings = zip(*((cpu_of(figures_of_a_task), cpu_of(client.ping)) for _ in range(10)), strict=True)
+    assert min(figures) < 10 * min(pings)
